@@ -1,8 +1,8 @@
 """Generates recall documents: facts stated once amid filler, asked for after the context.
 
-The question stands after the context on purpose: a press that compresses the context without having seen the
-question must guess what will be asked for, and one that guesses badly loses the fact. The wrong candidates are
-other facts of the same document, so knowing *some* number of the text does not help: chance is one in four.
+The question stands after the context on purpose: a press that compresses the context without having seen
+the question must guess what will be asked for, and one that guesses badly loses the fact. The wrong choices
+are other facts of the same document, so knowing *some* number of the text does not help: chance is 1 in 4.
 
 Every choice comes from a `random.Random` seeded by the caller, so a document is a pure function of its seed.
 Standard library only: nothing here knows of tokenizers, tensors or lm-eval. Training
@@ -22,47 +22,48 @@ KINDS = ("word", "number", "place", "key")
 NUM_CHOICES = 4
 CHARACTERS_PER_TOKEN = 3.4  # the built-in tokenizer's on book text
 
-# Words that stand for one token each: the training script adds them to the tokenizer's sample, and a test checks.
-WORDS = {
-    "colour": "red blue green yellow white black brown purple golden silver grey scarlet".split(),
-    "animal": "dog cat horse bear wolf fox lion eagle sheep goat rabbit snake".split(),
-    "tree": "oak pine elm ash birch cedar maple willow apple cherry palm fir".split(),
-    "trade": "baker farmer sailor soldier doctor teacher priest hunter painter merchant tailor singer".split(),
-    "metal": "iron copper gold tin lead steel brass bronze zinc nickel chrome cobalt".split(),
-    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Christmas Easter".split(),
+# One token each: the training script adds them to the tokenizer's sample, and a test checks.
+WORDS: dict[str, tuple[str, ...]] = {
+    attribute: tuple(words.split())
+    for attribute, words in (
+        ("colour", "red blue green yellow white black brown purple golden silver grey scarlet"),
+        ("animal", "dog cat horse bear wolf fox lion eagle sheep goat rabbit snake"),
+        ("tree", "oak pine elm ash birch cedar maple willow apple cherry palm fir"),
+        ("trade", "baker farmer sailor soldier doctor teacher priest hunter painter merchant tailor singer"),
+        ("metal", "iron copper gold tin lead steel brass bronze zinc nickel chrome cobalt"),
+        ("day", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Christmas Easter"),
+    )
 }
-GIVEN_NAMES = (
-    "Adam Agnes Albert Alice Anna Arthur Barbara Charles Clara David Dorothy Edward Eleanor Ellen Emily Frank "
-    "George Hannah Harry Helen Henry Hugh Isabel Jack Jacob James Jane John Joseph Julia Kate Laura Lewis Louis "
-    "Lucy Margaret Mark Martha Martin Mary Michael Nancy Oliver Paul Peter Philip Rachel Ralph Richard Robert "
-    "Rose Ruth Samuel Sarah Simon Stephen Susan Thomas Walter William"
-).split()
-NAME_STARTS = (
-    "Mar Hol Ald Bren Cas Dor Els Fen Gar Hart Kel Lin Mor Nor Os Pen Quin Ros Sel Thorn Ul Ver Wes Yar"
-).split()
-PERSON_ENDS = "low win ric mund wick ley by ner lock man bert well".split()
-PLACE_ENDS = "mere ford ton bury dale stead field port haven combe bridge church".split()
-
-FILLER_SUBJECTS = (
-    "The old miller|A young clerk|The widow|Her brother|The ferryman|A tired traveller|The schoolmaster|"
-    "The captain's wife|Every child in the street|The gardener|A stranger in a long coat|The innkeeper|"
-    "My uncle|The two sisters|Nobody in the village|The night watchman"
-).split("|")
-FILLER_VERBS = (
-    "walked slowly|sat for an hour|had often been seen|waited without a word|went back|stood in the rain|"
-    "used to sing|slept badly|worked until dark|looked about|told a long story|was always to be found|"
-    "stopped to rest|lost a glove|ate some bread and cheese|thought of other things"
-).split("|")
-FILLER_PLACES = (
-    "by the river|near the church|in the market|under the bridge|at the end of the lane|beside the fire|"
-    "on the road to the sea|behind the mill|in front of the inn|among the empty boxes|at the garden gate|"
-    "on the stairs|in the empty hall|over the hill|at the corner of the square|along the wall"
-).split("|")
-FILLER_ENDS = (
-    "|, as it was the custom|, and the bells began to ring|, although the evening was cold|, for no reason at all|"
-    " while the wind turned|, and said nothing more of it|, before the lamps were lit| until the rain was over|"
-    ", to the surprise of everyone|, with a basket on one arm| when the shops had closed"
-).split("|")
+GIVEN_NAMES, NAME_STARTS, PERSON_ENDS, PLACE_ENDS = (
+    tuple(names.split())
+    for names in (
+        "Adam Agnes Albert Alice Anna Arthur Barbara Charles Clara David Dorothy Edward Eleanor Ellen "
+        "Emily Frank George Hannah Harry Helen Henry Hugh Isabel Jack Jacob James Jane John Joseph Julia "
+        "Kate Laura Lewis Louis Lucy Margaret Mark Martha Martin Mary Michael Nancy Oliver Paul Peter "
+        "Philip Rachel Ralph Richard Robert Rose Ruth Samuel Sarah Simon Stephen Susan Thomas Walter William",
+        "Mar Hol Ald Bren Cas Dor Els Fen Gar Hart Kel Lin Mor Nor Os Pen Quin Ros Sel Thorn Ul Ver Wes Yar",
+        "low win ric mund wick ley by ner lock man bert well",
+        "mere ford ton bury dale stead field port haven combe bridge church",
+    )
+)
+FILLER_SUBJECTS, FILLER_VERBS, FILLER_PLACES, FILLER_ENDS = (
+    tuple(parts.split("|"))
+    for parts in (
+        "The old miller|A young clerk|The widow|Her brother|The ferryman|A tired traveller|The schoolmaster|"
+        "The captain's wife|Every child in the street|The gardener|A stranger in a long coat|The innkeeper|"
+        "My uncle|The two sisters|Nobody in the village|The night watchman",
+        "walked slowly|sat for an hour|had often been seen|waited without a word|went back|stood in the rain|"
+        "used to sing|slept badly|worked until dark|looked about|told a long story|was always to be found|"
+        "stopped to rest|lost a glove|ate some bread and cheese|thought of other things",
+        "by the river|near the church|in the market|under the bridge|at the end of the lane|beside the fire|"
+        "on the road to the sea|behind the mill|in front of the inn|among the empty boxes|at the garden gate|"
+        "on the stairs|in the empty hall|over the hill|at the corner of the square|along the wall",
+        "|, as it was the custom|, and the bells began to ring|, although the evening was cold|"
+        ", for no reason at all| while the wind turned|, and said nothing more of it|"
+        ", before the lamps were lit| until the rain was over|, to the surprise of everyone|, with a basket on one arm|"
+        " when the shops had closed",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Fact:
 
     @property
     def question(self) -> str:
-        """Starts with two newlines and ends before the space of the answer, so pieces tokenise as the whole."""
+        """From newlines to before the answer's space, so that the pieces tokenise as the whole does."""
         return f"\n\nQuestion: What is the {self.attribute} of {self.subject}?\nAnswer:"
 
     @property
@@ -125,7 +126,7 @@ def sample_subject(rng: random.Random) -> str:
 
 
 def sample_facts(rng: random.Random, kind: str, num_facts: int, taken: set[str]) -> list[Fact]:
-    """Facts of one kind and one attribute, with distinct values and subjects; adds the subjects to `taken`."""
+    """Facts of one kind and attribute, with distinct values and subjects; the subjects join `taken`."""
     attribute = rng.choice(sorted(WORDS)) if kind == "word" else {"place": "home"}.get(kind, kind)
     facts: list[Fact] = []
     values: set[str] = set()
@@ -138,13 +139,15 @@ def sample_facts(rng: random.Random, kind: str, num_facts: int, taken: set[str])
     return facts
 
 
-def generated_filler(rng: random.Random, num_tokens: int, count_tokens: CountTokens = count_by_characters) -> str:
+def generated_filler(
+    rng: random.Random, num_tokens: int, count_tokens: CountTokens = count_by_characters
+) -> str:
     """About `num_tokens` (to half a sentence) of prose without names, numbers or any of the asked words."""
     sentences: list[str] = []
     left = num_tokens
     while True:
-        parts = [rng.choice(options) for options in (FILLER_SUBJECTS, FILLER_VERBS, FILLER_PLACES, FILLER_ENDS)]
-        sentence = " ".join(parts[:3]) + parts[3] + "."
+        parts = [rng.choice(options) for options in (FILLER_SUBJECTS, FILLER_VERBS, FILLER_PLACES)]
+        sentence = " ".join(parts) + rng.choice(FILLER_ENDS) + "."
         cost = count_tokens(" " + sentence)
         if left < cost / 2:
             return " ".join(sentences)

@@ -21,17 +21,17 @@ from lm_eval_kvpress.recall import (
 DISTANCES = (48, 64, 128, 512, 1500, 1800)
 
 
-def documents() -> list[RecallDocument]:
+def sample() -> list[RecallDocument]:
     return recall_documents(7, per_cell=6, distances=DISTANCES, kinds=KINDS)
 
 
 def test_same_seed_gives_the_same_document() -> None:
-    assert documents() == documents()
+    assert sample() == sample()
     assert recall_document(1, distance=128, kind="key") != recall_document(2, distance=128, kind="key")
 
 
 def test_asked_fact_stands_exactly_once_and_before_the_question() -> None:
-    for document in documents():
+    for document in sample():
         assert document.context.count(document.fact) == 1
         assert document.question not in document.context
         assert "Question" not in document.context
@@ -39,7 +39,7 @@ def test_asked_fact_stands_exactly_once_and_before_the_question() -> None:
 
 
 def test_choices_are_distinct_and_hold_the_answer_of_the_asked_fact() -> None:
-    for document in documents():
+    for document in sample():
         assert len(set(document.choices)) == NUM_CHOICES
         assert all(choice.startswith(" ") for choice in document.choices)
         assert document.fact.endswith(f"is{document.choices[document.answer]}.")
@@ -47,13 +47,13 @@ def test_choices_are_distinct_and_hold_the_answer_of_the_asked_fact() -> None:
 
 def test_every_choice_is_stated_in_the_context() -> None:
     """Knowing which values occur in the text must not be enough to answer."""
-    for document in documents():
+    for document in sample():
         for choice in document.choices:
             assert f" is{choice}." in document.context, (choice, document.context)
 
 
 def test_question_names_the_subject_of_the_fact() -> None:
-    for document in documents():
+    for document in sample():
         asked = document.question.split("What is the ")[1].split("?")[0]
         assert document.fact.startswith(f"The {asked} is ")
 
@@ -87,7 +87,8 @@ def test_counter_and_filler_of_the_caller_are_used() -> None:
 
 def test_answers_do_not_favour_a_position() -> None:
     """Chance is one in four for a scorer that always picks the same choice."""
-    answers = [document.answer for document in recall_documents(0, per_cell=250, distances=(64,), kinds=KINDS)]
+    documents = recall_documents(0, per_cell=250, distances=(64,), kinds=KINDS)
+    answers = [document.answer for document in documents]
     for index in range(NUM_CHOICES):
         assert abs(answers.count(index) / len(answers) - 0.25) < 0.05
 

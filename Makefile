@@ -1,0 +1,34 @@
+# Every target makes its own .venv first; on a fresh machine `make demo` or `make test` is the only command.
+.PHONY: demo test test-slow lint check clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+SUPPORTED := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+# The first interpreter of a supported version that can make environments; `make PYTHON=...` chooses another.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+	if $$python -c '$(SUPPORTED)' 2>/dev/null; then echo $$python; break; fi; done)
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+# The stamp comes last, so that an installation that broke off is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt lm_eval_kvpress/_startup.pth
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 with venv found: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

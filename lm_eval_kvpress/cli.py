@@ -1,0 +1,108 @@
+"""The command line: `lm-eval-kvpress COMMAND ...`, the same as `python -m lm_eval_kvpress COMMAND ...`.
+
+Thin: a table of commands, each imported when it is called, so that `--help` loads neither torch nor lm-eval.
+A command is a function that takes the arguments after its name and returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import TracebackType
+
+from lm_eval_kvpress import __version__
+
+BAD_INPUT = 2  # the exit status that argparse uses
+
+
+@dataclass(frozen=True)
+class Command:
+    target: str  # "module:function", imported when the command is called
+    help: str
+
+
+COMMANDS = {
+    "run": Command("lm_eval_kvpress.cli:run", "evaluate: lm-eval's own `run`, our models and tasks entered"),
+    "presses": Command("lm_eval_kvpress.cli:presses", "list the presses: name, arguments, needs, paper"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calls one command. Bad input that our own code finds is one line on stderr, without a traceback."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command not in COMMANDS:
+        near = get_close_matches(args.command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        parser.error(f"unknown command {args.command!r}; {hint}commands: {', '.join(COMMANDS)}")
+    module, _, function = COMMANDS[args.command].target.partition(":")
+    try:
+        status: int = getattr(importlib.import_module(module), function)(args.arguments)
+    except ValueError as error:
+        if not _raised_by_us(error.__traceback__):
+            raise
+        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return status
+
+
+def run(arguments: Sequence[str]) -> int:
+    """lm-eval's command line, after our models and tasks were entered explicitly, start-up file or not."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from lm_eval_kvpress import plugin
+
+    plugin.register_models()
+    plugin.include_tasks()
+    argv = sys.argv
+    sys.argv = ["lm_eval", "run", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def presses(arguments: Sequence[str]) -> int:
+    """Prints one line per press."""
+    argparse.ArgumentParser(
+        prog="lm-eval-kvpress presses", description="List the presses that --model_args press=NAME takes."
+    ).parse_args(arguments)
+    from lm_eval_kvpress.presses import list_presses
+
+    rows = [("press", "arguments and defaults", "needs", "paper")]
+    for press in list_presses():
+        defaults = " ".join(f"{name}={default}" for name, default in press.arguments.items())
+        rows.append((press.name, defaults or "-", press.needs or "-", press.paper or "-"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="lm-eval-kvpress",
+        description="Honest evaluation of KV-cache compression with lm-evaluation-harness and kvpress.",
+        epilog=f"commands:\n{listing}\n\nEach takes --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    """Whether the innermost frame is ours: a check of ours failed, rather than a library that we called."""
+    raised_in = ""
+    while traceback is not None:
+        raised_in = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return raised_in.partition(".")[0] == __package__

@@ -1,0 +1,80 @@
+"""What lm-eval is told about this package: the names of its models and the folder of its tasks.
+
+Uses public parts of lm-eval only (`model_registry.register`, the `include_path` of `TaskManager`) and is run
+by the import hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any
+number of times. It does not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+TaskPath = str | PathLike[str]
+
+# The same pairs as the entry points `lm_eval.models` in pyproject.toml; a test compares them.
+MODELS = {
+    "pythia-kvpress": "lm_eval_kvpress.adapter:PythiaKVPress",
+    "kvpress": "lm_eval_kvpress.adapter:KVPress",
+}
+
+
+def tasks_path() -> Path:
+    """The folder of our tasks: inside the package where a wheel put it, beside the package in a checkout.
+
+    Raises:
+        FileNotFoundError: if neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for path in (package / "tasks", package.parent / "tasks"):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(f"no folder 'tasks' in {package} or beside it: reinstall lm-eval-kvpress")
+
+
+def register_models() -> None:
+    """Enters our models into lm-eval's registry as lazy "module:Class" placeholders.
+
+    A name that is taken is left alone: an lm-eval that scans the entry points by itself was here before us.
+    """
+    import lm_eval.models  # noqa: F401  first lm-eval's own: it enters them only as long as the registry is empty
+    from lm_eval.api.registry import model_registry
+
+    for name, target in MODELS.items():
+        if name not in model_registry:
+            model_registry.register(name, target=target)
+
+
+def include_tasks() -> None:
+    """Lets every `TaskManager` that includes lm-eval's own tasks include ours as well."""
+    from lm_eval.tasks.manager import TaskManager
+
+    init = TaskManager.__init__
+    if hasattr(init, "includes_kvpress"):
+        return
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def init_with_our_tasks(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["include_defaults"]:
+            call.arguments["include_path"] = _with_our_tasks(call.arguments["include_path"])
+        init(*call.args, **call.kwargs)
+
+    init_with_our_tasks.includes_kvpress = True  # type: ignore[attr-defined]
+    TaskManager.__init__ = init_with_our_tasks
+
+
+def _with_our_tasks(include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:
+    """Our folder before the given ones, because later ones win; not twice if a given one holds it."""
+    if not include_path:
+        return [tasks_path()]
+    given: list[TaskPath] = list(include_path) if isinstance(include_path, list | tuple) else [include_path]
+    ours = tasks_path()
+    if any(ours.is_relative_to(Path(path).resolve()) for path in given):
+        return given
+    return [ours, *given]

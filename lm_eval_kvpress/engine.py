@@ -1,0 +1,169 @@
+"""A model that presses can act on: prefill under a press, and forwards with one attention mask per layer.
+
+Knows torch and the shape of a causal language model. Does not know text, lm-eval, or any press by name. `scoring` and
+`decoding` build on it; token ids go in, tensors come out.
+
+Two laws hold here, whatever the press:
+
+- **One mask per layer**, made from that layer's own length. A press such as PyramidKV leaves a different length in
+  every layer, and transformers builds a single mask from the first (transformers issue 35168).
+- **Logical positions.** New tokens go on counting where the context ended, not where the shortened cache ends.
+
+Letters in shape comments: B rows, T prefilled tokens, Q new tokens, H key-value heads, E hidden size, V vocabulary,
+N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from lm_eval_kvpress.cache import CompressedCache, LayerKV, empty_cache
+
+
+class Press(Protocol):
+    """What the engine needs of a press: a context manager over a model whose hooks compress during prefill."""
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[Any]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PressableModel:
+    """A causal language model together with how it is presented to kvpress.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        attentions: its attention modules in layer order.
+        presented: makes the context in which kvpress presses can hook the model.
+    """
+
+    model: PreTrainedModel
+    attentions: tuple[nn.Module, ...]
+    presented: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def num_query_heads(self) -> int:
+        return self.model.config.num_attention_heads
+
+    def empty_cache(self, batch: int) -> CompressedCache:
+        """A cache of ``batch`` contexts of which nothing has been prefilled."""
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return empty_cache(batch, len(self.attentions), heads, head_dim, self.model.get_input_embeddings().weight)
+
+    def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The last hidden states, ``(B, Q, E)``, without the head."""
+        return self.model.base_model(tokens, **kwargs).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits, ``(N, V)``, of hidden states ``(N, E)``."""
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.device)).float()
+
+
+@torch.inference_mode()
+def prefill(
+    model: PressableModel, tokens: torch.Tensor, press: Press | None, *, rerotates: bool = False
+) -> CompressedCache:
+    """Runs contexts of equal length through the model under a press.
+
+    Args:
+        tokens: ``(B, T)``, T >= 1; no padding, since no press knows about padding.
+        press: a kvpress press built for this length, or None.
+        rerotates: whether the press moves its keys to positions ``0..kept-1``.
+    """
+    batch, length = tokens.shape
+    cache = DynamicCache()
+    with model.presented(), press(model.model) if press is not None else nullcontext():
+        hidden = model.hidden_states(tokens.to(model.device), past_key_values=cache, use_cache=True)
+    layers = tuple(
+        LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
+        for attention, layer in zip(model.attentions, cache.layers, strict=True)
+    )
+    next_position = max(layer.num_entries for layer in layers) if rerotates else length
+    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, hidden[:, -1])
+
+
+@torch.inference_mode()
+def prefill_padded(model: PressableModel, contexts: Sequence[Sequence[int]]) -> CompressedCache:
+    """Runs contexts of any lengths through the model in one forward, without a press.
+
+    The padding stands on the right, where causal attention never sees it, and is hidden in the cache.
+    """
+    lengths = tuple(len(context) for context in contexts)
+    tokens = _right_padded(contexts).to(model.device)
+    cache = DynamicCache()
+    hidden = model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+    ends = torch.tensor(lengths, device=hidden.device)
+    hidden_entries = None
+    if min(lengths) != max(lengths):
+        hidden_entries = (torch.arange(tokens.shape[1], device=hidden.device) >= ends[:, None])[:, None]  # (B, 1, T)
+    layers = tuple(LayerKV(layer.keys, layer.values, _on(hidden_entries, layer.keys)) for layer in cache.layers)
+    last_hidden = hidden[torch.arange(len(lengths), device=hidden.device), ends - 1]
+    return CompressedCache(layers, lengths, lengths, last_hidden)
+
+
+def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
+    """The entries that a head-wise press evicted by masking, ``(B, H, T)``, taken off the module.
+
+    kvpress would overwrite these keys with fake ones at the next forward; here they go into the layer's own mask,
+    which is exact for any number of queries.
+    """
+    evicted = attention.__dict__.pop("masked_key_indices", None)
+    if evicted is None:
+        return None
+    hidden = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    hidden[tuple(index.to(keys.device) for index in evicted)] = True
+    return hidden
+
+
+def _on(mask: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor | None:
+    return None if mask is None else mask.to(tensor.device)
+
+
+def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def prefill_hidden(cache: CompressedCache) -> torch.Tensor:
+    assert cache.last_hidden is not None, "nothing was prefilled and nothing held back: no token predicts the first"
+    return cache.last_hidden
+
+
+@contextmanager
+def masked(attentions: Sequence[nn.Module], biases: Sequence[torch.Tensor | None]) -> Iterator[None]:
+    """Gives each attention module its own mask, whatever the model passes. ``biases`` is read at every forward."""
+
+    def hook_for(layer: int) -> Callable[..., Any]:
+        def set_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return args, {**kwargs, "attention_mask": biases[layer]}
+
+        return set_mask
+
+    hooks = [
+        attention.register_forward_pre_hook(hook_for(layer), with_kwargs=True)
+        for layer, attention in enumerate(attentions)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def placeholder_mask(model: PressableModel) -> torch.Tensor:
+    """A 4-D mask is passed on by transformers as it is, which spares building the one that `masked` replaces."""
+    return torch.zeros(1, 1, 1, 1, device=model.device)

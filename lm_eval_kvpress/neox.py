@@ -1,0 +1,222 @@
+"""Presents a GPTNeoX model (Pythia) to kvpress, without touching either library.
+
+Knows transformers' GPTNeoX module and the names that kvpress presses look for. Does not know any press, any text
+or lm-eval.
+
+Two things stand between GPTNeoX and kvpress, which was written for Llama-like models:
+
+1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. `prepare` rewrites the
+   Q and K rows of every fused projection once, in memory, to the order ``[rot first half, pass first half,
+   rot second half, pass second half]`` and pads the rotary frequencies with zeros. A rotation by a zero angle is
+   the identity, so attention logits are unchanged while every head now rotates over its full width.
+2. **Names.** `presented` lends the model, for the duration of a ``with`` block, the attributes and hook arguments
+   that kvpress expects (``model.model.layers[i].self_attn``, ``q_proj``, ``head_dim``, ``past_key_values`` ...).
+   Leaving the block, also by an exception, removes every one of them.
+
+The fused weight is head-major: ``(heads, 3, head_dim, hidden)``. Cutting it into contiguous thirds runs, and is wrong.
+
+Sources: transformers ``models/gpt_neox/modeling_gpt_neox.py``; kvpress ``presses/base_press.py``, ``utils.py``.
+Letters in shape comments: H heads, D head_dim, E hidden size, R rotated dims (R <= D).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
+
+_ABSENT = object()
+
+
+class ProjectionView:
+    """One of Q, K, V of a fused ``query_key_value``, callable like the ``nn.Linear`` that kvpress expects.
+
+    Reads the fused parameters at call time: it holds no weights, adds no parameters, and cannot go stale.
+
+    Args:
+        attention: the layer whose fused projection is viewed.
+        part: 0 for queries, 1 for keys, 2 for values.
+    """
+
+    def __init__(self, attention: GPTNeoXAttention, part: int) -> None:
+        self._attention = attention
+        self._part = part
+
+    def _rows(self, fused: torch.Tensor) -> torch.Tensor:
+        head_dim = self._attention.head_size
+        by_head = fused.view(-1, 3, head_dim, *fused.shape[1:])  # (H, 3, D, ...)
+        return by_head[:, self._part].reshape(-1, *fused.shape[1:])  # (H * D, ...)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The projection's weight, shape ``(H * D, E)``."""
+        return self._rows(self._attention.query_key_value.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The projection's bias, shape ``(H * D,)``, or None."""
+        bias = self._attention.query_key_value.bias
+        return None if bias is None else self._rows(bias)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., E)`` to ``(..., H * D)``, before RoPE."""
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+def attention_modules(model: GPTNeoXForCausalLM) -> tuple[nn.Module, ...]:
+    """The attention modules, in layer order."""
+    return tuple(layer.attention for layer in model.gpt_neox.layers)
+
+
+def is_prepared(model: GPTNeoXForCausalLM) -> bool:
+    """Whether every head of the model rotates over its full width."""
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    return model.gpt_neox.rotary_emb.inv_freq.numel() == head_dim // 2
+
+
+def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:
+    """The order of a head's rows after the change of basis, shape ``(D,)``.
+
+    ``rotate_half`` over the whole head pairs dim ``i`` with ``i + D / 2``; the order puts the two halves that partial
+    RoPE pairs with each other at just that distance, and fills up with dims that are not rotated.
+    """
+    dims = torch.arange(head_dim)
+    rotated, passed = dims[:rotary_dims], dims[rotary_dims:]
+    half_rotated, half_passed = rotary_dims // 2, (head_dim - rotary_dims) // 2
+    return torch.cat([rotated[:half_rotated], passed[:half_passed], rotated[half_rotated:], passed[half_passed:]])
+
+
+@torch.no_grad()
+def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
+    """Changes the basis of Q and K in memory so that RoPE covers whole heads. Idempotent; returns the model.
+
+    Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
+
+    Raises:
+        ValueError: if the rotary embedding or the weights are of a kind for which this is not exact.
+    """
+    if is_prepared(model):
+        return model
+    rotary, config = model.gpt_neox.rotary_emb, model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    rotary_dims = 2 * rotary.inv_freq.numel()
+    _check_basis_change(model, head_dim, rotary_dims)
+    order = full_width_order(head_dim, rotary_dims)
+    for attention in attention_modules(model):
+        _reorder_rows(attention.query_key_value, order, head_dim)
+    for name in ("inv_freq", "original_inv_freq"):
+        frequencies = getattr(rotary, name)
+        padding = frequencies.new_zeros(head_dim // 2 - frequencies.numel())
+        setattr(rotary, name, torch.cat([frequencies, padding]))
+    return model
+
+
+def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: int) -> None:
+    rotary = model.gpt_neox.rotary_emb
+    if rotary.attention_scaling != 1.0 or rotary.rope_type not in ("default", "linear"):
+        raise ValueError(
+            f"rope_type '{rotary.rope_type}' rescales or recomputes the rotary frequencies, which partial RoPE over "
+            "whole heads cannot follow; use a checkpoint with default or linear RoPE"
+        )
+    if head_dim % 2 or rotary_dims % 2:
+        raise ValueError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
+    for attention in attention_modules(model):
+        weight = attention.query_key_value.weight
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                f"query_key_value of layer {attention.layer_idx} is {weight.dtype} on {weight.device}: "
+                "quantised or offloaded weights cannot be reordered; load the model in 16 or 32 bit"
+            )
+
+
+def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> None:
+    order = order.to(projection.weight.device)
+    for fused in (projection.weight, projection.bias):
+        if fused is None:
+            continue
+        by_head = fused.data.view(-1, 3, head_dim, *fused.shape[1:])  # (H, 3, D, ...)
+        by_head[:, :2] = by_head[:, :2, order]  # Q and K; V stays as it is
+
+
+@contextmanager
+def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
+    """Lends a prepared model the names and hook arguments that kvpress presses use; takes them back on exit."""
+    if not is_prepared(model):
+        raise ValueError("the model is not prepared: call neox.prepare(model) first")
+    config, attentions = model.config, attention_modules(model)
+    head_dim = config.hidden_size // config.num_attention_heads
+    base = SimpleNamespace(
+        layers=[SimpleNamespace(self_attn=attention) for attention in attentions],
+        rotary_emb=model.gpt_neox.rotary_emb,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(_without_untested_warning())
+        stack.enter_context(_lent(model, model=base))
+        stack.enter_context(_lent(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
+        for attention in attentions:
+            stack.enter_context(_lent_to_attention(attention, head_dim))
+        yield model
+
+
+@contextmanager
+def _without_untested_warning() -> Iterator[None]:
+    """kvpress warns at every prefill that it has not tested the model class; here this project's tests have."""
+    logger = logging.getLogger("kvpress.presses.base_press")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "not tested, supported models" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+@contextmanager
+def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int) -> Iterator[None]:
+    hook = attention.register_forward_pre_hook(_llama_style_arguments, with_kwargs=True)
+    names = {
+        "head_dim": head_dim,
+        "num_key_value_groups": 1,
+        "q_proj": ProjectionView(attention, 0),
+        "k_proj": ProjectionView(attention, 1),
+        "v_proj": ProjectionView(attention, 2),
+        "o_proj": attention.dense,
+    }
+    try:
+        with _lent(attention, **names):
+            yield
+    finally:
+        hook.remove()
+        # kvpress hangs the shared rotary embedding on every attention and never takes it down.
+        attention._modules.pop("rotary_emb", None)
+
+
+def _llama_style_arguments(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """GPTNeoX passes hidden states by position and the cache as ``layer_past``; presses read both by Llama's names."""
+    (hidden_states,) = args
+    return (), {**kwargs, "hidden_states": hidden_states, "past_key_values": kwargs.get("layer_past")}
+
+
+@contextmanager
+def _lent(owner: object, **names: object) -> Iterator[None]:
+    """Sets plain instance attributes (never registered as submodules or parameters) and restores what was there."""
+    before = {name: owner.__dict__.get(name, _ABSENT) for name in names}
+    owner.__dict__.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value

@@ -1,0 +1,197 @@
+"""Scores continuations through a compressed cache, teacher-forced. Token ids in, log-probabilities out.
+
+Does not know text, lm-eval or presses. The continuations of a context are packed behind each other in one row, each
+allowed to see the cache, the shared held-back tokens and itself: a tree of depth two. No row of the cache is ever
+repeated, and the cache is left as it was.
+
+Letters in shape comments: B rows, Q packed new tokens, E hidden size, V vocabulary, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+
+from lm_eval_kvpress.cache import CompressedCache, attention_bias, reading_cache
+from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
+
+HEAD_CHUNK_BYTES = 64 * 2**20
+"""At most so many bytes of fp32 logits are alive at once."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The new tokens of one context.
+
+    Attributes:
+        query: the held-back end of the context, fed after compression. May be empty (``query_tokens=0``): then the
+            first token of every branch is predicted by the prefill, that is from the full cache.
+        branches: the continuations to score, each with at least one token.
+    """
+
+    query: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class BranchScore:
+    """One scored continuation.
+
+    Attributes:
+        logprobs: the log-probability of each token in nats.
+        is_greedy: whether every token is the most likely one.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
+    """Scores every branch of every pack, teacher-forced, through the compressed cache of its row.
+
+    Returns:
+        one list per pack with one `BranchScore` per branch, in order.
+    """
+    assert len(packs) == len(cache.num_seen), f"{len(packs)} packs for {len(cache.num_seen)} rows"
+    layout = _Layout.of(packs)
+    if layout.tokens.shape[1] == 0:  # one-token branches straight from the prefill
+        hidden = prefill_hidden(cache)[:, None]
+    elif cache.is_empty and all(len(pack.branches) == 1 for pack in packs):
+        hidden = model.hidden_states(layout.tokens.to(model.device), use_cache=False)  # plain causal: no mask, no cache
+    else:
+        hidden = _forward(model, reading_cache(cache), cache, layout)
+    if any(not pack.query for pack in packs) and layout.tokens.shape[1]:
+        hidden = torch.cat([hidden, prefill_hidden(cache)[:, None]], dim=1)
+    return layout.regroup(*_log_probabilities(model, hidden, layout))
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How packs lie in a padded batch.
+
+    Attributes:
+        tokens, offsets, segments: ``(B, Q)``: ids; distance from the row's next position; 0 for the query, 1.. for the
+            branches, -1 for padding.
+        rows, sources, targets: ``(N,)``: each scored token's row, the column whose hidden state predicts it (Q stands
+            for the prefill's last hidden state), and its id.
+        lengths: per pack, the lengths of its branches.
+    """
+
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    segments: torch.Tensor
+    rows: torch.Tensor
+    sources: torch.Tensor
+    targets: torch.Tensor
+    lengths: list[list[int]]
+
+    @classmethod
+    def of(cls, packs: Sequence[Pack]) -> _Layout:
+        tokens: list[list[int]] = []
+        offsets: list[list[int]] = []
+        segments: list[list[int]] = []
+        rows: list[int] = []
+        sources: list[int] = []
+        targets: list[int] = []
+        width = max(len(p.query) + sum(len(b) - 1 for b in p.branches) for p in packs)
+        for row, pack in enumerate(packs):
+            held = len(pack.query)
+            ids, places, owners = list(pack.query), list(range(held)), [0] * held
+            for owner, branch in enumerate(pack.branches, start=1):
+                assert branch, "a branch without tokens"
+                first = held - 1 if held else width
+                sources += [first, *range(len(ids), len(ids) + len(branch) - 1)]
+                targets += branch
+                rows += [row] * len(branch)
+                ids += branch[:-1]
+                places += range(held, held + len(branch) - 1)
+                owners += [owner] * (len(branch) - 1)
+            padding = width - len(ids)
+            tokens.append(ids + [0] * padding)
+            offsets.append(places + [0] * padding)
+            segments.append(owners + [-1] * padding)
+        grids = (torch.tensor(grid, dtype=torch.long).view(len(packs), width) for grid in (tokens, offsets, segments))
+        ends = (torch.tensor(column, dtype=torch.long) for column in (rows, sources, targets))
+        return cls(*grids, *ends, [[len(branch) for branch in pack.branches] for pack in packs])
+
+    def visible(self) -> torch.Tensor:
+        """``(B, Q, Q)``: a token sees the query and its own branch, up to itself."""
+        owner, other = self.segments[:, :, None], self.segments[:, None, :]
+        width = self.segments.shape[1]
+        earlier = torch.ones(width, width, dtype=torch.bool).tril()
+        return ((other == 0) | (other == owner)) & earlier
+
+    def regroup(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> list[list[BranchScore]]:
+        """Cuts ``(N,)`` results back into packs and branches."""
+        values, flags = logprobs.tolist(), greedy.tolist()
+        place, packs = 0, []
+        for lengths in self.lengths:
+            branches = []
+            for length in lengths:
+                end = place + length
+                branches.append(BranchScore(tuple(values[place:end]), all(flags[place:end])))
+                place = end
+            packs.append(branches)
+        return packs
+
+
+def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layout: _Layout) -> torch.Tensor:
+    """Hidden states ``(B, Q, E)`` of the packed tokens over the cache."""
+    next_position = torch.tensor(cache.next_position)[:, None]
+    biases = _layer_biases(model, cache, layout.visible().to(model.device))
+    with masked(model.attentions, biases):
+        return model.hidden_states(
+            layout.tokens.to(model.device),
+            position_ids=(layout.offsets + next_position).to(model.device),
+            past_key_values=reader,
+            attention_mask=placeholder_mask(model),
+            use_cache=True,
+        )
+
+
+def _layer_biases(model: PressableModel, cache: CompressedCache, visible: torch.Tensor) -> list[torch.Tensor | None]:
+    """One additive mask per layer; layers that kept the same number of entries and hide none share one."""
+    shared: dict[tuple[int, torch.device], torch.Tensor | None] = {}
+    biases = []
+    for layer in cache.layers:
+        key = (layer.num_entries, layer.keys.device)
+        if layer.hidden is not None:
+            bias = attention_bias(layer, visible.to(layer.keys.device), layer.keys.dtype, model.num_query_heads)
+        elif key in shared:
+            bias = shared[key]
+        else:
+            bias = attention_bias(layer, visible.to(layer.keys.device), layer.keys.dtype, model.num_query_heads)
+            shared[key] = bias
+        biases.append(bias)
+    return biases
+
+
+def _log_probabilities(
+    model: PressableModel, hidden: torch.Tensor, layout: _Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and greediness, ``(N,)`` each, of the scored tokens; the head runs once per predicting position.
+
+    Never keeps more than `HEAD_CHUNK_BYTES` of logits.
+    """
+    width = hidden.shape[1]
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), layout.targets.to(hidden.device)
+    places = (layout.rows * width + layout.sources).to(hidden.device)
+    positions, inverse = torch.unique(places, return_inverse=True)
+    order = torch.argsort(inverse)
+    logprobs = torch.empty(len(targets), dtype=torch.float32)
+    greedy = torch.empty(len(targets), dtype=torch.bool)
+    step = max(1, HEAD_CHUNK_BYTES // (4 * model.model.config.vocab_size))
+    starts = torch.searchsorted(inverse[order], torch.arange(0, len(positions) + step, step, device=inverse.device))
+    for chunk, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        logits = model.logits(flat[positions[chunk * step : (chunk + 1) * step]])  # (chunk, V)
+        members = order[begin:end]
+        rows, wanted = (inverse[members] - chunk * step).to(logits.device), targets[members].to(logits.device)
+        normalizer = logits.logsumexp(dim=-1)
+        members = members.cpu()
+        logprobs[members] = (logits[rows, wanted] - normalizer[rows]).cpu()
+        greedy[members] = (logits.argmax(dim=-1)[rows] == wanted).cpu()
+    return logprobs, greedy

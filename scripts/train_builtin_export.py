@@ -1,0 +1,125 @@
+"""Turns the checkpoint of a run into what ships: bfloat16 weights, tokenizer, config, curve, model card."""
+
+import csv
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from transformers import GPTNeoXForCausalLM
+
+from eval_builtin import LONG_CONTEXT, Figures, measure, perplexity_table, read_texts, recall_table
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+language: en
+---
+# The built-in checkpoint of lm-eval-kvpress
+
+A GPTNeoX of {num_parameters:,} parameters: {num_layers} layers, hidden size {hidden_size}, {num_heads} heads
+of {head_size} (a quarter of each rotated), untied head, 2,048 positions, and its own byte-level BPE tokenizer
+of {vocab_size:,} entries. It was trained so that presses can be compared on a machine with no network and no
+GPU: it uses what stands far back in its context, and finds facts there that it is asked for. It is an
+instrument for measuring cache compression, and no use as a language model.
+
+- Trained on {tokens:,} tokens in {hours:.2f} hours on {hardware}, seed {seed}: public-domain books
+  (Project Gutenberg, before 1919), segments that repeat, and generated recall documents
+  (`lm_eval_kvpress/recall.py`).
+- Made by `scripts/train_builtin.py`; what was tried, with figures, is in `docs/LOG.md`.
+- Weights are bfloat16 in safetensors. The figures below were measured on them, in float32, with no press.
+
+## Perplexity by context
+
+{num_scored_tokens:,} tokens of {held_out}, never trained on. The same tokens are predicted with each length
+of context: with {long_context} tokens perplexity is {gain:.1f} % lower than with 64.
+
+{perplexity_table}
+
+## Recall by distance
+
+{num_documents} documents for each distance and filler, of a seed never trained on; distance is the number of
+tokens between the fact and the question. *Accuracy*: among four choices (chance 0.25). *Exact*: greedy
+decoding gives the answer. The facts stand amid generated sentences or amid the held-out text.
+
+{recall_table}
+"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says of the training."""
+
+    tokens: int
+    hours: float
+    hardware: str
+    seed: int
+
+
+def hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
+def export(
+    folder: Path,
+    model: GPTNeoXForCausalLM,
+    held_out: Path,
+    *,
+    facts: Facts,
+    documents_per_cell: int,
+    device: str,
+) -> None:
+    """Writes folder/export, folder/figures.json and folder/loss.png; `model` holds the trained weights."""
+    target = folder / "export"
+    model.bfloat16().save_pretrained(target)
+    for file in (folder / "tokenizer").iterdir():
+        shutil.copy(file, target)
+    draw_losses(folder / "loss.csv", folder / "loss.png")
+    figures = measure(target, read_texts(held_out), per_text=4, per_cell=documents_per_cell, device=device)
+    (folder / "figures.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
+    (target / "README.md").write_text(card(model, figures, facts, held_out), encoding="utf-8")
+
+
+def card(model: GPTNeoXForCausalLM, figures: Figures, facts: Facts, held_out: Path) -> str:
+    config = model.config
+    assert config.hidden_size and config.num_attention_heads  # optional in transformers' types alone
+    known = {
+        "test.jsonl": "the 17 books of the PG-19 test split",
+        "held_out.txt": "the last books of the corpus",
+    }
+    return CARD.format(
+        num_parameters=model.num_parameters(),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        head_size=config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        num_scored_tokens=figures.num_scored_tokens,
+        held_out=known.get(held_out.name, held_out.name),
+        long_context=LONG_CONTEXT,
+        gain=100 * figures.gain,
+        perplexity_table=perplexity_table(figures),
+        num_documents=figures.num_documents,
+        recall_table=recall_table(figures),
+        **asdict(facts),
+    )
+
+
+def draw_losses(losses: Path, picture: Path) -> None:
+    """The loss over tokens, one dot per step and a running mean; stages show as jumps, since rows differ."""
+    with losses.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    tokens = [int(row["tokens"]) / 1e6 for row in rows]
+    values = [float(row["loss"]) for row in rows]
+    width = max(1, len(values) // 100)
+    means = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="million tokens", ylabel="training loss (nats per token)")
+    axes.plot(tokens, values, ".", markersize=1, color="0.75", label="step")
+    axes.plot(tokens, means, color="C0", label=f"mean of {width} steps")
+    axes.legend()
+    figure.savefig(picture, dpi=120)

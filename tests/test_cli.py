@@ -1,0 +1,153 @@
+"""The command line: dispatch, one-line errors, and the stock command line behind `run`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_kvpress import __version__, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presses", "--help"], ["no-such-command"]])
+def test_help_loads_neither_torch_nor_lm_eval(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom lm_eval_kvpress.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "loaded = {'torch', 'transformers', 'lm_eval', 'kvpress'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def test_module_and_version() -> None:
+    command = [sys.executable, "-m", "lm_eval_kvpress", "--version"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, f"lm-eval-kvpress {__version__}\n")
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    listed = [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line.split()
+    ]
+    assert set(cli.COMMANDS) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["pressses"], "did you mean 'presses'?"),
+        (["zzz"], f"commands: {', '.join(cli.COMMANDS)}"),
+        (["--no-such-option", "run"], "--no-such-option"),
+        (["presses", "knorm"], "unrecognized arguments: knorm"),
+    ],
+)
+def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr()
+    assert message in error.err and error.out == ""
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_can_be_imported(name: str) -> None:
+    module, _, function = cli.COMMANDS[name].target.partition(":")
+    pytest.importorskip(module)
+    assert callable(getattr(sys.modules[module], function))
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """lm-eval's own entry point replaced by one that takes down its command line."""
+    import lm_eval.__main__
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: calls.append(list(sys.argv)))
+    return calls
+
+
+def test_run_hands_everything_to_lm_eval(stock: list[list[str]]) -> None:
+    from lm_eval.api.registry import model_registry
+
+    argv = list(sys.argv)
+    arguments = ["--model", "pythia-kvpress", "--model_args", "press=snapkv", "--include_path", "x", "--help"]
+    assert cli.main(["run", *arguments]) == 0
+    assert stock == [["lm_eval", "run", *arguments]]
+    assert sys.argv == argv
+    assert "pythia-kvpress" in model_registry
+
+
+def test_run_restores_the_command_line_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.__main__
+
+    def stop() -> None:
+        raise SystemExit(3)
+
+    argv = list(sys.argv)
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run"])
+    assert stopped.value.code == 3
+    assert sys.argv == argv
+
+
+def command_of(monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> None:
+    """Enters a command `bad` whose function `command(arguments)` has `source` for its body, in a module `name`."""
+    module = types.ModuleType(name)
+    exec(f"def command(arguments):\n    {source}", vars(module))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(cli.COMMANDS, "bad", cli.Command(f"{name}:command", "a bad one"))
+
+
+def test_our_value_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command_of(monkeypatch, "lm_eval_kvpress.imagined", "raise ValueError('unknown press: do this')")
+    assert cli.main(["bad"]) == 2
+    assert capsys.readouterr().err == "lm-eval-kvpress bad: unknown press: do this\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    command_of(monkeypatch, "a_library", "raise ValueError('a defect')")
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["bad"])
+    command_of(monkeypatch, "lm_eval_kvpress.imagined", "raise KeyError('a defect')")
+    with pytest.raises(KeyError, match="a defect"):
+        cli.main(["bad"])
+
+
+def test_presses_prints_one_aligned_row_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        types.SimpleNamespace(name="none", arguments={}, needs="", paper=""),
+        types.SimpleNamespace(
+            name="snapkv", arguments={"compression_ratio": 0.5, "window_size": 64}, needs="x", paper="arXiv"
+        ),
+    ]
+    module: Any = types.ModuleType("lm_eval_kvpress.presses")
+    module.list_presses = lambda: rows
+    monkeypatch.setitem(sys.modules, "lm_eval_kvpress.presses", module)
+    assert cli.main(["presses"]) == 0
+    head, none, snapkv = capsys.readouterr().out.splitlines()
+    assert none.split() == ["none", "-", "-", "-"]
+    assert snapkv.split() == ["snapkv", "compression_ratio=0.5", "window_size=64", "x", "arXiv"]
+    needs = head.index("needs")
+    assert (none[needs], snapkv[needs]) == ("-", "x")
+
+
+def test_presses_lists_the_presses_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    presses = pytest.importorskip("lm_eval_kvpress.presses")
+    assert cli.main(["presses"]) == 0
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert printed == [press.name for press in presses.list_presses()]
+    assert {"none", "snapkv", "streaming_llm", "pyramidkv", "random"} <= set(printed)

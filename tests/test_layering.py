@@ -1,0 +1,112 @@
+"""The rooms of the package and what each may import. Imports run downward only; each library has few owners.
+
+A new module needs a line here: that is where one decides what it may know.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lm_eval_kvpress"
+
+# Room -> the rooms and libraries that it may import, inside functions as well; the standard library is free.
+MAY_IMPORT: dict[str, set[str]] = {
+    # layer 0: nothing of ours
+    "__init__": set(),
+    "presses": {"kvpress", "torch", "transformers"},
+    "neox": {"torch", "transformers"},
+    "native": {"torch", "transformers"},
+    "plan": set(),
+    "cache": {"torch", "transformers"},
+    "telemetry": {"torch"},
+    "recall": set(),
+    "results": {"matplotlib"},
+    "plugin": {"lm_eval"},
+    # layer 1
+    "engine": {"cache", "plan", "telemetry", "torch", "transformers"},
+    "scoring": {"engine", "cache", "plan", "telemetry", "torch", "transformers"},
+    "decoding": {"engine", "cache", "plan", "telemetry", "torch", "transformers"},
+    "arguments": {"presses", "lm_eval"},
+    "_startup": {"plugin"},
+    # layer 2
+    "adapter": {
+        *("arguments", "presses", "neox", "native", "plan", "cache", "telemetry", "engine", "scoring", "decoding"),
+        *("lm_eval", "torch", "transformers"),
+    },
+    # layer 3
+    "cli": {"adapter", "presses", "results", "plugin", "lm_eval"},
+    "__main__": {"cli"},
+}
+
+# Library (or part of one) -> the only rooms that import it.
+OWNERS = {
+    "kvpress": {"presses"},
+    "lm_eval": {"adapter", "arguments", "plugin", "cli"},
+    "matplotlib": {"results"},
+    "transformers.models": {"neox"},
+}
+
+ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that `path` imports anywhere, relative names resolved, less the standard library."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [f"{PACKAGE.name}.{node.module or alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
+            names = [f"{PACKAGE.name}.{alias.name}" for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        yield from (name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
+
+
+def our_rooms(room: str) -> set[str]:
+    prefix = f"{PACKAGE.name}."
+    return {name.removeprefix(prefix).partition(".")[0] for name in imports(PACKAGE / f"{room}.py") if prefix in name}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_what_it_may(room: str) -> None:
+    assert room in MAY_IMPORT, f"say in MAY_IMPORT what the new module {room!r} may import"
+    prefix = f"{PACKAGE.name}."
+    found = {name.removeprefix(prefix).partition(".")[0] for name in imports(PACKAGE / f"{room}.py")}
+    assert found - MAY_IMPORT[room] == set()
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_library_is_imported_by_its_owners_only(library: str) -> None:
+    users = {
+        room
+        for room in ROOMS
+        for name in imports(PACKAGE / f"{room}.py")
+        if name == library or name.startswith(f"{library}.")
+    }
+    assert users - OWNERS[library] == set()
+
+
+def test_no_room_imports_itself_in_a_circle() -> None:
+    TopologicalSorter({room: our_rooms(room) for room in ROOMS}).prepare()
+
+
+def test_every_imported_library_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml: Python 3.11 and later")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    declared = {re.split(r"[\s\[<>=~!;]", requirement)[0].replace("-", "_").lower() for requirement in required}
+    files = [path for folder in (PACKAGE, ROOT / "tasks", ROOT / "scripts") for path in folder.rglob("*.py")]
+    imported = {name.partition(".")[0] for path in files for name in imports(path)}
+    own = {PACKAGE.name, *(path.stem for path in files)}
+    assert imported - own - declared == set()

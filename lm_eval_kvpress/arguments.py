@@ -1,0 +1,185 @@
+"""Model arguments to checked settings: every mistake is found here, in one line, before any weight is read.
+
+Knows the names that lm-eval's ``HFLM`` and transformers' ``from_pretrained`` take. Does not know engines or tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_kvpress.presses import PressSpec, parse_press, press_argument_names
+
+ROLLING = ("prefix", "one_pass")
+SHORT_CONTEXT = ("keep", "shrink", "error")
+BUILTIN = "builtin"
+
+LOADING_ARGUMENTS = frozenset(
+    {
+        *("attn_implementation", "cache_dir", "code_revision", "device_map", "force_download", "local_files_only"),
+        *("low_cpu_mem_usage", "max_memory", "offload_state_dict", "token", "use_safetensors", "variant"),
+    }
+)
+"""What ``from_pretrained`` takes beyond the named arguments of ``HFLM``."""
+
+
+class UsageError(ValueError):
+    """A mistake in what the user typed: its text is one line that says what is wrong and what to do."""
+
+
+def print_usage_errors_in_one_line() -> None:
+    """In a command-line program, ends on a `UsageError` with its one line instead of a traceback."""
+    previous = sys.excepthook
+    if getattr(previous, "prints_usage_errors", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, UsageError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    hook.prints_usage_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress and how to score.
+
+    Attributes:
+        press: what compresses the cache, with all its arguments.
+        query_tokens: last tokens of a context that are held back and fed after compression. 0 predicts the first
+            continuation token from the full cache, as most scripts do.
+        rolling: protocol of ``loglikelihood_rolling``, one of `ROLLING`.
+        rolling_context, rolling_score: tokens prefilled and scored per window of ``prefix``; None is half of
+            ``max_length``, or what the other one leaves if that is less.
+        short_context: what happens to contexts shorter than the press needs, one of `SHORT_CONTEXT`.
+        allow_extrapolation: whether ``max_length`` may exceed the model's trained positions.
+    """
+
+    press: PressSpec
+    query_tokens: int = 1
+    rolling: str = "prefix"
+    rolling_context: int | None = None
+    rolling_score: int | None = None
+    short_context: str = "keep"
+    allow_extrapolation: bool = False
+
+    def rolling_window(self, max_length: int) -> tuple[int, int]:
+        """``(context, score)`` tokens of the ``prefix`` protocol.
+
+        Raises:
+            UsageError: if they do not fit into ``max_length``.
+        """
+        half = max_length // 2
+        context = self.rolling_context or min(half, max_length - (self.rolling_score or half))
+        score = self.rolling_score or min(half, max_length - context)
+        if context < 1 or score < 1 or context + score > max_length:
+            raise UsageError(
+                f"rolling_context={context} + rolling_score={score} exceed max_length={max_length}: "
+                "make one of them smaller, or raise max_length if the model has the positions"
+            )
+        if context <= self.query_tokens:
+            raise UsageError(
+                f"rolling_context={context} leaves nothing to compress after query_tokens={self.query_tokens} are "
+                "held back: raise rolling_context or lower query_tokens"
+            )
+        return context, score
+
+
+def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Splits model arguments into `Settings` and what goes on to ``HFLM``.
+
+    Raises:
+        UsageError: for an unknown name (a near one is suggested) or a wrong value.
+    """
+    rest = dict(arguments)
+    try:
+        name = str(rest.pop("press", "none"))
+        of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
+        press = parse_press(name, of_press)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    own = {field: rest.pop(field) for field in Settings.__dataclass_fields__ if field != "press" and field in rest}
+    settings = Settings(press, **{key: _checked(key, value) for key, value in own.items()})
+    _refuse_unknown(rest, press_argument_names(name), name)
+    _settle_attention(settings.press, rest)
+    return settings, rest
+
+
+def _checked(key: str, value: Any) -> Any:
+    choices = {"rolling": ROLLING, "short_context": SHORT_CONTEXT}.get(key)
+    if choices is not None:
+        if value not in choices:
+            raise UsageError(f"{key}={value} is not known: choose one of {', '.join(choices)}")
+        return value
+    if key == "allow_extrapolation":
+        if not isinstance(value, bool):
+            raise UsageError(f"{key}={value} must be true or false")
+        return value
+    lowest = 0 if key == "query_tokens" else 1
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+        raise UsageError(f"{key}={value} must be a whole number")
+    if value < lowest:
+        raise UsageError(f"{key}={value} must be at least {lowest}")
+    return int(value)
+
+
+def _hflm_arguments() -> set[str]:
+    return {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
+
+
+def _refuse_unknown(rest: Mapping[str, Any], of_press: frozenset[str], press: str) -> None:
+    own = set(Settings.__dataclass_fields__)
+    known = own | of_press | _hflm_arguments() | LOADING_ARGUMENTS
+    for key in rest:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UsageError(
+            f"unknown argument '{key}': {hint}press={press} takes {', '.join(sorted(of_press)) or 'none'}; the model "
+            f"takes {', '.join(sorted(own))} and what lm-eval's hf model takes"
+        )
+    if rest.get("softmax_dtype") not in (None, "float32"):
+        raise UsageError("softmax_dtype: log-probabilities are always computed in float32 here; leave it out")
+
+
+def _settle_attention(press: PressSpec, rest: dict[str, Any]) -> None:
+    """Sets the attention implementation that the press needs; refuses one that it, or the engine, cannot serve."""
+    asked, needed = rest.get("attn_implementation"), press.attn_implementation
+    if asked not in (None, "sdpa", "eager"):
+        raise UsageError(
+            f"attn_implementation={asked} takes no mask per layer, which compressed caches of different lengths need: "
+            "use sdpa or eager"
+        )
+    if needed and asked and asked != needed:
+        raise UsageError(f"press={press.name} needs attn_implementation={needed}, not {asked}: leave the argument out")
+    rest["attn_implementation"] = asked or needed or "sdpa"
+
+
+def resolve_pretrained(pretrained: str) -> str:
+    """The folder or hub name to load: ``builtin`` is the checkpoint that ships with this package.
+
+    Raises:
+        UsageError: if a path does not exist.
+    """
+    if pretrained == BUILTIN:
+        folder = Path(__file__).parent / "builtin"
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"this installation has no built-in checkpoint in {folder}: reinstall lm-eval-kvpress")
+        return str(folder)
+    looks_like_path = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
+    if looks_like_path and not Path(pretrained).expanduser().is_dir():
+        raise UsageError(f"pretrained={pretrained}: there is no such folder")
+    return str(Path(pretrained).expanduser()) if looks_like_path else pretrained

@@ -1,0 +1,160 @@
+"""Contexts to compressed caches: which contexts a press runs on, in which groups, and what it kept of each.
+
+Knows a `PressSpec` and the engine. Does not know text or lm-eval.
+
+Batches never mix padding into a press: contexts are prefilled in groups of equal length and become a ragged batch
+only after compression. Contexts on which no press runs share one padded prefill.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from lm_eval_kvpress.cache import CompressedCache, stack
+from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
+from lm_eval_kvpress.presses import PressSpec
+from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
+
+Tokens = tuple[int, ...]
+
+
+class ShortContextError(ValueError):
+    """A context is shorter than the press needs, and the user asked for an error."""
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedBatch:
+    """A ragged batch, ready to be scored or decoded.
+
+    Attributes:
+        cache: one row per context.
+        queries: the held-back end of each context.
+        pressed: whether the press ran, per context.
+    """
+
+    cache: CompressedCache
+    queries: list[Tokens]
+    pressed: list[bool]
+
+
+class Compressor:
+    """Prefills contexts under one press and keeps the totals of what was kept.
+
+    Args:
+        model: the model, presentable to kvpress.
+        press: the press and its arguments.
+        query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
+        short_context: ``keep``, ``shrink`` or ``error``.
+        totals: per task, filled in here.
+    """
+
+    def __init__(
+        self,
+        model: PressableModel,
+        press: PressSpec,
+        *,
+        query_tokens: int,
+        short_context: str,
+        totals: dict[str, TaskTotals],
+    ) -> None:
+        self._model, self._press = model, press
+        self._query_tokens, self._short_context = query_tokens, short_context
+        self._totals = totals
+
+    def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
+        """Under ``short_context=error``, refuses contexts that are too short, before any work.
+
+        Raises:
+            ShortContextError: naming the first one.
+        """
+        if self._short_context != "error" or self._press.is_none:
+            return
+        for context in contexts:
+            length = max(0, len(context) - self._query_tokens)
+            if length < self._press.min_context():
+                raise ShortContextError(
+                    f"a context of {length} prefilled tokens is shorter than the {self._press.min_context()} that "
+                    f"press={self._press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
+                    "them, short_context=shrink shrinks the press's window"
+                )
+
+    def compress(self, contexts: Sequence[Tokens], tasks: Sequence[str]) -> CompressedBatch:
+        """Prefills all but the held-back end of each context, under the press wherever it runs."""
+        ends = [max(0, len(context) - self._query_tokens) for context in contexts]
+        heads = [context[:end] for context, end in zip(contexts, ends, strict=True)]
+        order: list[int] = []
+        caches: list[CompressedCache] = []
+        for rows, cache, pressed in self._prefilled(heads):
+            self._record([tasks[row] for row in rows], cache, pressed)
+            order += rows
+            caches.append(cache)
+        cache = stack(caches)
+        if order != list(range(len(contexts))):
+            cache = cache.select([order.index(row) for row in range(len(contexts))])
+        queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
+        return CompressedBatch(cache, queries, [self._runs_on(end) for end in ends])
+
+    def _runs_on(self, length: int) -> bool:
+        if self._press.is_none or length == 0:
+            return False
+        return length >= self._press.min_context() or self._short_context == "shrink"
+
+    def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
+        """Rows that can be prefilled together, their cache, and whether the press ran."""
+        pressed: dict[int, list[int]] = defaultdict(list)
+        plain, empty = [], []
+        for row, head in enumerate(heads):
+            if self._runs_on(len(head)):
+                pressed[len(head)].append(row)
+            else:
+                (plain if head else empty).append(row)
+        if empty:
+            yield empty, self._model.empty_cache(len(empty)), False
+        if plain:
+            yield plain, prefill_padded(self._model, [heads[row] for row in plain]), False
+        for length, rows in pressed.items():
+            for group in [rows] if self._press.batches else [[row] for row in rows]:
+                yield group, self._prefill([heads[row] for row in group], length), True
+
+    def _prefill(self, heads: Sequence[Tokens], length: int) -> CompressedCache:
+        press = self._press.build(length, shrink=length < self._press.min_context())
+        with nullcontext() if self._press.batches else _seeded_by(heads[0]):
+            return prefill(self._model, torch.tensor(heads), press, rerotates=self._press.rerotates)
+
+    def _record(self, tasks: Sequence[str], cache: CompressedCache, pressed: bool) -> None:
+        for task, kept, num_seen in zip(tasks, cache.kept(), cache.num_seen, strict=True):
+            totals = self._totals[task]
+            (totals.pressed if pressed else totals.unpressed).add(_context_record(cache, kept, num_seen, pressed))
+            if pressed:
+                totals.num_shrunk_contexts += num_seen < self._press.min_context()
+                totals.notes.update(self._press.notes(num_seen, len(cache.layers)))
+            elif not self._press.is_none:
+                totals.num_short_contexts += 1
+
+
+def _context_record(cache: CompressedCache, kept: Sequence[float], num_seen: int, pressed: bool) -> ContextRecord:
+    """One row's record; padding of a shared prefill is not the row's."""
+    sizes = [2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers]
+    entries = [layer.num_entries if pressed else num_seen for layer in cache.layers]
+    return ContextRecord(
+        num_tokens=num_seen,
+        kept_per_layer=tuple(kept),
+        bytes_before=sum(sizes) * num_seen,
+        bytes_allocated=sum(size * count for size, count in zip(sizes, entries, strict=True)),
+        pressed=pressed,
+    )
+
+
+@contextmanager
+def _seeded_by(context: Tokens) -> Iterator[None]:
+    """Presses that draw from torch's global generator draw the same for the same context, in any order or batch."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(zlib.crc32(repr((torch.initial_seed(), context)).encode()))
+        yield

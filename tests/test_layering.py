@@ -30,17 +30,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recall": set(),
     "results": {"matplotlib"},
     "plugin": {"lm_eval"},
-    # layer 1
-    "engine": {"cache", "plan", "telemetry", "torch", "transformers"},
-    "scoring": {"engine", "cache", "plan", "telemetry", "torch", "transformers"},
-    "decoding": {"engine", "cache", "plan", "telemetry", "torch", "transformers"},
+    # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
+    "engine": {"cache", "torch", "transformers"},
+    "scoring": {"engine", "cache", "torch", "transformers"},
+    "decoding": {"engine", "cache", "torch", "transformers"},
+    "generation": {"decoding", "torch", "transformers"},
+    "compression": {"engine", "cache", "presses", "telemetry", "torch"},
+    # layer 2: the lm-eval model, and how lm-eval finds it
     "arguments": {"presses", "lm_eval"},
-    "_startup": {"plugin"},
-    # layer 2
     "adapter": {
-        *("arguments", "presses", "neox", "native", "plan", "cache", "telemetry", "engine", "scoring", "decoding"),
-        *("lm_eval", "torch", "transformers"),
+        *("arguments", "presses", "neox", "native", "plan", "telemetry"),
+        *("engine", "scoring", "decoding", "generation", "compression"),
+        *("lm_eval", "torch", "tqdm", "transformers"),
     },
+    "_startup": {"plugin"},
     # layer 3
     "cli": {"adapter", "presses", "results", "plugin", "lm_eval"},
     "__main__": {"cli"},

@@ -49,32 +49,39 @@ def register_models() -> None:
 
 
 def include_tasks() -> None:
-    """Lets every `TaskManager` that includes lm-eval's own tasks include ours as well."""
+    """Lets every `TaskManager` that includes lm-eval's own tasks include ours as well.
+
+    Raises:
+        FileNotFoundError: if our tasks are gone; TypeError: if `TaskManager` takes other arguments than in 0.4.13.
+        Both now rather than in somebody's `TaskManager(...)`.
+    """
     from lm_eval.tasks.manager import TaskManager
 
     init = TaskManager.__init__
     if hasattr(init, "includes_kvpress"):
         return
+    ours = tasks_path()
     signature = inspect.signature(init)
+    if not {"include_path", "include_defaults"} <= signature.parameters.keys():
+        raise TypeError(f"TaskManager{signature} has no include_path or no include_defaults")
 
     @functools.wraps(init)
     def init_with_our_tasks(*args: Any, **kwargs: Any) -> None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         if call.arguments["include_defaults"]:
-            call.arguments["include_path"] = _with_our_tasks(call.arguments["include_path"])
+            call.arguments["include_path"] = _with(ours, call.arguments["include_path"])
         init(*call.args, **call.kwargs)
 
     init_with_our_tasks.includes_kvpress = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init_with_our_tasks
 
 
-def _with_our_tasks(include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:
-    """Our folder before the given ones, because later ones win; not twice if a given one holds it."""
+def _with(ours: Path, include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:
+    """Our folder before the given ones, because later ones win; not twice if one of them holds it."""
     if not include_path:
-        return [tasks_path()]
+        return [ours]
     given: list[TaskPath] = list(include_path) if isinstance(include_path, list | tuple) else [include_path]
-    ours = tasks_path()
     if any(ours.is_relative_to(Path(path).resolve()) for path in given):
         return given
     return [ours, *given]

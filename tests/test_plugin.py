@@ -98,6 +98,17 @@ def test_a_task_manager_without_defaults_stays_without(scanned: Callable[..., li
     assert scanned(None, tmp_path, False) == [tmp_path]
 
 
+def test_a_changed_task_manager_is_refused_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed:
+        def __init__(self, folders: list[str]) -> None: ...
+
+    init = Changed.__init__
+    monkeypatch.setattr(manager, "TaskManager", Changed)
+    with pytest.raises(TypeError, match="folders"):
+        plugin.include_tasks()
+    assert Changed.__init__ is init
+
+
 def test_our_task_names_are_not_those_of_lm_eval(caplog: pytest.LogCaptureFixture) -> None:
     """The real index: no task of ours overrides another, with `--include_path tasks` and without."""
     with caplog.at_level(logging.WARNING, logger="lm_eval.tasks._index"):

@@ -174,6 +174,15 @@ def test_an_unknown_lm_eval_goes_on_with_a_warning(lm_eval: Path, registry: str)
     assert "RuntimeWarning: lm-eval-kvpress" in result.stderr
 
 
+def test_a_changed_task_manager_goes_on_with_a_warning(lm_eval: Path) -> None:
+    (lm_eval / "lm_eval" / "tasks" / "manager.py").write_text(
+        "class TaskManager:\n    def __init__(self): self.fine = 1"
+    )
+    result = run("import lm_eval_kvpress._startup, lm_eval.tasks.manager as m; print(m.TaskManager().fine)", lm_eval)
+    assert (result.returncode, result.stdout) == (0, "1\n")
+    assert "RuntimeWarning: lm-eval-kvpress" in result.stderr
+
+
 def test_an_import_error_of_lm_eval_stays_its_own(lm_eval: Path) -> None:
     (lm_eval / "lm_eval" / "models" / "__init__.py").write_text("import no_such_library")
     result = run("import lm_eval_kvpress._startup, lm_eval.models", lm_eval)

@@ -34,12 +34,13 @@ from lm_eval_kvpress.arguments import (
     print_usage_errors_in_one_line,
     resolve_pretrained,
 )
+from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decoding import decode
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
-from lm_eval_kvpress.telemetry import RollingScore, TaskTotals
+from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -97,15 +98,19 @@ class KVPress(HFLM):
         self._press_model = self._presentable()
         self._rolling_window = self._settings.rolling_window(self.max_length)
         self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
+        self._clock = Clock(self.device)
         self._compressor = Compressor(
             self._press_model,
             self._settings.press,
             query_tokens=self._settings.query_tokens,
             short_context=self._settings.short_context,
             totals=self._totals,
+            clock=self._clock,
         )
         if self._settings.press.attn_implementation:
-            logger.info("press=%s runs on %s attention", self._settings.press.name, self.config._attn_implementation)
+            logger.info(
+                "press=%s runs on %s attention", self._settings.press.name, self.model.config._attn_implementation
+            )
 
     # -------------------------------------------------------------------------------------------------- loading
 
@@ -235,9 +240,8 @@ class KVPress(HFLM):
                 for row in rows
             ]
             part = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
-            with self._autocast():
-                for row, branches in zip(rows, score(self._press_model, part, packs), strict=True):
-                    scores[row] += branches
+            for row, branches in zip(rows, self._score(part, packs), strict=True):
+                scores[row] += branches
         return list(zip(groups, scores, batch.pressed, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -257,7 +261,7 @@ class KVPress(HFLM):
                         self._check_finite(branch, f"document {index} of task '{tasks[index]}'")
                         parts[index].append((branch, pressed))
                     bar.update(len(batch))
-        answers = []
+        answers: list[float] = []
         for request, scored in zip(requests, parts, strict=True):
             answers.append(self._rolling_score(request.task_name or "", scored))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
@@ -279,9 +283,14 @@ class KVPress(HFLM):
             else:  # the whole context is fed with the targets: one plain forward, in which no press can act
                 cache = self._press_model.empty_cache(len(batch))
                 queries, pressed = contexts, [False] * len(batch)
-            packs = [Pack(query, (window.targets,)) for query, (_, window) in zip(queries, batch, strict=True)]
-            scores = score(self._press_model, cache, packs)
+        packs = [Pack(query, (window.targets,)) for query, (_, window) in zip(queries, batch, strict=True)]
+        scores = self._score(cache, packs)
         return [(index, branches[0], flag) for (index, _), branches, flag in zip(batch, scores, pressed, strict=True)]
+
+    def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
+        num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)
+        with self._autocast(), self._clock.phase("score", batch_size=len(packs), num_tokens=num_tokens):
+            return score(self._press_model, cache, packs)
 
     def _rolling_score(self, task: str, scored: Sequence[tuple[BranchScore, bool]]) -> RollingScore:
         for branch, pressed in scored:
@@ -337,16 +346,18 @@ class KVPress(HFLM):
             contexts = [job.context[-room:] for job in jobs]
             with self._autocast():
                 batch = self._compressor.compress(contexts, [job.task for job in jobs])
-                rows = decode(
-                    self._press_model,
-                    batch.cache,
-                    contexts,
-                    num_held_back=[len(query) for query in batch.queries],
-                    max_new_tokens=max_new_tokens,
-                    sampler=sampler_for(options, [job.seed for job in jobs], max_new_tokens),
-                    stop_ids=stop_ids,
-                    stopped=StopStrings(self.tokenizer, until),
-                )
+                with self._clock.phase("decode", batch_size=len(jobs)) as produced:
+                    rows = decode(
+                        self._press_model,
+                        batch.cache,
+                        contexts,
+                        num_held_back=[len(query) for query in batch.queries],
+                        max_new_tokens=max_new_tokens,
+                        sampler=sampler_for(options, [job.seed for job in jobs], max_new_tokens),
+                        stop_ids=stop_ids,
+                        stopped=StopStrings(self.tokenizer, until),
+                    )
+                    produced["tokens"] += sum(len(row) for row in rows)
             for job, row in zip(jobs, rows, strict=True):
                 self._totals[job.task].num_tokens_generated += len(row)
             return [self._text(row, until) for row in rows]
@@ -406,7 +417,25 @@ class KVPress(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
+        self._log_summary()
         return {**super().get_model_info(), "kvpress": self.describe()}
+
+    def _log_summary(self) -> None:
+        """Says on the screen what was kept, and warns where the press acted on nothing."""
+        name = self._settings.press.name
+        for task, totals in self._totals.items():
+            pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
+            if pressed["num_contexts"]:
+                logger.info(
+                    "%s: press=%s kept %.1f %% of %d tokens in %d contexts (layers %.1f to %.1f %%); %d contexts "
+                    "were left uncompressed",
+                    *(task, name, 100 * pressed["kept_share"], pressed["num_tokens"], pressed["num_contexts"]),
+                    *(100 * pressed["kept_share_min_layer"], 100 * pressed["kept_share_max_layer"], unpressed),
+                )
+            elif not self._settings.press.is_none:
+                logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
+            for note, count in totals.notes.items():
+                logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
@@ -424,11 +453,12 @@ class KVPress(HFLM):
                 "max_length": self.max_length,
                 "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
             },
-            "attn_implementation": self.config._attn_implementation,
+            "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "tasks": {task: totals.summary() for task, totals in self._totals.items()},
+            "throughput": self._clock.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
         }
 

@@ -19,7 +19,7 @@ import torch
 from lm_eval_kvpress.cache import CompressedCache, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses import PressSpec
-from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
+from lm_eval_kvpress.telemetry import Clock, ContextRecord, TaskTotals
 
 Tokens = tuple[int, ...]
 
@@ -35,7 +35,8 @@ class CompressedBatch:
     Attributes:
         cache: one row per context.
         queries: the held-back end of each context.
-        pressed: whether the press ran, per context.
+        pressed: per context, whether what is scored now counts as scored under the press: it ran, or there is none
+            and the context is cached in full. So the baseline's figures cover the same tokens as every press's.
     """
 
     cache: CompressedCache
@@ -52,6 +53,7 @@ class Compressor:
         query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
         short_context: ``keep``, ``shrink`` or ``error``.
         totals: per task, filled in here.
+        clock: times the prefills.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Compressor:
         query_tokens: int,
         short_context: str,
         totals: dict[str, TaskTotals],
+        clock: Clock,
     ) -> None:
         self._model, self._press = model, press
         self._query_tokens, self._short_context = query_tokens, short_context
-        self._totals = totals
+        self._totals, self._clock = totals, clock
 
     def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
         """Under ``short_context=error``, refuses contexts that are too short, before any work.
@@ -90,15 +93,16 @@ class Compressor:
         heads = [context[:end] for context, end in zip(contexts, ends, strict=True)]
         order: list[int] = []
         caches: list[CompressedCache] = []
-        for rows, cache, pressed in self._prefilled(heads):
-            self._record([tasks[row] for row in rows], cache, pressed)
-            order += rows
-            caches.append(cache)
-        cache = stack(caches)
-        if order != list(range(len(contexts))):
-            cache = cache.select([order.index(row) for row in range(len(contexts))])
+        with self._clock.phase("prefill", batch_size=len(contexts), num_tokens=sum(ends)):
+            for rows, cache, pressed in self._prefilled(heads):
+                self._record([tasks[row] for row in rows], cache, pressed)
+                order += rows
+                caches.append(cache)
+            cache = stack(caches)
+            if order != list(range(len(contexts))):
+                cache = cache.select([order.index(row) for row in range(len(contexts))])
         queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
-        return CompressedBatch(cache, queries, [self._runs_on(end) for end in ends])
+        return CompressedBatch(cache, queries, [end > 0 if self._press.is_none else self._runs_on(end) for end in ends])
 
     def _runs_on(self, length: int) -> bool:
         if self._press.is_none or length == 0:
@@ -108,7 +112,8 @@ class Compressor:
     def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
         pressed: dict[int, list[int]] = defaultdict(list)
-        plain, empty = [], []
+        plain: list[int] = []
+        empty: list[int] = []
         for row, head in enumerate(heads):
             if self._runs_on(len(head)):
                 pressed[len(head)].append(row)

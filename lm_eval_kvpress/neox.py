@@ -69,7 +69,7 @@ class ProjectionView:
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-def attention_modules(model: GPTNeoXForCausalLM) -> tuple[nn.Module, ...]:
+def attention_modules(model: GPTNeoXForCausalLM) -> tuple[GPTNeoXAttention, ...]:
     """The attention modules, in layer order."""
     return tuple(layer.attention for layer in model.gpt_neox.layers)
 

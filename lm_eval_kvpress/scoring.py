@@ -114,9 +114,15 @@ class _Layout:
             tokens.append(ids + [0] * padding)
             offsets.append(places + [0] * padding)
             segments.append(owners + [-1] * padding)
-        grids = (torch.tensor(grid, dtype=torch.long).view(len(packs), width) for grid in (tokens, offsets, segments))
-        ends = (torch.tensor(column, dtype=torch.long) for column in (rows, sources, targets))
-        return cls(*grids, *ends, [[len(branch) for branch in pack.branches] for pack in packs])
+
+        def grid(rows: list[list[int]]) -> torch.Tensor:
+            return torch.tensor(rows, dtype=torch.long).view(len(packs), width)
+
+        return cls(
+            *(grid(tokens), grid(offsets), grid(segments)),
+            *(torch.tensor(rows), torch.tensor(sources), torch.tensor(targets)),
+            [[len(branch) for branch in pack.branches] for pack in packs],
+        )
 
     def visible(self) -> torch.Tensor:
         """``(B, Q, Q)``: a token sees the query and its own branch, up to itself."""

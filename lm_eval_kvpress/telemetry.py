@@ -5,8 +5,10 @@ Knows torch's clocks. Does not know lm-eval, presses or models.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +23,8 @@ class RollingScore(float):
 
     Attributes:
         num_tokens: tokens scored.
-        num_tokens_pressed: of these, the tokens scored over a cache that a press had compressed.
+        num_tokens_pressed: of these, the tokens scored over a cache that the press had compressed; for ``press=none``
+            the same tokens, over the full cache, so that baseline and press compare like with like.
         loglikelihood_pressed: their log-likelihood in nats.
     """
 
@@ -50,7 +53,7 @@ class PhaseTiming:
     Attributes:
         phase: ``prefill`` (the press included), ``score`` or ``decode``.
         seconds: wall clock between two synchronized edges.
-        num_tokens: real tokens that the phase ran over, padding not counted.
+        num_tokens: real tokens that went in (``prefill``), were scored, or were produced; padding never counts.
         batch_size: contexts in the batch.
     """
 
@@ -68,12 +71,26 @@ class Clock:
         self.timings: list[PhaseTiming] = []
 
     @contextmanager
-    def phase(self, name: str, *, num_tokens: int, batch_size: int) -> Iterator[None]:
+    def phase(self, name: str, *, batch_size: int, num_tokens: int = 0) -> Iterator[Counter[str]]:
+        """Times a block. What the block adds to the yielded counter's ``tokens`` counts as well."""
+        produced: Counter[str] = Counter(tokens=num_tokens)
         self._synchronize()
         start = time.perf_counter()
-        yield
+        yield produced
         self._synchronize()
-        self.timings.append(PhaseTiming(name, time.perf_counter() - start, num_tokens, batch_size))
+        self.timings.append(PhaseTiming(name, time.perf_counter() - start, produced["tokens"], batch_size))
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per phase: batches, tokens, seconds and tokens per second over the run."""
+        phases: dict[str, dict[str, float]] = {}
+        for timing in self.timings:
+            sums = phases.setdefault(timing.phase, {"num_batches": 0, "num_tokens": 0, "seconds": 0.0})
+            sums["num_batches"] += 1
+            sums["num_tokens"] += timing.num_tokens
+            sums["seconds"] += timing.seconds
+        for sums in phases.values():
+            sums["tokens_per_sec"] = sums["num_tokens"] / sums["seconds"]
+        return phases
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -136,10 +153,59 @@ class KeptTotals:
 
 
 @dataclass
-class ScoredTotals:
-    """Tokens scored for one task, and their log-likelihood in nats."""
+class TaskTotals:
+    """What happened to one task's requests.
 
+    Attributes:
+        pressed, unpressed: contexts that went through a press, and those that did not.
+        num_short_contexts: unpressed because shorter than the press needs.
+        num_shrunk_contexts: pressed with a window shrunk to fit.
+        num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
+        num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
+        num_tokens_generated: tokens produced by ``generate_until``.
+        notes: how often the press reported something a reader must know.
+    """
+
+    pressed: KeptTotals = field(default_factory=KeptTotals)
+    unpressed: KeptTotals = field(default_factory=KeptTotals)
+    num_short_contexts: int = 0
+    num_shrunk_contexts: int = 0
     num_tokens: int = 0
     num_tokens_pressed: int = 0
     loglikelihood: float = 0.0
     loglikelihood_pressed: float = 0.0
+    num_tokens_generated: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def scored(self, logprobs: Sequence[float], *, pressed: bool) -> None:
+        total = math.fsum(logprobs)
+        self.num_tokens += len(logprobs)
+        self.loglikelihood += total
+        if pressed:
+            self.num_tokens_pressed += len(logprobs)
+            self.loglikelihood_pressed += total
+
+    def summary(self) -> dict[str, Any]:
+        """Everything above plus token perplexities, ready for JSON; what was not measured is None."""
+        return {
+            "contexts_pressed": self.pressed.summary(),
+            "contexts_unpressed": self.unpressed.summary(),
+            "num_short_contexts": self.num_short_contexts,
+            "num_shrunk_contexts": self.num_shrunk_contexts,
+            "tokens_scored": self.num_tokens,
+            "tokens_scored_under_press": self.num_tokens_pressed,
+            "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
+            "token_perplexity_under_press": perplexity(self.loglikelihood_pressed, self.num_tokens_pressed),
+            "tokens_generated": self.num_tokens_generated,
+            "notes": dict(self.notes),
+        }
+
+
+def perplexity(loglikelihood: float, num_tokens: int) -> float | None:
+    """``exp`` of the mean negative log-likelihood; None without tokens, infinite where a float overflows."""
+    if num_tokens == 0:
+        return None
+    try:
+        return math.exp(-loglikelihood / num_tokens)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,236 @@
+"""The lm-eval model end to end: parity with stock HFLM, batch invariance, presses that act, facts in the record."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.telemetry import RollingScore
+
+WORDS = ("the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them " * 40).split()
+PRESSES = {
+    "none": {},
+    "snapkv": {"window_size": 8},
+    "streaming_llm": {},
+    "pyramidkv": {"window_size": 4, "compression_ratio": 0.3},
+    "knorm": {},
+    "random": {},
+    "tova": {},
+    "expected_attention": {},
+    "adakv:snapkv": {"window_size": 8},
+    "key_rerotation:streaming_llm": {},
+}
+
+
+def text(start: int, num_words: int) -> str:
+    return " ".join(WORDS[start : start + num_words])
+
+
+def loglikelihood_requests() -> list[Instance]:
+    contexts = [text(17 * index, 25 + 20 * index) for index in range(5)] + [""]
+    return [
+        Instance("loglikelihood", {}, (context, f" {text(300 + 5 * choice, 1 + choice)}"), choice, ("choice", index, 1))
+        for index, context in enumerate(contexts)
+        for choice in range(4)
+    ]
+
+
+def rolling_requests() -> list[Instance]:
+    return [
+        Instance("loglikelihood_rolling", {}, (text(index, num_words),), 0, ("rolling", index, 1))
+        for index, num_words in enumerate([500, 1, 180, 333])
+    ]
+
+
+def generation_requests(**gen_kwargs: Any) -> list[Instance]:
+    return [
+        Instance("generate_until", {}, (text(31 * index, 10 + 25 * index), dict(gen_kwargs)), 0, ("gen", index, 1))
+        for index in range(5)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint_dir: Path) -> HFLM:
+    return HFLM(pretrained=str(checkpoint_dir), device="cpu", batch_size=2)
+
+
+def ours(checkpoint_dir: Path, **arguments: Any) -> KVPress:
+    return KVPress(pretrained=str(checkpoint_dir), device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"press": "none"}, {"press": "snapkv", "compression_ratio": 0, "window_size": 8}])
+def test_ratio_zero_equals_stock_hflm_on_all_request_types(
+    stock: HFLM, checkpoint_dir: Path, arguments: dict[str, Any]
+) -> None:
+    lm = ours(checkpoint_dir, rolling="one_pass", batch_size=3, **arguments)
+    theirs = stock.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    mine = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    torch.testing.assert_close([a for a, _ in mine], [a for a, _ in theirs], atol=1e-4, rtol=1e-5)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
+    torch.testing.assert_close(
+        [float(score) for score in lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)],
+        stock.loglikelihood_rolling(rolling_requests(), disable_tqdm=True),
+        atol=1e-3,
+        rtol=1e-6,
+    )
+    requests = generation_requests(until=["\n\n", "geese"], max_gen_toks=12)
+    assert lm.generate_until(requests, disable_tqdm=True) == stock.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_batch_size_changes_no_result(checkpoint_dir: Path, press: str) -> None:
+    results = []
+    for batch_size in (1, 3, 8):
+        lm = ours(checkpoint_dir, press=press, batch_size=batch_size, **PRESSES[press])
+        results.append(
+            (
+                [score for score, _ in lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)],
+                [float(score) for score in lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)],
+                lm.generate_until(generation_requests(until=[], max_gen_toks=8), disable_tqdm=True),
+            )
+        )
+    for scores, rolling, texts in results[1:]:
+        torch.testing.assert_close(scores, results[0][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(rolling, results[0][1], atol=1e-3, rtol=1e-6)
+        assert texts == results[0][2]
+
+
+def test_presses_differ_under_prefix_and_agree_under_one_pass(checkpoint_dir: Path) -> None:
+    totals: dict[str, dict[str, float]] = {"prefix": {}, "one_pass": {}}
+    for rolling, by_press in totals.items():
+        for press, arguments in PRESSES.items():
+            lm = ours(checkpoint_dir, press=press, rolling=rolling, batch_size=4, **arguments)
+            by_press[press] = math.fsum(lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True))
+    figures = totals["prefix"]
+    assert len({round(figure, 3) for figure in figures.values()}) == len(figures), figures
+    controls = list(totals["one_pass"].values())
+    assert max(controls) - min(controls) < 1e-6, totals["one_pass"]
+
+
+def test_a_press_moves_one_token_answers_only_if_a_token_is_held_back(checkpoint_dir: Path) -> None:
+    requests = [
+        Instance("loglikelihood", {}, (text(3, 120), f" {word}"), index, ("one", 0, 1))
+        for index, word in enumerate(["geese", "mill", "river"])
+    ]
+    scores = {}
+    for held in (0, 1):
+        for press in ("none", "random"):
+            lm = ours(checkpoint_dir, press=press, query_tokens=held, **({} if press == "none" else {"compression_ratio": 0.9}))
+            encoded = lm._encode_pairs([request.args for request in requests])
+            assert {len(continuation) for _, continuation in encoded} >= {1}, "the test needs one-token answers"
+            one_token = [index for index, (_, continuation) in enumerate(encoded) if len(continuation) == 1]
+            answers = lm.loglikelihood(requests, disable_tqdm=True)
+            scores[held, press] = [answers[index][0] for index in one_token]
+    torch.testing.assert_close(scores[0, "random"], scores[0, "none"], atol=1e-5, rtol=0)
+    assert max(abs(a - b) for a, b in zip(scores[1, "random"], scores[1, "none"], strict=True)) > 1e-2
+
+
+def test_rolling_scores_count_their_tokens(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="knorm", rolling_context=64, rolling_score=32)
+    scores = lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)
+    for request, score in zip(rolling_requests(), scores, strict=True):
+        assert isinstance(score, RollingScore)
+        num_tokens = len(lm.tok_encode(request.args[0]))
+        assert score.num_tokens == num_tokens
+        assert score.num_tokens_pressed == max(0, num_tokens - 64)
+    record = lm.describe()["tasks"]["rolling"]
+    assert record["tokens_scored"] == sum(score.num_tokens for score in scores)  # type: ignore[attr-defined]
+    total = math.fsum(scores)
+    assert record["token_perplexity"] == pytest.approx(math.exp(-total / record["tokens_scored"]))
+
+
+def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="snapkv", compression_ratio=0.75, window_size=8, batch_size=4)
+    lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    record = json.loads(json.dumps(lm.describe()))
+    pressed = record["tasks"]["choice"]["contexts_pressed"]
+    assert pressed["num_contexts"] == 5
+    assert record["tasks"]["choice"]["num_short_contexts"] == 1, "the empty context has nothing to compress"
+    assert 0.2 < pressed["kept_share"] <= 0.25
+    config = lm.model.config
+    kept = sum(pressed["kept_tokens_per_layer"])
+    assert pressed["kv_bytes_allocated"] == 2 * kept * config.hidden_size * 4
+    assert pressed["kv_bytes_before"] == 2 * config.num_hidden_layers * pressed["num_tokens"] * config.hidden_size * 4
+    assert record["press"]["arguments"]["window_size"] == 8
+    assert set(record["versions"]) == {"torch", "transformers", "kvpress", "lm_eval"}
+
+
+def test_masking_presses_report_allocated_and_effective_bytes(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="adakv:snapkv", compression_ratio=0.5, window_size=8)
+    lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    pressed = lm.describe()["tasks"]["choice"]["contexts_pressed"]
+    assert pressed["kv_bytes_allocated"] == pressed["kv_bytes_before"]
+    assert pressed["kv_bytes_effective"] < 0.55 * pressed["kv_bytes_before"]
+
+
+@pytest.mark.parametrize("policy", ["keep", "shrink", "error"])
+def test_contexts_too_short_for_the_press_follow_the_policy(checkpoint_dir: Path, policy: str) -> None:
+    lm = ours(checkpoint_dir, press="snapkv", window_size=64, short_context=policy)
+    short = [Instance("loglikelihood", {}, (text(0, 20), " geese"), 0, ("short", 0, 1))]
+    if policy == "error":
+        with pytest.raises(ValueError, match="short_context=keep"):
+            lm.loglikelihood(short, disable_tqdm=True)
+        return
+    lm.loglikelihood(short, disable_tqdm=True)
+    record = lm.describe()["tasks"]["short"]
+    assert record["num_short_contexts"] == (1 if policy == "keep" else 0)
+    assert record["num_shrunk_contexts"] == (1 if policy == "shrink" else 0)
+
+
+def test_sampling_repeats_with_the_seed_and_does_not_depend_on_the_batch(checkpoint_dir: Path) -> None:
+    requests = generation_requests(until=[], max_gen_toks=10, do_sample=True, temperature=1.3, top_p=0.95, top_k=40)
+    texts = []
+    for seed, batch_size in [(1, 1), (1, 5), (2, 5)]:
+        torch.manual_seed(seed)
+        lm = ours(checkpoint_dir, press="snapkv", window_size=8, batch_size=batch_size)
+        texts.append(lm.generate_until(requests, disable_tqdm=True))
+    assert texts[0] == texts[1]
+    assert texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("gen_kwargs", [{"num_beams": 4}, {"penalty_alpha": 0.6}, {"max_gen_toks": 100_000}])
+def test_unsupported_generation_arguments_are_errors(checkpoint_dir: Path, gen_kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not supported|no room"):
+        ours(checkpoint_dir).generate_until(generation_requests(until=[], **gen_kwargs), disable_tqdm=True)
+
+
+def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir)
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[:] = torch.nan
+    with pytest.raises(ValueError, match="request .* of task 'choice'.*not finite"):
+        lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    with pytest.raises(ValueError, match="document .* of task 'rolling'.*not finite"):
+        lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)
+
+
+def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = ours(checkpoint_dir, press="knorm", batch_size=4)
+    expected = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    compress = lm._compressor.compress
+
+    def fails_above_one(contexts: Any, tasks: Any) -> Any:
+        if len(contexts) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return compress(contexts, tasks)
+
+    monkeypatch.setattr(lm._compressor, "compress", fails_above_one)
+    scores = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    torch.testing.assert_close([s for s, _ in scores], [s for s, _ in expected], atol=1e-4, rtol=0)
+
+
+def test_an_empty_document_scores_nothing(checkpoint_dir: Path) -> None:
+    requests = [Instance("loglikelihood_rolling", {}, ("",), 0, ("rolling", 0, 1))]
+    (score,) = ours(checkpoint_dir).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert isinstance(score, RollingScore)
+    assert (float(score), score.num_tokens) == (0.0, 0)

@@ -1,0 +1,98 @@
+"""Every mistake in the model arguments is one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
+from lm_eval_kvpress.arguments import UsageError, parse_arguments, resolve_pretrained
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"press": "snapvk"}, "snapkv"),
+    ({"press": "snapkv", "window_sizes": 32}, "window_size"),
+    ({"press": "snapkv", "bath_size": 32}, "batch_size"),
+    ({"press": "streaming_llm", "window_size": 32}, "window_size"),
+    ({"press": "snapkv", "compression_ratio": -0.1}, "compression_ratio"),
+    ({"press": "snapkv", "compression_ratio": 1.0}, "compression_ratio"),
+    ({"press": "snapkv", "compression_ratio": "half"}, "compression_ratio"),
+    ({"press": "snapkv", "compression_ratio": 0.5, "kv_budget": 64}, "kv_budget"),
+    ({"press": "snapkv", "kv_budget": 0}, "kv_budget"),
+    ({"press": "none", "compression_ratio": 0.5}, "none"),
+    ({"query_tokens": -1}, "query_tokens"),
+    ({"query_tokens": "many"}, "query_tokens"),
+    ({"query_tokens": 1.5}, "query_tokens"),
+    ({"rolling": "both"}, "one_pass"),
+    ({"rolling_context": 0}, "rolling_context"),
+    ({"short_context": "pad"}, "shrink"),
+    ({"allow_extrapolation": "perhaps"}, "true or false"),
+    ({"attn_implementation": "flash_attention_2"}, "sdpa or eager"),
+    ({"press": "observed_attention", "attn_implementation": "sdpa"}, "eager"),
+    ({"press": "adakv:snapkv", "attn_implementation": "eager"}, "sdpa"),
+    ({"press": "duo_attention"}, "duo_attention"),
+    ({"softmax_dtype": "bfloat16"}, "float32"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_arguments(arguments)
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+
+
+def test_press_arguments_and_hflm_arguments_are_told_apart() -> None:
+    settings, rest = parse_arguments({"press": "snapkv", "window_size": 16, "batch_size": 4, "query_tokens": 3})
+    assert settings.press.arguments["window_size"] == 16
+    assert settings.query_tokens == 3
+    assert rest == {"batch_size": 4, "attn_implementation": "sdpa"}
+    assert parse_arguments({"press": "observed_attention"})[1]["attn_implementation"] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [
+        ({}, (256, 256)),
+        ({"rolling_context": 384}, (384, 128)),
+        ({"rolling_score": 500}, (12, 500)),
+        ({"rolling_context": 100, "rolling_score": 30}, (100, 30)),
+    ],
+)
+def test_rolling_windows_default_to_halves(given: dict[str, int], window: tuple[int, int]) -> None:
+    assert parse_arguments(given)[0].rolling_window(512) == window
+
+
+@pytest.mark.parametrize("given", [{"rolling_context": 400, "rolling_score": 200}, {"rolling_context": 512}])
+def test_rolling_windows_over_max_length_are_refused(given: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="max_length=512"):
+        parse_arguments(given)[0].rolling_window(512)
+
+
+def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir: Path) -> None:
+    with pytest.raises(UsageError, match="allow_extrapolation=true"):
+        KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000, allow_extrapolation=True)
+    assert lm.max_length == 1_000_000
+
+
+def test_an_unknown_architecture_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UsageError, match="'gpt2' is neither"):
+        KVPress(pretrained=str(tmp_path), device="cpu")
+
+
+def test_a_path_that_is_not_there_and_no_path_at_all() -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        resolve_pretrained("./nowhere/at/all")
+    with pytest.raises(UsageError, match="pretrained is required"):
+        KVPress()
+
+
+def test_a_hub_out_of_reach_says_how_to_run_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="pretrained=builtin"):
+        PythiaKVPress()

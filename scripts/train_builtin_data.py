@@ -121,7 +121,7 @@ class TrainingData:
             elif draw < mixture.text + mixture.repeats:
                 ids = self.repeats(rng, num_tokens)
             else:
-                ids = self.recall(rng, num_tokens)
+                ids = self.recall(rng, num_tokens, mixture.dense)
             rows.append(ids[:num_tokens])
         return np.array(rows, dtype=np.int64)
 
@@ -147,7 +147,7 @@ class TrainingData:
             row += rng.choice(segments)
         return row
 
-    def recall(self, rng: random.Random, num_tokens: int) -> list[int]:
+    def recall(self, rng: random.Random, num_tokens: int, dense: float) -> list[int]:
         """One or, in a long row, several recall documents, each with its questions after its context."""
         row: list[int] = [0] if rng.random() < 0.5 else []
         while len(row) < num_tokens:
@@ -155,24 +155,49 @@ class TrainingData:
             if left < 100:
                 return row + self.text(rng, left)
             size = left if left < 256 or rng.random() < 0.7 else rng.randint(100, left)
-            row += self.tokenizer.encode(self.recall_text(rng, size)).ids[:left] + [0]
+            is_dense = dense > 0 and rng.random() < dense
+            text = self.dense_recall_text(rng, size) if is_dense else self.recall_text(rng, size)
+            row += self.tokenizer.encode(text).ids[:left] + [0]
         return row
 
     def recall_text(self, rng: random.Random, num_tokens: int) -> str:
         """Facts amid filler, then questions, about `num_tokens` altogether."""
-        num_facts = rng.randint(2, min(24, max(3, num_tokens // 40)))
+        facts = self.facts(rng, rng.randint(2, min(24, max(3, num_tokens // 40))))
+        asked = rng.sample(facts, rng.randint(1, min(len(facts), max(3, num_tokens // 100))))
+        questions = "".join(fact.question + fact.answer for fact in asked) + "\n"
+        statements = [fact.statement for fact in facts]
+        used = self.count(questions) + self.count(" " + " ".join(statements))
+        margin = 10  # generated filler overshoots by up to half a sentence, and a row cut short loses its answers
+        return scatter(rng, self.filler(rng, max(num_tokens - used - margin, 0)), statements) + questions
+
+    def dense_recall_text(self, rng: random.Random, num_tokens: int) -> str:
+        """Facts amid little filler, then restated and asked for, again and again, to the end of the row.
+
+        One or two questions a row teach a model to name *some* value of the text and no more; with ten and more
+        it binds the value to its subject within 1 M tokens (docs/LOG.md).
+        """
+        facts = self.facts(rng, rng.randint(2, min(24, max(3, num_tokens // 32))))
+        statements = [fact.statement for fact in facts]
+        left = num_tokens - self.count(" ".join(statements))
+        text = scatter(rng, self.filler(rng, round(rng.uniform(0, 0.6) * left)), statements)
+        left = num_tokens - self.count(text)
+        while True:
+            fact = rng.choice(facts)
+            more = f"\n{fact.statement}" if rng.random() < 0.5 else fact.question + fact.answer
+            left -= self.count(more)
+            if left < 2:
+                return text + "\n"
+            text += more
+
+    def facts(self, rng: random.Random, num_facts: int) -> list[Fact]:
+        """Facts of several kinds, some of them of one kind and attribute, in random order."""
         facts: list[Fact] = []
         taken: set[str] = set()
         while len(facts) < num_facts:
             group = min(num_facts - len(facts), rng.randint(1, NUM_CHOICES))
             facts += sample_facts(rng, rng.choice(KINDS), group, taken)
         rng.shuffle(facts)
-        asked = rng.sample(facts, rng.randint(1, min(num_facts, max(3, num_tokens // 100))))
-        questions = "".join(fact.question + fact.answer for fact in asked) + "\n"
-        statements = [fact.statement for fact in facts]
-        used = self.count(questions) + self.count(" " + " ".join(statements))
-        margin = 10  # generated filler overshoots by up to half a sentence, and a row cut short loses its answers
-        return scatter(rng, self.filler(rng, max(num_tokens - used - margin, 0)), statements) + questions
+        return facts
 
     def filler(self, rng: random.Random, num_tokens: int) -> str:
         """Generated prose, or book text: recall has to work amid both."""

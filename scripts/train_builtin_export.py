@@ -18,6 +18,7 @@ CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 language: en
+license: apache-2.0
 ---
 # The built-in checkpoint of lm-eval-kvpress
 

@@ -1,7 +1,8 @@
 """The recipe of the built-in checkpoint: sizes, and the stages as a function of tokens.
 
 Context use appears in a sudden transition or not at all, and the order of the stages decides (docs/LOG.md):
-short rows with many repeats at a constant rate until copying appears, then longer rows, then mostly text.
+short rows with many repeats at a constant rate until copying appears, then dense recall documents until a value
+is bound to its subject, then longer rows, then mostly text.
 """
 
 import math
@@ -10,15 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the rows; recall takes what the other two leave."""
+    """Shares of the rows; recall takes what the other two leave, and `dense` is the dense share of it."""
 
     text: float
     repeats: float
+    dense: float = 0.0
 
 
 INDUCTION = Mixture(text=0.25, repeats=0.50)
-LENGTHS = Mixture(text=0.45, repeats=0.25)
-TEXT = Mixture(text=0.65, repeats=0.15)
+ROWS_256 = Mixture(text=0.45, repeats=0.25)
+BINDING = Mixture(text=0.15, repeats=0.15, dense=0.8)
+LENGTHS = Mixture(text=0.45, repeats=0.20, dense=0.5)
+TEXT = Mixture(text=0.70, repeats=0.08, dense=0.5)
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,13 @@ RECIPES = {
         tokens_per_step=4096,
         warmup_steps=200,
         corpus_characters=90_000_000,
-        default_tokens=40_000_000,
+        default_tokens=34_000_000,
         probe_every=200,
         stages=(
             Stage("induction", (128,), 7_000_000, 2e-3, 2e-3, INDUCTION),
-            Stage("256", (256,), 1_500_000, 1.5e-3, 1.45e-3, LENGTHS),
-            Stage("512", (512,), 1_500_000, 1.45e-3, 1.35e-3, LENGTHS),
+            Stage("256", (256,), 1_500_000, 1.5e-3, 1.45e-3, ROWS_256),
+            Stage("binding", (256,), 1_500_000, 1.45e-3, 1.4e-3, BINDING),
+            Stage("512", (512,), 1_500_000, 1.4e-3, 1.35e-3, LENGTHS),
             Stage("1024", (1024,), 2_000_000, 1.35e-3, 1.2e-3, LENGTHS),
             Stage("2048", (2048,), 2_500_000, 1.2e-3, 1e-3, LENGTHS),
             Stage("text", (256, 512, 1024, 2048, 2048), None, 1e-3, 1e-3, TEXT),

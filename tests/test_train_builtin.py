@@ -138,11 +138,12 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Path, whole_run: Path) 
 def test_recall_rows_hold_facts_before_their_questions(corpus: Path, whole_run: Path) -> None:
     data = train_builtin.Run(whole_run, corpus, "tiny", 0).data
     for seed in range(50):
-        context, *questions = data.recall_text(random.Random(seed), 256).split("\n\nQuestion: What is the ")
-        assert questions
-        for question in questions:
-            asked, answer = question.strip().split("?\nAnswer: ")
-            assert f"The {asked} is {answer}." in context
+        for write in (data.recall_text, data.dense_recall_text):
+            context, *questions = write(random.Random(seed), 400).split("\n\nQuestion: What is the ")
+            assert questions
+            for question in questions:
+                asked, answer = question.strip().split("\nThe ")[0].split("?\nAnswer: ")
+                assert f"The {asked} is {answer}." in context
 
 
 def test_copy_probe_repeats_its_first_half(corpus: Path, whole_run: Path) -> None:

@@ -164,8 +164,7 @@ def recall_cells(
 def measure(model_folder: Path, held_out: Sequence[str], per_text: int, per_cell: int, device: str) -> Figures:
     """All figures of a checkpoint, computed in float32."""
     tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
-    model = GPTNeoXForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model = GPTNeoXForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
     rows = windows(held_out, tokenizer, per_text)
     return Figures(
         num_scored_tokens=len(rows) * WINDOW // 2,

@@ -158,8 +158,7 @@ class Trained(NamedTuple):
 def train(run: Run, *, total_tokens: int, minutes: float | None, device: str, save_every_sec: float) -> Trained:
     """Trains to the budget, from the last checkpoint on. Curves go to loss.csv and probes.csv."""
     recipe = run.recipe
-    model = new_model(recipe, run.seed)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model = new_model(recipe, run.seed).to(device)
     optimizer = new_optimizer(model)
     step, used_sec = 0, 0.0
     state = run.load(device)

@@ -77,8 +77,10 @@ def export(
     """Writes folder/export, folder/figures.json and folder/loss.png; `model` holds the trained weights."""
     target = folder / "export"
     model.bfloat16().save_pretrained(target)
-    for file in (folder / "tokenizer").iterdir():
-        shutil.copy(file, target)
+    shutil.copy(folder / "tokenizer" / "tokenizer.json", target)
+    config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     draw_losses(folder / "loss.csv", folder / "loss.png")
     figures = measure(target, read_texts(held_out), per_text=4, per_cell=documents_per_cell, device=device)
     (folder / "figures.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
@@ -87,7 +89,6 @@ def export(
 
 def card(model: GPTNeoXForCausalLM, figures: Figures, facts: Facts, held_out: Path) -> str:
     config = model.config
-    assert config.hidden_size and config.num_attention_heads  # optional in transformers' types alone
     known = {
         "test.jsonl": "the 17 books of the PG-19 test split",
         "held_out.txt": "the last books of the corpus",

@@ -1,6 +1,6 @@
 """The architectures that kvpress supports by itself (Llama, Mistral, Phi-3, Qwen2, Qwen3): sibling of `neox`.
 
-Nothing has to be rewritten here; `presented` only takes down what kvpress leaves hanging on the model.
+Nothing has to be rewritten here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 @contextmanager
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as it is; on exit the rotary embedding that kvpress hangs on every attention is taken down."""
+    """The model as it is, with the rotary embedding lent to every attention, as kvpress's presses expect it there."""
     attentions = attention_modules(model)
-    had_rotary = ["rotary_emb" in attention._modules for attention in attentions]
+    for attention in attentions:
+        attention.__dict__["rotary_emb"] = model.model.rotary_emb
     try:
         yield model
     finally:
-        for attention, had in zip(attentions, had_rotary, strict=True):
-            if not had:
-                attention._modules.pop("rotary_emb", None)
+        for attention in attentions:
+            attention.__dict__.pop("rotary_emb", None)
+            attention._modules.pop("rotary_emb", None)  # kvpress registers it and never takes it down

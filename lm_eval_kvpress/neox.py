@@ -160,7 +160,7 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
         stack.enter_context(_lent(model, model=base))
         stack.enter_context(_lent(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
         for attention in attentions:
-            stack.enter_context(_lent_to_attention(attention, head_dim))
+            stack.enter_context(_lent_to_attention(attention, head_dim, model.gpt_neox.rotary_emb))
         yield model
 
 
@@ -180,7 +180,7 @@ def _without_untested_warning() -> Iterator[None]:
 
 
 @contextmanager
-def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int) -> Iterator[None]:
+def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int, rotary_emb: nn.Module) -> Iterator[None]:
     hook = attention.register_forward_pre_hook(_llama_style_arguments, with_kwargs=True)
     names = {
         "head_dim": head_dim,
@@ -189,13 +189,14 @@ def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int) -> Iterator[N
         "k_proj": ProjectionView(attention, 1),
         "v_proj": ProjectionView(attention, 2),
         "o_proj": attention.dense,
+        "rotary_emb": rotary_emb,
     }
     try:
         with _lent(attention, **names):
             yield
     finally:
         hook.remove()
-        # kvpress hangs the shared rotary embedding on every attention and never takes it down.
+        # kvpress registers the shared rotary embedding on every attention and never takes it down.
         attention._modules.pop("rotary_emb", None)
 
 

@@ -1,0 +1,296 @@
+"""Documents of any length under a fixed cache: score a chunk, let the press choose what stays, go on.
+
+Token ids in, losses out. Does not know text, lm-eval, or any press by name; a press is whatever has kvpress's `score`.
+
+Before a chunk is scored every layer holds at most ``budget`` entries. With ``rotate`` keys are stored *before* rotation
+and rotated by their place in the cache at every step, so positions stay within ``budget + chunk`` however long the
+document is: StreamingLLM's own rule (https://arxiv.org/abs/2309.17453, section 3.2). Without it keys keep the position
+of their token, as after an ordinary press.
+
+Letters in shape comments: B rows (documents side by side), C tokens of a chunk, T cached entries, H key-value heads,
+D head_dim, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.llama.modeling_llama import rotate_half
+
+from lm_eval_kvpress.cache import attention_bias
+from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask
+
+
+class Scorer(Protocol):
+    """kvpress's ``ScorerPress``: importance per cached entry, ``(B, H, T)``, higher is kept."""
+
+    def score(self, *arguments: Any) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How documents flow.
+
+    Attributes:
+        budget: entries that every layer holds at most before a chunk is scored.
+        chunk: tokens scored per step; 1 is the strict protocol of the papers.
+        rotate: keys rotated by their place in the cache instead of their place in the document.
+        num_hidden: hidden states of the newest tokens that the press sees: the chunk and one before it, or
+            ``budget + chunk`` for a press that takes statistics over them.
+        row_by_row: whether the press must choose for each document by itself (it draws random numbers).
+    """
+
+    budget: int
+    chunk: int
+    rotate: bool = True
+    num_hidden: int = 0
+    row_by_row: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkLosses:
+    """One step of several documents.
+
+    Attributes:
+        documents: the index of each row's document.
+        start: place in the document of the first token scored here.
+        losses: negative log-likelihoods in nats, one list per row, shorter where a document ends.
+        num_entries: entries per layer that the chunk was scored over, itself not counted.
+        cache_bytes: bytes of keys and values of all layers and rows, read off the tensors after the step.
+    """
+
+    documents: list[int]
+    start: int
+    losses: list[list[float]]
+    num_entries: int
+    cache_bytes: int
+
+
+class StreamLayer(DynamicLayer):
+    """The kept entries of one layer; keys before rotation if ``rotate``."""
+
+    def __init__(self, rotate: bool) -> None:
+        super().__init__()
+        self._rotate = rotate
+        self._rotated: torch.Tensor | None = None
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def at(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Sets the rotations of places ``0..T-1``, ``(1, T, D)`` each, for the next step."""
+        self._angles = cos[:, None], sin[:, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            empty = key_states[:, :, :0]
+            self.keys, self.values = empty, value_states[:, :, :0]
+        if not self._rotate:
+            return super().update(key_states, value_states)
+        assert cache_kwargs is not None and self._angles is not None
+        cos, sin = cache_kwargs["cos"][:, None], cache_kwargs["sin"][:, None]
+        unrotated = key_states * cos - rotate_half(key_states) * sin  # the inverse of a rotation turns back
+        num_cached = self.keys.shape[2]
+        old_cos, old_sin = (angle[:, :, :num_cached] for angle in self._angles)
+        rotated = self.keys * old_cos + rotate_half(self.keys) * old_sin
+        self._rotated = torch.cat([rotated, key_states], dim=2)
+        self.keys = torch.cat([self.keys, unrotated], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        return self._rotated, self.values
+
+    @property
+    def seen_keys(self) -> torch.Tensor:
+        """The keys as attention just saw them, ``(B, H, T + C, D)``."""
+        return self.keys if self._rotated is None else self._rotated
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Evicts all but the given entries, ``(B, H, kept)`` in ascending order."""
+        places = indices[..., None].expand(-1, -1, -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, places), self.values.gather(2, places)
+        self._rotated = None
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.keys, self.values, self._rotated = self.keys[rows], self.values[rows], None
+
+
+@torch.inference_mode()
+def stream(
+    model: PressableModel,
+    documents: Sequence[Sequence[int]],
+    prefix_token: int,
+    plan: StreamPlan,
+    press_for: Callable[[int], Scorer],
+) -> Iterator[ChunkLosses]:
+    """Scores documents side by side, every token once, each chunk over the cache that the press left.
+
+    Args:
+        documents: token ids, each at least one. Rows leave the batch as their documents end.
+        prefix_token: predicts each document's first token.
+        press_for: a press for a standing cache of so many entries, set to keep ``plan.budget`` of them.
+    """
+    order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
+    inputs = [torch.tensor([prefix_token, *documents[index][:-1]]) for index in order]
+    cache = Cache(layers=[StreamLayer(plan.rotate) for _ in model.attentions])
+    chooser = _Chooser(model, cache, plan, press_for, [zlib.crc32(repr(documents[index]).encode()) for index in order])
+    angles = _Angles(model, plan.budget + plan.chunk) if plan.rotate else None
+    with ExitStack() as context:
+        context.enter_context(model.presented())
+        context.enter_context(_after_attention(model.attentions, chooser))
+        biases: list[torch.Tensor | None] = [None] * len(model.attentions)
+        context.enter_context(masked(model.attentions, biases))
+        start = 0
+        while start < len(inputs[0]):
+            running = sum(len(row) > start for row in inputs)
+            if running < len(inputs):
+                inputs, order = inputs[:running], order[:running]
+                chooser.select(torch.arange(running))
+            chunk = _chunk(inputs, start, plan.chunk).to(model.device)
+            chooser.enabled = start + plan.chunk < len(inputs[0])  # nothing reads the cache after the last chunk
+            num_cached = _num_entries(cache)
+            first = num_cached if plan.rotate else start
+            positions = torch.arange(first, first + chunk.shape[1], device=model.device).expand(running, -1)
+            if angles is not None:
+                angles.set(cache, num_cached)
+            biases[:] = [_causal_bias(model, chunk, num_cached)] * len(biases)
+            hidden = model.hidden_states(
+                chunk,
+                position_ids=positions,
+                past_key_values=cache,
+                attention_mask=placeholder_mask(model),
+                use_cache=True,
+            )
+            losses = _losses(model, hidden, [documents[index][start : start + plan.chunk] for index in order])
+            yield ChunkLosses(list(order), start, losses, num_cached, _num_bytes(cache))
+            start += plan.chunk
+
+
+class _Angles:
+    """The rotations of places ``0..T-1``, made once."""
+
+    def __init__(self, model: PressableModel, num_places: int) -> None:
+        places = torch.arange(num_places, device=model.device)[None]
+        like = torch.zeros(1, dtype=model.model.dtype, device=model.device)
+        self._cos, self._sin = model.model.base_model.rotary_emb(like, places)
+
+    def set(self, cache: Cache, num_cached: int) -> None:
+        for layer in cache.layers:
+            layer.at(self._cos[:, :num_cached], self._sin[:, :num_cached])
+
+
+class _Chooser:
+    """After a layer's attention has run: scores its standing cache and evicts down to the budget."""
+
+    def __init__(
+        self,
+        model: PressableModel,
+        cache: Cache,
+        plan: StreamPlan,
+        press_for: Callable[[int], Scorer],
+        seeds: list[int],
+    ) -> None:
+        self._cache, self._plan, self._press_for, self._seeds = cache, plan, press_for, seeds
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._num_hidden = max(plan.num_hidden, plan.chunk + 1)
+        self._step = [0] * len(model.attentions)
+        self.enabled = True
+
+    def select(self, rows: torch.Tensor) -> None:
+        for layer in self._cache.layers:
+            layer.select(rows.to(layer.keys.device))
+        self._hidden = {index: hidden[: len(rows)] for index, hidden in self._hidden.items()}
+        self._seeds = self._seeds[: len(rows)]
+
+    def __call__(self, index: int, module: nn.Module, kwargs: dict[str, Any], attentions: torch.Tensor | None) -> None:
+        hidden = kwargs["hidden_states"]
+        if index in self._hidden:
+            hidden = torch.cat([self._hidden[index], hidden], dim=1)
+        self._hidden[index] = hidden[:, -self._num_hidden :]
+        self._step[index] += 1
+        layer = self._cache.layers[index]
+        if not self.enabled or layer.keys.shape[2] <= self._plan.budget:
+            return
+        kwargs = {**kwargs, "past_key_values": self._cache}
+        if not self._plan.row_by_row:
+            layer.keep(self._best(module, self._hidden[index], layer.seen_keys, layer.values, attentions, kwargs))
+            return
+        kept = []
+        for row, seed in enumerate(self._seeds):
+            one = slice(row, row + 1)
+            of_row = None if attentions is None else attentions[one]
+            with torch.random.fork_rng([]):
+                torch.manual_seed(zlib.crc32(repr((torch.initial_seed(), seed, index, self._step[index])).encode()))
+                states = (self._hidden[index][one], layer.seen_keys[one], layer.values[one])
+                kept.append(self._best(module, *states, of_row, kwargs))
+        layer.keep(torch.cat(kept))
+
+    def _best(
+        self,
+        module: nn.Module,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        scores = self._press_for(keys.shape[2]).score(module, hidden, keys, values, attentions, kwargs)
+        return scores.topk(self._plan.budget, dim=-1).indices.sort(dim=-1).values
+
+
+@contextmanager
+def _after_attention(attentions: Sequence[nn.Module], chooser: _Chooser) -> Iterator[None]:
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]) -> None:
+            chooser(index, module, kwargs, output[1])
+
+        return hook
+
+    hooks = [
+        attention.register_forward_hook(hook_for(index), with_kwargs=True) for index, attention in enumerate(attentions)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _chunk(inputs: Sequence[torch.Tensor], start: int, size: int) -> torch.Tensor:
+    """``(B, C)``; a document that ends in this chunk is padded on the right, where nothing real can see it."""
+    rows = [row[start : start + size] for row in inputs]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _causal_bias(model: PressableModel, chunk: torch.Tensor, num_cached: int) -> torch.Tensor | None:
+    """``(1, 1, C, T + C)``: all of the cache, and of the chunk what is not later."""
+    width = chunk.shape[1]
+    if width == 1:
+        return None
+    dtype = model.model.dtype
+    earlier = torch.ones(1, width, width, dtype=torch.bool, device=chunk.device).tril()
+    within = attention_bias(None, earlier, dtype, model.num_query_heads)
+    assert within is not None
+    return torch.cat([within.new_zeros(1, 1, width, num_cached), within], dim=3)
+
+
+def _losses(model: PressableModel, hidden: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[list[float]]:
+    logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))  # (B * C, V)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in targets], batch_first=True)
+    losses = nn.functional.cross_entropy(logits, padded.reshape(-1).to(logits.device), reduction="none")
+    return [row[: len(t)] for row, t in zip(losses.view(padded.shape).tolist(), targets, strict=True)]
+
+
+def _num_entries(cache: Cache) -> int:
+    first = cache.layers[0]
+    return first.keys.shape[2] if first.is_initialized else 0
+
+
+def _num_bytes(cache: Cache) -> int:
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))

@@ -20,7 +20,7 @@ Filler = Callable[[random.Random, int], str]
 
 KINDS = ("word", "number", "place", "key")
 NUM_CHOICES = 4
-CHARACTERS_PER_TOKEN = 3.4  # the built-in tokenizer's on book text
+CHARACTERS_PER_TOKEN = 4.5  # of these documents, with the built-in's tokenizer and with Pythia's alike
 
 # One token each: the training script adds them to the tokenizer's sample, and a test checks.
 WORDS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,8 @@ FILLER_SUBJECTS, FILLER_VERBS, FILLER_PLACES, FILLER_ENDS = (
         "on the stairs|in the empty hall|over the hill|at the corner of the square|along the wall",
         "|, as it was the custom|, and the bells began to ring|, although the evening was cold|"
         ", for no reason at all| while the wind turned|, and said nothing more of it|"
-        ", before the lamps were lit| until the rain was over|, to the surprise of everyone|, with a basket on one arm|"
+        ", before the lamps were lit| until the rain was over|"
+        ", to the surprise of everyone|, with a basket on one arm|"
         " when the shops had closed",
     )
 )
@@ -139,9 +140,7 @@ def sample_facts(rng: random.Random, kind: str, num_facts: int, taken: set[str])
     return facts
 
 
-def generated_filler(
-    rng: random.Random, num_tokens: int, count_tokens: CountTokens = count_by_characters
-) -> str:
+def generated_filler(rng: random.Random, num_tokens: int, count_tokens: CountTokens = count_by_characters) -> str:
     """About `num_tokens` (to half a sentence) of prose without names, numbers or any of the asked words."""
     sentences: list[str] = []
     left = num_tokens
@@ -178,7 +177,7 @@ def recall_document(
     """One document whose asked fact ends about `distance` tokens before the question.
 
     filler(rng, num_tokens): prose between the facts, by default `generated_filler`. count_tokens(text): by
-    default characters / 3.4. The document's own `distance` is the one measured with it.
+    default characters / 4.5. The document's own `distance` is the one measured with it.
     Raises ValueError for an unknown kind or a distance below 48, where the other three facts do not fit.
     """
     if kind not in KINDS:

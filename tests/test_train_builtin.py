@@ -9,19 +9,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.recall import GIVEN_NAMES, WORDS, generated_filler
+from lm_eval_kvpress.recall import GIVEN_NAMES, KINDS, WORDS, generated_filler, recall_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
 sys.path.insert(0, str(SCRIPTS))  # the scripts are mains beside each other, not a package
 
+import eval_builtin  # noqa: E402
 import train_builtin  # noqa: E402
 from train_builtin_data import copy_rows, read_books  # noqa: E402
 from train_builtin_recipe import RECIPES, Mixture, check_schedule, stage_at  # noqa: E402
@@ -215,3 +218,33 @@ def test_answer_words_and_given_names_are_one_token_of_the_builtin_tokenizer() -
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
     words = [*GIVEN_NAMES, *(word for group in WORDS.values() for word in group)]
     assert {word: len(tokenizer.tokenize(f" {word}")) for word in words} == dict.fromkeys(words, 1)
+
+
+@pytest.mark.skipif(not (BUILTIN / "config.json").exists(), reason="the built-in checkpoint is not here")
+def test_builtin_recalls_facts_far_back() -> None:
+    model = GPTNeoXForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
+    documents = recall_documents(4321, per_cell=3, distances=(64, 512, 1500), kinds=KINDS)
+    hits = [eval_builtin.answer(model, tokenizer, document)[0] for document in documents]
+    assert np.mean(hits) >= 0.9, [(d.distance, d.kind) for d, hit in zip(documents, hits, strict=True) if not hit]
+
+
+class Bigram:
+    """Logits that depend on the last token alone: more context cannot change its perplexity."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, vocab_size: int) -> None:
+        self.table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_every_length_of_context_scores_the_same_tokens_once() -> None:
+    model, row = Bigram(50), torch.randint(50, (eval_builtin.WINDOW,), generator=torch.Generator().manual_seed(1))
+    half = eval_builtin.WINDOW // 2
+    expected = torch.nn.functional.cross_entropy(model.table[row[half - 1 : -1]], row[half:]).exp().item()
+    found = eval_builtin.perplexities(model, [row])
+    assert list(found) == ["64", "128", "256", "512", "1024-2047"]
+    assert list(found.values()) == pytest.approx([expected] * 5, rel=1e-5)

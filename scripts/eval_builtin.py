@@ -98,7 +98,7 @@ def windows(texts: Sequence[str], tokenizer: Tokenizer, per_text: int) -> list[t
 @torch.no_grad()
 def summed_loss(model: GPTNeoXForCausalLM, ids: torch.Tensor, num_scored: int) -> float:
     """Negative log-likelihood in nats of the last `num_scored` tokens of each row of `ids` (B, T)."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, -num_scored - 1 : -1]  # (B, S, V)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_scored + 1).logits[:, :-1]  # (B, S, V)
     targets = ids[:, -num_scored:]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
 
@@ -125,9 +125,10 @@ def answer(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, document: RecallDocu
     choices = [encode(choice).ids for choice in document.choices]
     longest = max(map(len, choices))
     rows = [prompt + choice + [0] * (longest - len(choice)) for choice in choices]  # no token sees a right pad
-    logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits
+    ids = torch.tensor(rows, device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]  # (4, longest, V)
     scores, greedy = [], []
-    for row, choice in zip(logits[:, len(prompt) - 1 : -1].float().log_softmax(-1), choices, strict=True):
+    for row, choice in zip(logits.float().log_softmax(-1), choices, strict=True):
         picked = row[range(len(choice)), choice]
         scores.append(picked.sum().item())
         greedy.append(row[: len(choice)].argmax(-1).tolist() == choice)

@@ -40,6 +40,8 @@ from lm_eval_kvpress.decoding import decode
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
+from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -143,6 +145,7 @@ class KVPress(HFLM):
                 "or pass allow_extrapolation=true to measure what happens beyond"
             )
         self._settings.rolling_window(max_length or positions)
+        self._settings.check_stream(positions)
 
     def _presentable(self) -> PressableModel:
         """The loaded model, its basis changed if it is a GPTNeoX, with the way kvpress can hook it."""
@@ -245,6 +248,8 @@ class KVPress(HFLM):
         return list(zip(groups, scores, batch.pressed, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        if self._settings.rolling == "stream":
+            return self._stream(requests, disable_tqdm)
         windows: list[tuple[int, plan.Window]] = []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -266,6 +271,37 @@ class KVPress(HFLM):
             answers.append(self._rolling_score(request.task_name or "", scored))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
         return answers
+
+    def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
+        documents = [
+            StreamedDocument(request.task_name or "", str(request.doc_id), self.tok_encode(request.args[0]))
+            for request in requests
+        ]
+        run = StreamRun(
+            self._press_model,
+            self._settings,
+            prefix_token=self.prefix_token_id,
+            clock=self._clock,
+            totals=self._totals,
+            store=self._stream_store(),
+        )
+        batch_size = self.max_batch_size if self.batch_size == "auto" else int(self.batch_size)
+        with self._autocast(), self._progress("stream", 0, disable_tqdm) as bar:
+            run.run(documents, batch_size, bar)
+        answers: list[float] = [run.score(document) for document in documents]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return answers
+
+    def _stream_store(self) -> StreamStore | None:
+        if self._settings.stream_output is None:
+            return None
+        facts = self.describe()
+        keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+        try:
+            return StreamStore(Path(self._settings.stream_output), {key: facts[key] for key in keys})
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def _windows(self, tokens: Sequence[int]) -> Iterator[plan.Window]:
         if self._settings.rolling == "one_pass":
@@ -437,6 +473,10 @@ class KVPress(HFLM):
             for note, count in totals.notes.items():
                 logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
 
+    def _stream_facts(self) -> dict[str, Any]:
+        names = ("stream_budget", "stream_chunk", "stream_positions")
+        return {name: getattr(self._settings, name) for name in names}
+
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
         settings = self._settings
@@ -450,6 +490,7 @@ class KVPress(HFLM):
                 "rolling_context": context if settings.rolling == "prefix" else None,
                 "rolling_score": score_tokens if settings.rolling == "prefix" else None,
                 "short_context": settings.short_context,
+                **({} if settings.rolling != "stream" else self._stream_facts()),
                 "max_length": self.max_length,
                 "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
             },

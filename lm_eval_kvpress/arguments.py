@@ -5,6 +5,7 @@ Knows the names that lm-eval's ``HFLM`` and transformers' ``from_pretrained`` ta
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -18,8 +19,10 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.presses import PressSpec, parse_press, press_argument_names
+from lm_eval_kvpress.stream_press import for_stream
 
-ROLLING = ("prefix", "one_pass")
+ROLLING = ("prefix", "one_pass", "stream")
+STREAM_POSITIONS = ("cache", "original")
 SHORT_CONTEXT = ("keep", "shrink", "error")
 BUILTIN = "builtin"
 
@@ -64,7 +67,12 @@ class Settings:
         rolling_context, rolling_score: tokens prefilled and scored per window of ``prefix``; None is half of
             ``max_length``, or what the other one leaves if that is less.
         short_context: what happens to contexts shorter than the press needs, one of `SHORT_CONTEXT`.
-        allow_extrapolation: whether ``max_length`` may exceed the model's trained positions.
+        allow_extrapolation: whether positions may exceed those that the model was trained on.
+        stream_budget: entries that every layer keeps under ``rolling=stream``.
+        stream_chunk: tokens scored per step of a stream; 1 is the strict protocol of the papers.
+        stream_positions: ``cache`` rotates kept keys by their place in the cache, ``original`` by their place in the
+            document.
+        stream_output: folder for the losses by token position; a run that was killed continues from it.
     """
 
     press: PressSpec
@@ -74,6 +82,10 @@ class Settings:
     rolling_score: int | None = None
     short_context: str = "keep"
     allow_extrapolation: bool = False
+    stream_budget: int | None = None
+    stream_chunk: int = 64
+    stream_positions: str = "cache"
+    stream_output: str | None = None
 
     def rolling_window(self, max_length: int) -> tuple[int, int]:
         """``(context, score)`` tokens of the ``prefix`` protocol.
@@ -96,6 +108,29 @@ class Settings:
             )
         return context, score
 
+    def check_stream(self, positions: int) -> None:
+        """Refuses a stream that would score with positions the model was not trained on.
+
+        Args:
+            positions: the model's trained positions.
+
+        Raises:
+            UsageError: naming what to change.
+        """
+        if self.rolling != "stream" or self.allow_extrapolation:
+            return
+        assert self.stream_budget is not None
+        if self.stream_positions == "original":
+            raise UsageError(
+                f"stream_positions=original leaves the {positions} trained positions behind in a longer document: use "
+                "stream_positions=cache, or pass allow_extrapolation=true to measure what happens"
+            )
+        if self.stream_budget + self.stream_chunk > positions:
+            raise UsageError(
+                f"stream_budget={self.stream_budget} + stream_chunk={self.stream_chunk} exceed the {positions} "
+                "positions that the model was trained on: make one of them smaller"
+            )
+
 
 def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """Splits model arguments into `Settings` and what goes on to ``HFLM``.
@@ -111,14 +146,16 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     except ValueError as error:
         raise UsageError(str(error)) from error
     own = {field: rest.pop(field) for field in Settings.__dataclass_fields__ if field != "press" and field in rest}
-    settings = Settings(press, **{key: _checked(key, value) for key, value in own.items()})
+    settings = _with_stream(Settings(press, **{key: _checked(key, value) for key, value in own.items()}), of_press)
     _refuse_unknown(rest, press_argument_names(name), name)
     _settle_attention(settings.press, rest)
     return settings, rest
 
 
 def _checked(key: str, value: Any) -> Any:
-    choices = {"rolling": ROLLING, "short_context": SHORT_CONTEXT}.get(key)
+    if key == "stream_output":
+        return str(value)
+    choices = {"rolling": ROLLING, "short_context": SHORT_CONTEXT, "stream_positions": STREAM_POSITIONS}.get(key)
     if choices is not None:
         if value not in choices:
             raise UsageError(f"{key}={value} is not known: choose one of {', '.join(choices)}")
@@ -133,6 +170,25 @@ def _checked(key: str, value: Any) -> Any:
     if value < lowest:
         raise UsageError(f"{key}={value} must be at least {lowest}")
     return int(value)
+
+
+def _with_stream(settings: Settings, of_press: Mapping[str, Any]) -> Settings:
+    """Turns the press into one that keeps ``stream_budget`` entries of a standing cache, for ``rolling=stream``."""
+    if settings.rolling != "stream":
+        for name in ("stream_budget", "stream_output"):
+            if getattr(settings, name) is not None:
+                raise UsageError(f"{name} belongs to rolling=stream, not to rolling={settings.rolling}")
+        return settings
+    if settings.stream_budget is None:
+        raise UsageError("rolling=stream needs stream_budget=N, the entries that every layer keeps")
+    given = {"compression_ratio", "kv_budget"} & of_press.keys()
+    if given:
+        raise UsageError(f"rolling=stream keeps stream_budget entries: leave {' and '.join(sorted(given))} out")
+    try:
+        press = for_stream(settings.press, settings.stream_budget, settings.stream_chunk)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return dataclasses.replace(settings, press=press)
 
 
 def _hflm_arguments() -> set[str]:

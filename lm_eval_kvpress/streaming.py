@@ -127,7 +127,7 @@ def stream(
     documents: Sequence[Sequence[int]],
     prefix_token: int,
     plan: StreamPlan,
-    press_for: Callable[[int], Scorer],
+    press_for: Callable[[int], Scorer | None],
 ) -> Iterator[ChunkLosses]:
     """Scores documents side by side, every token once, each chunk over the cache that the press left.
 
@@ -193,7 +193,7 @@ class _Chooser:
         model: PressableModel,
         cache: Cache,
         plan: StreamPlan,
-        press_for: Callable[[int], Scorer],
+        press_for: Callable[[int], Scorer | None],
         seeds: list[int],
     ) -> None:
         self._cache, self._plan, self._press_for, self._seeds = cache, plan, press_for, seeds
@@ -240,7 +240,9 @@ class _Chooser:
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        scores = self._press_for(keys.shape[2]).score(module, hidden, keys, values, attentions, kwargs)
+        press = self._press_for(keys.shape[2])
+        assert press is not None, "a stream needs a press"
+        scores = press.score(module, hidden, keys, values, attentions, kwargs)
         return scores.topk(self._plan.budget, dim=-1).indices.sort(dim=-1).values
 
 

@@ -1,0 +1,50 @@
+"""Which presses can choose on a standing cache, and what they see of it.
+
+Knows press names. Does not know models or text.
+
+A stream asks a press again and again which entries of a cache to keep whose tokens are long gone, with the hidden
+states of the newest tokens only. That is defined for presses that score single entries by their keys, their place, or the
+newest queries. It is not for presses that need every token's query or attention (the prefill presses), that decide over
+layers or heads together, or that change keys.
+"""
+
+from __future__ import annotations
+
+from lm_eval_kvpress.presses import BUDGET, PressSpec, parse_press
+
+SEES_CHUNK, SEES_CACHE = "chunk", "cache"
+
+STREAMED = {
+    "streaming_llm": SEES_CHUNK,
+    "snapkv": SEES_CHUNK,  # the chunk is its observation window
+    "tova": SEES_CHUNK,
+    "knorm": SEES_CHUNK,
+    "keydiff": SEES_CHUNK,
+    "lagkv": SEES_CHUNK,
+    "random": SEES_CHUNK,
+    "expected_attention": SEES_CACHE,  # statistics over the queries of as many tokens as the cache holds
+}
+"""Press -> of how many tokens it sees the hidden states: those of the newest chunk, or as many as the cache holds."""
+
+
+def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
+    """The press, set to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
+
+    Raises:
+        ValueError: if the press is not defined on a standing cache, or the budget is below what it must keep.
+    """
+    if press.name not in STREAMED:
+        raise ValueError(
+            f"press={press.name} is not defined on a standing cache, which rolling=stream compresses again and again: "
+            f"use one of {', '.join(STREAMED)}"
+        )
+    arguments = {name: value for name, value in press.arguments.items() if name != "compression_ratio"}
+    if "window_size" in arguments:
+        arguments["window_size"] = chunk
+    sinks = arguments.get("n_sink", 0)
+    if budget < sinks + chunk:
+        raise ValueError(
+            f"stream_budget={budget} is below what press={press.name} must keep: {sinks} sinks and the newest chunk of "
+            f"{chunk} tokens; raise it, or lower stream_chunk"
+        )
+    return parse_press(press.name, {**arguments, BUDGET: budget})

@@ -124,9 +124,13 @@ def answer(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, document: RecallDocu
     prompt = encode(document.context + document.question).ids
     choices = [encode(choice).ids for choice in document.choices]
     longest = max(map(len, choices))
-    rows = [prompt + choice + [0] * (longest - len(choice)) for choice in choices]  # no token sees a right pad
-    ids = torch.tensor(rows, device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]  # (4, longest, V)
+    rows = [prompt[-1:] + choice + [0] * (longest - len(choice)) for choice in choices]  # no token sees a right pad
+    device = model.device
+    cache = model(
+        input_ids=torch.tensor([prompt[:-1]], device=device), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    cache.batch_repeat_interleave(len(choices))
+    logits = model(input_ids=torch.tensor(rows, device=device), past_key_values=cache).logits[:, :-1]  # (4, longest, V)
     scores, greedy = [], []
     for row, choice in zip(logits.float().log_softmax(-1), choices, strict=True):
         picked = row[range(len(choice)), choice]
@@ -195,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="a .jsonl with `text`, or plain text")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    parser.add_argument("--windows-per-text", type=int, default=4)
+    parser.add_argument("--windows-per-text", type=int, default=2)
     parser.add_argument("--documents-per-cell", type=int, default=25)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)

@@ -82,7 +82,7 @@ def export(
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     draw_losses(folder / "loss.csv", folder / "loss.png")
-    figures = measure(target, read_texts(held_out), per_text=4, per_cell=documents_per_cell, device=device)
+    figures = measure(target, read_texts(held_out), per_text=2, per_cell=documents_per_cell, device=device)
     (folder / "figures.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(model, figures, facts, held_out), encoding="utf-8")
 

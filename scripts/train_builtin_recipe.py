@@ -62,7 +62,7 @@ RECIPES = {
         tokens_per_step=4096,
         warmup_steps=200,
         corpus_characters=90_000_000,
-        default_tokens=34_000_000,
+        default_tokens=24_000_000,
         probe_every=200,
         stages=(
             Stage("induction", (128,), 7_000_000, 2e-3, 2e-3, INDUCTION),

@@ -1,0 +1,159 @@
+"""Tiny seeded models for all tests: no network, milliseconds to build, attention far from uniform.
+
+`references.py` beside this file holds what the engine is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lm_eval_kvpress import native, neox
+from lm_eval_kvpress.engine import PressableModel
+
+torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
+
+VOCAB_SIZE = 211
+
+SENTENCES = [
+    "The cold river ran past an old mill where seven grey geese slept and nobody asked who owned them.",
+    "A baker, a sailor and two clerks waited at the harbour; the ship had left an hour before.",
+    "In 1871 the station burnt down, was rebuilt within a year, and has served the valley ever since.",
+    "\n = Bridges = \n\n The first bridge was built of oak . It lasted 40 years , and then the flood took it away . \n",
+    "Question: Which bird sleeps near the mill?\nAnswer: the grey geese",
+]
+
+
+def randomized(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Gives biases and norms values other than 0 and 1: a forgotten bias or norm must show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
+            if isinstance(bias, nn.Parameter):
+                bias += 0.2 * torch.randn(bias.shape, generator=generator)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 1:
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
+def tiny_neox(
+    attn: str = "sdpa",
+    *,
+    rotary_pct: float = 0.25,
+    parallel: bool = True,
+    attention_bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 3,
+    vocab_size: int = VOCAB_SIZE,
+    max_positions: int = 512,
+    seed: int = 0,
+) -> GPTNeoXForCausalLM:
+    """A GPTNeoX of 4 heads of 16 dims. The same arguments give the same weights; no two models share a config."""
+    config = GPTNeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        intermediate_size=128,
+        rotary_pct=rotary_pct,
+        use_parallel_residual=parallel,
+        attention_bias=attention_bias,
+        max_position_embeddings=max_positions,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation=attn,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = GPTNeoXForCausalLM(config)
+    return randomized(model, seed + 1).to(dtype)
+
+
+def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of 4 query heads over 2 key-value heads."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        attention_bias=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation=attn,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return randomized(model, seed + 1).to(dtype)
+
+
+def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
+    neox.prepare(model)
+    return PressableModel(model, neox.attention_modules(model), lambda: neox.presented(model))
+
+
+def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
+    return PressableModel(model, native.attention_modules(model), lambda: native.presented(model))
+
+
+@pytest.fixture(scope="session")
+def make_neox() -> Callable[..., GPTNeoXForCausalLM]:
+    """`tiny_neox`: the untouched transformers model."""
+    return tiny_neox
+
+
+@pytest.fixture(scope="session")
+def make_pressable() -> Callable[..., PressableModel]:
+    """Builds a tiny GPTNeoX, prepared for kvpress; arguments as for ``make_neox``."""
+    return lambda *args, **kwargs: pressable_neox(tiny_neox(*args, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def make_pressable_llama() -> Callable[..., PressableModel]:
+    """Builds a tiny Llama with grouped-query attention, ready for kvpress."""
+    return lambda *args, **kwargs: pressable_llama(tiny_llama(*args, **kwargs))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as Pythia's: any text comes back as it was; ``<|endoftext|>`` is id 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that ``from_pretrained`` reads: a tiny GPTNeoX of 512 positions and its tokenizer. Do not write to it."""
+    folder = tmp_path_factory.mktemp("tiny_neox")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_neox(vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder

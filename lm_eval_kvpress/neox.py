@@ -101,6 +101,7 @@ def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
     Raises:
         ValueError: if the rotary embedding or the weights are of a kind for which this is not exact.
     """
+    _check_weights(model)
     if is_prepared(model):
         return model
     rotary, config = model.gpt_neox.rotary_emb, model.config
@@ -126,12 +127,17 @@ def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: i
         )
     if head_dim % 2 or rotary_dims % 2:
         raise ValueError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
+
+
+def _check_weights(model: GPTNeoXForCausalLM) -> None:
+    """Rows of quantised weights cannot be reordered, nor read by a `ProjectionView` (float8 has scales beside them)."""
     for attention in attention_modules(model):
-        weight = attention.query_key_value.weight
-        if weight.is_meta or not weight.is_floating_point():
+        weight = getattr(attention.query_key_value, "weight", None)  # absent from GPTQ's and AWQ's modules
+        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
+            kind = "packed" if weight is None else f"{weight.dtype} on {weight.device}"
             raise ValueError(
-                f"query_key_value of layer {attention.layer_idx} is {weight.dtype} on {weight.device}: "
-                "quantised or offloaded weights cannot be reordered; load the model in 16 or 32 bit"
+                f"query_key_value of layer {attention.layer_idx} is {kind}: quantised or offloaded weights cannot be "
+                "reordered or split into q, k, v; load the model in 16 or 32 bit"
             )
 
 

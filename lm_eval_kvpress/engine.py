@@ -86,12 +86,16 @@ def prefill(
     """
     batch, length = tokens.shape
     cache = DynamicCache()
-    with model.presented(), press(model.model) if press is not None else nullcontext():
-        hidden = model.hidden_states(tokens.to(model.device), past_key_values=cache, use_cache=True)
-    layers = tuple(
-        LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
-        for attention, layer in zip(model.attentions, cache.layers, strict=True)
-    )
+    try:
+        with model.presented(), press(model.model) if press is not None else nullcontext():
+            hidden = model.hidden_states(tokens.to(model.device), past_key_values=cache, use_cache=True)
+        layers = tuple(
+            LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
+            for attention, layer in zip(model.attentions, cache.layers, strict=True)
+        )
+    finally:  # left behind, kvpress would fake these keys in the next forward over any cache
+        for attention in model.attentions:
+            attention.__dict__.pop("masked_key_indices", None)
     next_position = max(layer.num_entries for layer in layers) if rerotates else length
     return CompressedCache(layers, (length,) * batch, (next_position,) * batch, hidden[:, -1])
 
@@ -116,12 +120,12 @@ def prefill_padded(model: PressableModel, contexts: Sequence[Sequence[int]]) -> 
 
 
 def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
-    """The entries that a head-wise press evicted by masking, ``(B, H, T)``, taken off the module.
+    """The entries that a head-wise press evicted by masking, ``(B, H, T)``.
 
     kvpress would overwrite these keys with fake ones at the next forward; here they go into the layer's own mask,
     which is exact for any number of queries.
     """
-    evicted = attention.__dict__.pop("masked_key_indices", None)
+    evicted = getattr(attention, "masked_key_indices", None)
     if evicted is None:
         return None
     hidden = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)

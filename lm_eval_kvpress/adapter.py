@@ -27,7 +27,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import native, neox, plan
+from lm_eval_kvpress import native, neox, parity, plan
 from lm_eval_kvpress.arguments import (
     UsageError,
     parse_arguments,
@@ -97,10 +97,12 @@ class KVPress(HFLM):
             of_hflm.pop("attn_implementation")
         self._asked_max_length = of_hflm.get("max_length")
         super().__init__(pretrained=pretrained, **of_hflm)
+        stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
         self._rolling_window = self._settings.rolling_window(self.max_length)
         self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
         self._clock = Clock(self.device)
+        self._parity = None if stock is None else self._certificate(stock)
         self._compressor = Compressor(
             self._press_model,
             self._settings.press,
@@ -159,6 +161,17 @@ class KVPress(HFLM):
             except ValueError as error:
                 raise UsageError(str(error)) from error
         return PressableModel(model, room.attention_modules(model), functools.partial(room.presented, model))
+
+    def _certificate(self, stock: parity.Answers) -> parity.ParityCertificate:
+        """Our answers at ratio 0 against stock's: under this run's press, or without one if it takes no ratio."""
+        press = parity.at_ratio_zero(self._settings.press.name, self._settings.press.arguments)
+        shared = parity.shared_arguments(self, parity.certificate_length(self))
+        with parity.quiet_loader():
+            ours = KVPress(pretrained=self.model, rolling="one_pass", batch_size=3, **press, **shared)
+        certificate = parity.compare(stock, ours, press["press"])
+        if not certificate.passed:
+            logger.warning("parity with stock HFLM at ratio 0 is off: %s", certificate)
+        return certificate
 
     # ------------------------------------------------------------------------------------------- request types
 
@@ -498,6 +511,7 @@ class KVPress(HFLM):
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
+            "parity": None if self._parity is None else self._parity.summary(),
             "tasks": {task: totals.summary() for task, totals in self._totals.items()},
             "throughput": self._clock.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},

@@ -68,6 +68,8 @@ class Settings:
             ``max_length``, or what the other one leaves if that is less.
         short_context: what happens to contexts shorter than the press needs, one of `SHORT_CONTEXT`.
         allow_extrapolation: whether positions may exceed those that the model was trained on.
+        parity: whether the record gets the parity certificate (`parity`): our answers at ratio 0 against stock
+            ``HFLM``'s, on the same weights.
         stream_budget: entries that every layer keeps under ``rolling=stream``.
         stream_chunk: tokens scored per step of a stream; 1 is the strict protocol of the papers.
         stream_positions: ``cache`` rotates kept keys by their place in the cache, ``original`` by their place in the
@@ -82,6 +84,7 @@ class Settings:
     rolling_score: int | None = None
     short_context: str = "keep"
     allow_extrapolation: bool = False
+    parity: bool = False
     stream_budget: int | None = None
     stream_chunk: int = 64
     stream_positions: str = "cache"
@@ -160,7 +163,7 @@ def _checked(key: str, value: Any) -> Any:
         if value not in choices:
             raise UsageError(f"{key}={value} is not known: choose one of {', '.join(choices)}")
         return value
-    if key == "allow_extrapolation":
+    if key in ("allow_extrapolation", "parity"):
         if not isinstance(value, bool):
             raise UsageError(f"{key}={value} must be true or false")
         return value

@@ -30,6 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "telemetry": {"torch"},
     "recall": set(),
     "results": {"matplotlib"},
+    "dense": {"torch", "transformers"},
+    "press_formulas": {"torch"},
     "plugin": {"lm_eval"},
     # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
     "engine": {"cache", "torch", "transformers"},
@@ -39,13 +41,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"engine", "cache", "presses", "telemetry", "torch"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "arguments": {"presses", "lm_eval"},
+    "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
-        *("arguments", "presses", "neox", "native", "plan", "telemetry"),
+        *("arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("engine", "scoring", "decoding", "generation", "compression"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "_startup": {"plugin"},
     # layer 3
+    "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},
+    "checks_model": {"checks", "dense", "neox", "parity", "torch"},
+    "checks_cache": {
+        *("adapter", "cache", "checks", "decoding", "dense", "engine", "parity", "press_formulas", "scoring"),
+        *("lm_eval", "torch", "transformers"),
+    },
+    "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
+    "verify": {"checks", "checks_model", "checks_cache", "checks_results", "parity", "lm_eval"},
     "cli": {"adapter", "presses", "results", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }
@@ -53,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Library (or part of one) -> the only rooms that import it.
 OWNERS = {
     "kvpress": {"presses", "press_catalog"},
-    "lm_eval": {"adapter", "arguments", "plugin", "cli"},
+    "lm_eval": {"adapter", "arguments", "plugin", "cli", "parity", "checks_cache", "checks_results", "verify"},
     "matplotlib": {"results"},
     "transformers.models": {"neox"},
 }

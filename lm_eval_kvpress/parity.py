@@ -1,0 +1,242 @@
+"""The parity certificate: at ratio 0 our path gives stock lm-eval's answers, for all three request types.
+
+Knows lm-eval's requests and two models that answer them. Does not know how ours computes its answers.
+
+The reference is lm-eval's own ``HFLM`` on the weights that were just loaded, asked *before* the change of basis: no
+second copy in memory, no second load, and no line of ours between the checkpoint and its answers. Ours answers
+afterwards, on the same weights in their new basis, under the press with ratio 0.
+
+All differences are in nats per token, so that one tolerance serves: the rounding of the largest logit, so many times
+as `ROUNDINGS` says. Generated texts are compared token by token; where they part, the difference is how much less
+likely our own scores hold the other token to be, which is nothing at a tie.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_kvpress import recall
+
+ROUNDINGS = {torch.float32: 128, torch.float16: 2, torch.bfloat16: 2}
+"""How many roundings of the largest number two correct computations may differ by. Sums of many terms err by more
+roundings where these are small; in 16 bit the last rounding, that of the logit itself, outweighs them."""
+
+MAX_LENGTH = 320
+"""Windows of the certificate: short, so that it costs seconds, and shorter than its longest document."""
+
+MAX_GEN_TOKS = 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to the requests of the certificate.
+
+    Attributes:
+        loglikelihood: sum of log-probabilities and whether it is the greedy continuation, per request.
+        rolling: log-likelihood per document.
+        texts: generated texts.
+    """
+
+    loglikelihood: tuple[tuple[float, bool], ...]
+    rolling: tuple[float, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ParityCertificate:
+    """Largest differences between our answers at ratio 0 and stock ``HFLM``'s, in nats per token.
+
+    Attributes:
+        press: the press that ran with ratio 0.
+        loglikelihood, loglikelihood_rolling, generate_until: per request type.
+        greedy_disagreements: requests whose ``is_greedy`` differs; counts against the certificate in float32 only,
+            since ties within the rounding of 16 bits fall either way.
+        tolerance: for each of the three.
+        num_requests: answered by both.
+        dtype: of the weights.
+    """
+
+    press: str
+    loglikelihood: float
+    loglikelihood_rolling: float
+    generate_until: float
+    greedy_disagreements: int
+    tolerance: float
+    num_requests: int
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        differences = (self.loglikelihood, self.loglikelihood_rolling, self.generate_until)
+        exact = self.dtype != "float32" or self.greedy_disagreements == 0
+        return exact and all(difference <= self.tolerance for difference in differences)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything above and the verdict, ready for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def shared_arguments(lm: HFLM, max_length: int) -> dict[str, Any]:
+    """Arguments with which another ``HFLM`` on the same loaded model reads requests as ``lm`` does."""
+    return {
+        "tokenizer": lm.tokenizer,
+        "max_length": max_length,
+        "add_bos_token": lm.add_bos_token,
+        "prefix_token_id": lm.custom_prefix_token_id,
+        "mixed_precision_dtype": lm.mixed_precision_dtype,
+        "think_end_token": lm.think_end_token,
+    }
+
+
+def certificate_length(lm: HFLM) -> int:
+    """The ``max_length`` at which both sides answer."""
+    return min(MAX_LENGTH, lm.max_length)
+
+
+class StockHFLM(HFLM):
+    """lm-eval's ``HFLM`` without the progress bars that it draws inside a rolling request."""
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, True, override_bs)
+        return scores
+
+
+@contextmanager
+def quiet_loader() -> Iterator[None]:
+    """Without lm-eval's warning, at each model that is handed over loaded, that loading arguments are ignored."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def at_ratio_zero(press: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Model arguments for a press that removes nothing: every ratio it has is 0; ``none`` if it has none."""
+    zero: dict[str, Any] = {name: 0.0 for name in arguments if name.endswith("compression_ratio")}
+    zero |= {name: [0.0] * len(value) for name, value in arguments.items() if name.endswith("compression_ratios")}
+    if "kv_budget" in arguments:
+        zero["compression_ratio"] = 0.0
+    if not zero:
+        return {"press": "none"}
+    kept = {name: value for name, value in arguments.items() if name != "kv_budget"}
+    return {"press": press, **kept, **zero}
+
+
+def stock_answers(lm: HFLM) -> Answers:
+    """Stock ``HFLM``'s answers on the weights of ``lm`` as they are now; call it before they change their basis."""
+    with quiet_loader():
+        stock = StockHFLM(pretrained=lm.model, batch_size=2, **shared_arguments(lm, certificate_length(lm)))
+    return answers(stock)
+
+
+def answers(lm: HFLM) -> Answers:
+    """What a model answers to the requests of the certificate."""
+    return Answers(
+        tuple(lm.loglikelihood(_loglikelihood_requests(), disable_tqdm=True)),
+        tuple(float(score) for score in lm.loglikelihood_rolling(_rolling_requests(), disable_tqdm=True)),
+        tuple(lm.generate_until(_generation_requests(lm.max_length), disable_tqdm=True)),
+    )
+
+
+def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
+    """Our answers against stock's.
+
+    Args:
+        lm: our model at ratio 0 with ``rolling=one_pass``, the protocol of stock ``HFLM``.
+    """
+    ours = answers(lm)
+    pairs = zip(stock.loglikelihood, ours.loglikelihood, _loglikelihood_requests(), strict=True)
+    by_request = [abs(a - b) / _num_tokens(lm, request.args[1]) for (a, _), (b, _), request in pairs]
+    documents = zip(stock.rolling, ours.rolling, _rolling_requests(), strict=True)
+    by_document = [abs(a - b) / _num_tokens(lm, request.args[0]) for a, b, request in documents]
+    prompts = [request.args[0] for request in _generation_requests(lm.max_length)]
+    by_text = [text_gap(lm, *texts) for texts in zip(prompts, stock.texts, ours.texts, strict=True)]
+    flags = zip(stock.loglikelihood, ours.loglikelihood, strict=True)
+    return ParityCertificate(
+        press=press,
+        loglikelihood=worst(by_request),
+        loglikelihood_rolling=worst(by_document),
+        generate_until=worst(by_text),
+        greedy_disagreements=sum(a != b for (_, a), (_, b) in flags),
+        tolerance=rounding(lm.model.dtype) * largest_logit(lm),
+        num_requests=len(by_request) + len(by_document) + len(by_text),
+        dtype=str(lm.model.dtype).removeprefix("torch."),
+    )
+
+
+def text_gap(lm: HFLM, prompt: str, text: str, other: str) -> float:
+    """How much less likely ``lm`` holds one of two greedy texts where they part, in nats; 0 for equal texts."""
+    if text == other:
+        return 0.0
+    first, second = (lm.tok_encode(continuation, add_special_tokens=False) for continuation in (text, other))
+    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    if common is None:
+        return float("inf")  # one stopped earlier: no tie of two tokens explains that
+    context = lm.tok_encode(prompt) + first[:common]
+    requests = [(("", ""), context, [tokens[common]]) for tokens in (first, second)]
+    (a, _), (b, _) = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    return abs(a - b)
+
+
+def worst(differences: Sequence[float]) -> float:
+    """The largest; not a number if one of them is not (which `max` would hide)."""
+    return torch.tensor(list(differences), dtype=torch.float64).max().item()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative difference that two correct computations may show."""
+    return ROUNDINGS[dtype] * torch.finfo(dtype).eps
+
+
+@torch.inference_mode()
+def largest_logit(lm: HFLM) -> float:
+    """The largest logit, by amount, on the longest document."""
+    tokens = lm.tok_encode(_rolling_requests()[0].args[0])[: lm.max_length]
+    return lm.model(torch.tensor([tokens], device=lm.device)).logits.abs().max().item()
+
+
+def _num_tokens(lm: HFLM, text: str) -> int:
+    return max(1, len(lm.tok_encode(text, add_special_tokens=False)))
+
+
+def _prose(seed: int, num_tokens: int) -> str:
+    return recall.generated_filler(random.Random(seed), num_tokens)
+
+
+def _loglikelihood_requests() -> list[Instance]:
+    """Ragged contexts, the empty one among them, each with ragged continuations."""
+    documents = [recall.recall_document(seed, distance=48 + 40 * seed, kind=recall.KINDS[seed]) for seed in range(4)]
+    pairs = [(document.context + document.question, choice) for document in documents for choice in document.choices]
+    pairs += [(_prose(9, 20), " " + _prose(10 + length, length)) for length in (12, 24)]
+    pairs += [("", _prose(13, 16))]
+    return [Instance("loglikelihood", {}, pair, 0, ("parity", index, 1)) for index, pair in enumerate(pairs)]
+
+
+def _rolling_requests() -> list[Instance]:
+    """Several windows, less than one, and one token or so."""
+    texts = (_prose(20, 2 * MAX_LENGTH + 30), _prose(21, 60), "The")
+    return [
+        Instance("loglikelihood_rolling", {}, (text,), 0, ("parity", index, 1)) for index, text in enumerate(texts)
+    ]
+
+
+def _generation_requests(max_length: int) -> list[Instance]:
+    until = {"until": ["\n\n"], "max_gen_toks": min(MAX_GEN_TOKS, max_length // 2)}
+    return [
+        Instance("generate_until", {}, (_prose(30 + index, length), dict(until)), 0, ("parity", index, 1))
+        for index, length in enumerate((90, 40, 12))
+    ]

@@ -90,7 +90,7 @@ class CompressedCache:
 
     def select(self, rows: Sequence[int]) -> CompressedCache:
         """The given rows, in the given order."""
-        index = torch.tensor(list(rows), device=self.layers[0].keys.device)
+        index = torch.tensor(list(rows))  # on the CPU, from where it indexes layers on any device
         last_hidden = None if self.last_hidden is None else self.last_hidden[index]
         return CompressedCache(
             tuple(layer.select(index) for layer in self.layers),

@@ -151,7 +151,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that ``from_pretrained`` reads: a tiny GPTNeoX of 512 positions and its tokenizer. Do not write to it."""
+    """A folder for ``from_pretrained``: a tiny GPTNeoX of 512 positions and its tokenizer. Do not write to it."""
     folder = tmp_path_factory.mktemp("tiny_neox")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)

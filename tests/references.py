@@ -133,7 +133,7 @@ class DenseReference:
         return (scores.softmax(dim=-1) @ v).transpose(0, 1).reshape(size, -1)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """RoPE as complex numbers: dims ``i`` and ``i + R / 2`` of the first R are one of them. ``positions (H, S)``."""
+        """RoPE as complex numbers, each made of dims ``i`` and ``i + R / 2`` of the first R. ``positions (H, S)``."""
         half = self.rotated // 2
         theta = self.config.rope_parameters["rope_theta"] if hasattr(self.config, "rope_parameters") else 10000.0
         frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -232,8 +232,9 @@ def kept_by_press(model: PressableModel, tokens: Sequence[int], name: str) -> Ev
             layer_hidden[indices] = True
             hidden.append(layer_hidden[0])
             continue
-        matched = [(whole.values, left.values)] if name in REROTATES else [(whole.values, left.values), (whole.keys, left.keys)]
-        equal = torch.stack([(a[0][:, :, None] == b[0][:, None]).all(-1) for a, b in matched]).all(0)  # (K, P, kept)
+        equal = same_entries(whole.values, left.values)  # (K, P, kept)
+        if name not in REROTATES:
+            equal &= same_entries(whole.keys, left.keys)
         assert (equal.sum(1) == 1).all(), "every kept entry must be one entry of the full cache"
         hidden.append(~equal.any(2))
         positions.append(equal.double() @ torch.arange(left.keys.shape[2]).double())  # place in the compressed cache
@@ -241,6 +242,11 @@ def kept_by_press(model: PressableModel, tokens: Sequence[int], name: str) -> Ev
     if name not in REROTATES:
         return Evicted(torch.stack(hidden), len(tokens))
     return Evicted(torch.stack(hidden), pressed.layers[0].keys.shape[2], torch.stack(positions))
+
+
+def same_entries(whole: Tensor, left: Tensor) -> Tensor:
+    """``(K, P, kept)``, from ``(1, K, P, D)`` and ``(1, K, kept, D)``: bitwise equality of vectors."""
+    return (whole[0][:, :, None] == left[0][:, None]).all(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------- one by one
@@ -269,6 +275,8 @@ def one_by_one_greedy(model: PressableModel, context: Sequence[int], held: int, 
     position = cache.layers[0].keys.shape[2] if name in REROTATES else prefilled
     ids = list(context)
     place = prefilled
+    if held == 0:  # the first token comes from the full cache, as without this project
+        ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
     while len(ids) < len(context) + count:
         logits = step_logits(model, cache, ids[place], position)
         place, position = place + 1, position + 1

@@ -68,20 +68,27 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def presses(arguments: Sequence[str]) -> int:
-    """Prints one line per press."""
+    """Prints one line per press, then those of kvpress that do not run here and why."""
     argparse.ArgumentParser(
         prog="lm-eval-kvpress presses", description="List the presses that --model_args press=NAME takes."
     ).parse_args(arguments)
     from lm_eval_kvpress.presses import list_presses
 
-    rows = [("press", "arguments and defaults", "needs", "paper")]
-    for press in list_presses():
-        defaults = " ".join(f"{name}={default}" for name, default in press.arguments.items())
-        rows.append((press.name, defaults or "-", press.needs or "-", press.paper or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    listed = list_presses()
+    defaults = {press.name: " ".join(f"{name}={value}" for name, value in press.arguments.items()) for press in listed}
+    runs = [(press.name, press.needs, press.paper, defaults[press.name]) for press in listed if press.supported]
+    others = [(press.name, press.paper, press.needs) for press in listed if not press.supported]
+    _print_table(("press", "needs", "paper", "arguments and defaults"), runs)
+    print()
+    _print_table(("does not run here", "paper", "because it"), others)
     return 0
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    lines = [head, *([cell or "-" for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,12 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoding": {"engine", "cache", "torch", "transformers"},
     "generation": {"decoding", "torch", "transformers"},
     "compression": {"engine", "cache", "presses", "telemetry", "torch"},
+    "streaming": {"engine", "cache", "torch", "transformers"},
+    "stream_store": set(),
     # layer 2: the lm-eval model, and how lm-eval finds it
-    "arguments": {"presses", "lm_eval"},
+    "stream_press": {"presses"},
+    "arguments": {"presses", "stream_press", "lm_eval"},
+    "stream_run": {
+        *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
+        "tqdm",
+    },
     "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
         *("arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
-        *("engine", "scoring", "decoding", "generation", "compression"),
+        *("engine", "cache", "scoring", "decoding", "generation", "compression", "stream_run", "stream_store"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "_startup": {"plugin"},
@@ -66,7 +73,7 @@ OWNERS = {
     "kvpress": {"presses", "press_catalog"},
     "lm_eval": {"adapter", "arguments", "plugin", "cli", "parity", "checks_cache", "checks_results", "verify"},
     "matplotlib": {"results"},
-    "transformers.models": {"neox"},
+    "transformers.models": {"neox", "streaming"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import sys
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,8 @@ from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
 from lm_eval_kvpress.stream_store import StreamStore
-from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
+from lm_eval_kvpress.telemetry import Clock, ContextRecord, RollingScore, TaskTotals
+from lm_eval_kvpress.throughput import LogError, Meter, RequestId, RequestShare, ThroughputLog
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -64,7 +66,7 @@ class _Job:
 
     context: tuple[int, ...]
     seed: int
-    task: str
+    id: RequestId
 
 
 class KVPress(HFLM):
@@ -103,6 +105,7 @@ class KVPress(HFLM):
         self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
         self._clock = Clock(self.device)
         self._parity = None if stock is None else self._certificate(stock)
+        self._meter = self._new_meter()
         self._compressor = Compressor(
             self._press_model,
             self._settings.press,
@@ -180,8 +183,7 @@ class KVPress(HFLM):
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         strings = [request.args for request in requests]
         pairs = self._encode_pairs(strings)
-        tasks = [request.task_name or "" for request in requests]
-        answers = self._score_pairs(pairs, tasks, disable_tqdm)
+        answers = self._score_pairs(pairs, [_request_id(request) for request in requests], disable_tqdm)
         for pair, answer in zip(strings, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -193,7 +195,7 @@ class KVPress(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._score_pairs(pairs, [""] * len(pairs), disable_tqdm)
+        return self._score_pairs(pairs, [RequestId("", None, index) for index in range(len(pairs))], disable_tqdm)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Token ids of ``(context, continuation)`` pairs, as ``TemplateLM.loglikelihood`` makes them."""
@@ -213,13 +215,32 @@ class KVPress(HFLM):
         return encoded
 
     def _score_pairs(
-        self, pairs: Sequence[tuple[list[int], list[int]]], tasks: Sequence[str], disable_tqdm: bool
+        self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
+        truncated = self._truncated(pairs, ids)
+        self._compressor.check_lengths([context for context, _ in truncated])
+        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(pairs)
+        with self._progress("loglikelihood", len(pairs), disable_tqdm) as bar:
+            groups = plan.group_by_context(truncated)
+            for batch in self._batches(groups, lambda group: len(group.context)):
+                for group, scores, pressed in self._halving(self._score_groups, batch, ids):
+                    for member, branch in zip(group.members, scores, strict=True):
+                        self._check_finite(branch, f"request {member} of task '{ids[member].task}'")
+                        self._totals[ids[member].task].scored(branch.logprobs, pressed=pressed)
+                        answers[member] = (math.fsum(branch.logprobs), branch.is_greedy)
+                    bar.update(len(group.members))
+                self._show(bar)
+                self._meter.finish("loglikelihood")
+        return answers
+
+    def _truncated(
+        self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId]
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         truncated = []
         for index, (context, continuation) in enumerate(pairs):
             if not context or not continuation or len(continuation) > self.max_length:
                 raise ValueError(
-                    f"request {index} of task '{tasks[index]}' has {len(context)} context and {len(continuation)} "
+                    f"request {index} of task '{ids[index].task}' has {len(context)} context and {len(continuation)} "
                     f"continuation tokens; each needs at least 1, and a continuation at most {self.max_length}"
                 )
             kept = plan.truncate_left(context, continuation, self.max_length)
@@ -227,25 +248,15 @@ class KVPress(HFLM):
         num_cut = sum(len(kept) < len(context) for (kept, _), (context, _) in zip(truncated, pairs, strict=True))
         if num_cut:
             logger.warning("%d contexts were cut from the left to fit max_length=%d", num_cut, self.max_length)
-        self._compressor.check_lengths([context for context, _ in truncated])
-        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(pairs)
-        with self._progress("loglikelihood", len(pairs), disable_tqdm) as bar:
-            groups = plan.group_by_context(truncated)
-            for batch in self._batches(groups, lambda group: len(group.context)):
-                for group, scores, pressed in self._halving(self._score_groups, batch, tasks):
-                    for member, branch in zip(group.members, scores, strict=True):
-                        self._check_finite(branch, f"request {member} of task '{tasks[member]}'")
-                        self._totals[tasks[member]].scored(branch.logprobs, pressed=pressed)
-                        answers[member] = (math.fsum(branch.logprobs), branch.is_greedy)
-                    bar.update(len(group.members))
-        return answers
+        return truncated
 
     def _score_groups(
-        self, groups: Sequence[plan.ContextGroup], tasks: Sequence[str]
+        self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]
     ) -> list[tuple[plan.ContextGroup, list[BranchScore], bool]]:
+        self._clock.take()
         with self._autocast():
             batch = self._compressor.compress(
-                [group.context for group in groups], [tasks[group.members[0]] for group in groups]
+                [group.context for group in groups], [ids[group.members[0]].task for group in groups]
             )
         split = [list(plan.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
         scores: list[list[BranchScore]] = [[] for _ in groups]
@@ -258,6 +269,12 @@ class KVPress(HFLM):
             part = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
             for row, branches in zip(rows, self._score(part, packs), strict=True):
                 scores[row] += branches
+        shares = [
+            RequestShare(ids[member], len(group.context), len(continuation), context=record)
+            for group, record in zip(groups, batch.records, strict=True)
+            for member, continuation in zip(group.members, group.continuations, strict=True)
+        ]
+        self._meter.batch("loglikelihood", len(groups), shares)
         return list(zip(groups, scores, batch.pressed, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -270,15 +287,17 @@ class KVPress(HFLM):
         self._compressor.check_lengths([window.context for _, window in windows if window.pressed])
         parts: list[list[tuple[BranchScore, bool]]] = [[] for _ in requests]
         windows.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
-        tasks = [request.task_name or "" for request in requests]
+        ids = [_request_id(request) for request in requests]
         with self._progress("loglikelihood_rolling", len(windows), disable_tqdm) as bar:
             for _, of_one_kind in itertools.groupby(windows, key=lambda item: item[1].pressed):
                 batches = self._batches(list(of_one_kind), lambda item: len(item[1].context) + len(item[1].targets))
                 for batch in batches:
-                    for index, branch, pressed in self._halving(self._score_windows, batch, tasks):
-                        self._check_finite(branch, f"document {index} of task '{tasks[index]}'")
+                    for index, branch, pressed in self._halving(self._score_windows, batch, ids):
+                        self._check_finite(branch, f"document {index} of task '{ids[index].task}'")
                         parts[index].append((branch, pressed))
                     bar.update(len(batch))
+                    self._show(bar)
+        self._meter.finish("loglikelihood_rolling")
         answers: list[float] = []
         for request, scored in zip(requests, parts, strict=True):
             answers.append(self._rolling_score(request.task_name or "", scored))
@@ -286,15 +305,13 @@ class KVPress(HFLM):
         return answers
 
     def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
-        documents = [
-            StreamedDocument(request.task_name or "", str(request.doc_id), self.tok_encode(request.args[0]))
-            for request in requests
-        ]
+        documents = [StreamedDocument(_request_id(request), self.tok_encode(request.args[0])) for request in requests]
         run = StreamRun(
             self._press_model,
             self._settings,
             prefix_token=self.prefix_token_id,
             clock=self._clock,
+            meter=self._meter,
             totals=self._totals,
             store=self._stream_store(),
         )
@@ -322,23 +339,31 @@ class KVPress(HFLM):
         return plan.prefix_windows(tokens, self.prefix_token_id, *self._rolling_window)
 
     def _score_windows(
-        self, batch: Sequence[tuple[int, plan.Window]], tasks: Sequence[str]
+        self, batch: Sequence[tuple[int, plan.Window]], ids: Sequence[RequestId]
     ) -> list[tuple[int, BranchScore, bool]]:
+        self._clock.take()
         contexts = [window.context for _, window in batch]
+        records: Sequence[ContextRecord | None] = [None] * len(batch)
         with self._autocast():
             if batch[0][1].pressed:
-                compressed = self._compressor.compress(contexts, [tasks[index] for index, _ in batch])
+                compressed = self._compressor.compress(contexts, [ids[index].task for index, _ in batch])
                 cache, queries, pressed = compressed.cache, compressed.queries, compressed.pressed
+                records = compressed.records
             else:  # the whole context is fed with the targets: one plain forward, in which no press can act
                 cache = self._press_model.empty_cache(len(batch))
                 queries, pressed = contexts, [False] * len(batch)
         packs = [Pack(query, (window.targets,)) for query, (_, window) in zip(queries, batch, strict=True)]
         scores = self._score(cache, packs)
+        shares = [
+            RequestShare(ids[index], len(window.context), len(window.targets), context=record)
+            for (index, window), record in zip(batch, records, strict=True)
+        ]
+        self._meter.batch("loglikelihood_rolling", len(batch), shares)
         return [(index, branches[0], flag) for (index, _), branches, flag in zip(batch, scores, pressed, strict=True)]
 
     def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
         num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)
-        with self._autocast(), self._clock.phase("score", batch_size=len(packs), num_tokens=num_tokens):
+        with self._autocast(), self._clock.phase("score", num_tokens=num_tokens):
             return score(self._press_model, cache, packs)
 
     def _rolling_score(self, task: str, scored: Sequence[tuple[BranchScore, bool]]) -> RollingScore:
@@ -365,6 +390,8 @@ class KVPress(HFLM):
                         answers[index] = text
                         self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update(len(batch))
+                    self._show(bar)
+                    self._meter.finish("generate_until")
         return answers
 
     def _jobs(self, requests: Sequence[Instance]) -> list[_Job]:
@@ -375,7 +402,7 @@ class KVPress(HFLM):
             context = tuple(self._encode_prompt(request.args[0]))
             seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
             occurrences[context] += 1
-            jobs.append(_Job(context, seed, request.task_name or ""))
+            jobs.append(_Job(context, seed, _request_id(request)))
         return jobs
 
     def _generator(self, gen_kwargs: dict[str, Any]) -> Callable[[Sequence[_Job]], list[str]]:
@@ -392,10 +419,12 @@ class KVPress(HFLM):
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
 
         def generate(jobs: Sequence[_Job]) -> list[str]:
+            self._clock.take()
             contexts = [job.context[-room:] for job in jobs]
+            start, times = time.perf_counter(), list[float]()
             with self._autocast():
-                batch = self._compressor.compress(contexts, [job.task for job in jobs])
-                with self._clock.phase("decode", batch_size=len(jobs)) as produced:
+                batch = self._compressor.compress(contexts, [job.id.task for job in jobs])
+                with self._clock.phase("decode") as produced:
                     rows = decode(
                         self._press_model,
                         batch.cache,
@@ -405,10 +434,16 @@ class KVPress(HFLM):
                         sampler=sampler_for(options, [job.seed for job in jobs], max_new_tokens),
                         stop_ids=stop_ids,
                         stopped=StopStrings(self.tokenizer, until),
+                        on_token=lambda: times.append(time.perf_counter() - start),
                     )
                     produced["tokens"] += sum(len(row) for row in rows)
             for job, row in zip(jobs, rows, strict=True):
-                self._totals[job.task].num_tokens_generated += len(row)
+                self._totals[job.id.task].num_tokens_generated += len(row)
+            shares = [
+                RequestShare(job.id, len(context), len(row), context=record, token_times_sec=tuple(times[: len(row)]))
+                for job, context, row, record in zip(jobs, contexts, rows, batch.records, strict=True)
+            ]
+            self._meter.batch("generate_until", len(jobs), shares)
             return [self._text(row, until) for row in rows]
 
         return generate
@@ -454,6 +489,25 @@ class KVPress(HFLM):
     def _progress(self, what: str, total: int, disable_tqdm: bool) -> tqdm[Any]:
         label = f"{what} (press={self._settings.press.name})"
         return tqdm(total=total, desc=label, disable=disable_tqdm or self.rank != 0)
+
+    def _show(self, bar: tqdm[Any]) -> None:
+        bar.set_postfix(self._meter.live(), refresh=False)
+
+    def _new_meter(self) -> Meter:
+        settings = self._settings
+        labels = {
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "press": settings.press.name,
+            "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
+        }
+        log = None
+        if settings.throughput_log is not None:
+            try:
+                log = ThroughputLog(Path(settings.throughput_log))
+            except LogError as error:
+                raise UsageError(str(error)) from error
+        return Meter(self._clock, labels, log)
 
     def _check_finite(self, branch: BranchScore, what: str) -> None:
         if not all(math.isfinite(logprob) for logprob in branch.logprobs):
@@ -513,9 +567,13 @@ class KVPress(HFLM):
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
             "tasks": {task: totals.summary() for task, totals in self._totals.items()},
-            "throughput": self._clock.summary(),
+            "throughput": self._meter.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
         }
+
+
+def _request_id(request: Instance) -> RequestId:
+    return RequestId(request.task_name or "", request.doc_id, request.idx)
 
 
 class PythiaKVPress(KVPress):

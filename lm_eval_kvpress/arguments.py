@@ -75,6 +75,7 @@ class Settings:
         stream_positions: ``cache`` rotates kept keys by their place in the cache, ``original`` by their place in the
             document.
         stream_output: folder for the losses by token position; a run that was killed continues from it.
+        throughput_log: ``FILE.jsonl`` for a record per batch and request, or ``FILE.csv`` for requests only.
     """
 
     press: PressSpec
@@ -89,6 +90,7 @@ class Settings:
     stream_chunk: int = 64
     stream_positions: str = "cache"
     stream_output: str | None = None
+    throughput_log: str | None = None
 
     def rolling_window(self, max_length: int) -> tuple[int, int]:
         """``(context, score)`` tokens of the ``prefix`` protocol.
@@ -156,7 +158,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
 
 
 def _checked(key: str, value: Any) -> Any:
-    if key == "stream_output":
+    if key in ("stream_output", "throughput_log"):
         return str(value)
     choices = {"rolling": ROLLING, "short_context": SHORT_CONTEXT, "stream_positions": STREAM_POSITIONS}.get(key)
     if choices is not None:

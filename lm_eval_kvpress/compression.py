@@ -37,11 +37,13 @@ class CompressedBatch:
         queries: the held-back end of each context.
         pressed: per context, whether what is scored now counts as scored under the press: it ran, or there is none
             and the context is cached in full. So the baseline's figures cover the same tokens as every press's.
+        records: what was kept, per context.
     """
 
     cache: CompressedCache
     queries: list[Tokens]
     pressed: list[bool]
+    records: list[ContextRecord]
 
 
 class Compressor:
@@ -93,16 +95,20 @@ class Compressor:
         heads = [context[:end] for context, end in zip(contexts, ends, strict=True)]
         order: list[int] = []
         caches: list[CompressedCache] = []
-        with self._clock.phase("prefill", batch_size=len(contexts), num_tokens=sum(ends)):
+        records: dict[int, ContextRecord] = {}
+        with self._clock.phase("prefill", num_tokens=sum(ends)):
             for rows, cache, pressed in self._prefilled(heads):
-                self._record([tasks[row] for row in rows], cache, pressed)
+                for row, record in zip(rows, _context_records(cache, pressed), strict=True):
+                    records[row] = record
+                    self._book(tasks[row], record)
                 order += rows
                 caches.append(cache)
             cache = stack(caches)
             if order != list(range(len(contexts))):
                 cache = cache.select([order.index(row) for row in range(len(contexts))])
         queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
-        return CompressedBatch(cache, queries, [end > 0 if self._press.is_none else self._runs_on(end) for end in ends])
+        pressed_rows = [end > 0 if self._press.is_none else self._runs_on(end) for end in ends]
+        return CompressedBatch(cache, queries, pressed_rows, [records[row] for row in range(len(contexts))])
 
     def _runs_on(self, length: int) -> bool:
         if self._press.is_none or length == 0:
@@ -129,18 +135,26 @@ class Compressor:
 
     def _prefill(self, heads: Sequence[Tokens], length: int) -> CompressedCache:
         press = self._press.build(length, shrink=length < self._press.min_context())
+        if press is not None:
+            press.forward_hook = self._clock.timed(press.forward_hook)  # kvpress registers what the instance has
         with nullcontext() if self._press.batches else _seeded_by(heads[0]):
             return prefill(self._model, torch.tensor(heads), press, rerotates=self._press.rerotates)
 
-    def _record(self, tasks: Sequence[str], cache: CompressedCache, pressed: bool) -> None:
-        for task, kept, num_seen in zip(tasks, cache.kept(), cache.num_seen, strict=True):
-            totals = self._totals[task]
-            (totals.pressed if pressed else totals.unpressed).add(_context_record(cache, kept, num_seen, pressed))
-            if pressed:
-                totals.num_shrunk_contexts += num_seen < self._press.min_context()
-                totals.notes.update(self._press.notes(num_seen, len(cache.layers)))
-            elif not self._press.is_none:
-                totals.num_short_contexts += 1
+    def _book(self, task: str, record: ContextRecord) -> None:
+        totals = self._totals[task]
+        (totals.pressed if record.pressed else totals.unpressed).add(record)
+        if record.pressed:
+            totals.num_shrunk_contexts += record.num_tokens < self._press.min_context()
+            totals.notes.update(self._press.notes(record.num_tokens, len(record.kept_per_layer)))
+        elif not self._press.is_none:
+            totals.num_short_contexts += 1
+
+
+def _context_records(cache: CompressedCache, pressed: bool) -> list[ContextRecord]:
+    return [
+        _context_record(cache, kept, num_seen, pressed)
+        for kept, num_seen in zip(cache.kept(), cache.num_seen, strict=True)
+    ]
 
 
 def _context_record(cache: CompressedCache, kept: Sequence[float], num_seen: int, pressed: bool) -> ContextRecord:

@@ -53,6 +53,7 @@ def decode(
     sampler: Sampler,
     stop_ids: frozenset[int],
     stopped: Callable[[torch.Tensor], Sequence[bool]],
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Generates for each row from its compressed cache, one forward per token for the whole ragged batch.
 
@@ -61,6 +62,7 @@ def decode(
         num_held_back: how many of a context's last tokens were held back; all rows or none may have zero.
         stop_ids: tokens that end a row; they are part of the result.
         stopped: told the new tokens so far, ``(B, n)``, says which rows are complete for other reasons.
+        on_token: called when the tokens of a step have reached the host.
 
     Returns:
         the new tokens of each row, up to and including the one that ended it.
@@ -78,6 +80,7 @@ def decode(
             chosen = sampler.choose(ids, model.logits(hidden).to(ids.device), step)
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             ended = [token in stop_ids for token in chosen.tolist()]
+            on_token()
             ended = [a or b for a, b in zip(ended, stopped(ids[:, prompt:]), strict=True)]
             for row in [row for row in open_rows if ended[row]]:
                 lengths[row] = step + 1

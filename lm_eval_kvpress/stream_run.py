@@ -19,16 +19,24 @@ from lm_eval_kvpress.stream_press import SEES_CACHE, STREAMED
 from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.streaming import StreamPlan, stream
 from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
+from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
 
 
 @dataclass
 class StreamedDocument:
     """A document and the losses, in nats, of its tokens so far."""
 
-    task: str
-    name: str
+    id: RequestId
     tokens: list[int]
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def task(self) -> str:
+        return self.id.task
+
+    @property
+    def name(self) -> str:
+        return str(self.id.doc_id)
 
     @property
     def is_finished(self) -> bool:
@@ -42,7 +50,7 @@ class StreamRun:
         model: the model, presentable to kvpress.
         settings: with ``rolling=stream``; its press keeps ``stream_budget`` entries.
         prefix_token: predicts each document's first token.
-        clock, totals: filled in here.
+        clock, meter, totals: filled in here.
         store: where finished documents are kept, or None.
     """
 
@@ -53,13 +61,14 @@ class StreamRun:
         *,
         prefix_token: int,
         clock: Clock,
+        meter: Meter,
         totals: dict[str, TaskTotals],
         store: StreamStore | None,
     ) -> None:
         assert settings.stream_budget is not None
         sees_cache = STREAMED[settings.press.name] == SEES_CACHE
         self._model, self._settings, self._prefix_token = model, settings, prefix_token
-        self._clock, self._totals, self._store = clock, totals, store
+        self._clock, self._meter, self._totals, self._store = clock, meter, totals, store
         self._plan = StreamPlan(
             budget=settings.stream_budget,
             chunk=settings.stream_chunk,
@@ -83,7 +92,7 @@ class StreamRun:
         build = self._settings.press.build
         press_for = functools.lru_cache(maxsize=8)(lambda num_entries: build(num_entries))
         tokens = [document.tokens for document in batch]
-        with self._clock.phase("stream", batch_size=len(batch)) as scored:
+        with self._clock.phase("stream") as scored:
             for step in stream(self._model, tokens, self._prefix_token, self._plan, press_for):
                 for index, losses in zip(step.documents, step.losses, strict=True):
                     self._take(batch[index], losses)
@@ -92,6 +101,9 @@ class StreamRun:
                     totals.max_stream_bytes = max(totals.max_stream_bytes, step.cache_bytes)
                     scored["tokens"] += len(losses)
                     bar.update(len(losses))
+        shares = [RequestShare(document.id, 1, len(document.tokens), weight=len(document.tokens)) for document in batch]
+        self._meter.batch("loglikelihood_rolling", len(batch), shares)
+        self._meter.finish("loglikelihood_rolling")
 
     def _take(self, document: StreamedDocument, losses: Sequence[float]) -> None:
         if not all(math.isfinite(loss) for loss in losses):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,49 +51,72 @@ class PhaseTiming:
     """One phase of one batch.
 
     Attributes:
-        phase: ``prefill`` (the press included), ``score`` or ``decode``.
+        phase: ``prefill``, ``press`` (the time in the press's hooks, not part of prefill), ``score``, ``decode`` or
+            ``stream``.
         seconds: wall clock between two synchronized edges.
-        num_tokens: real tokens that went in (``prefill``), were scored, or were produced; padding never counts.
-        batch_size: contexts in the batch.
+        num_tokens: real tokens that went in (``prefill``, ``press``), were scored, or were produced; padding never
+            counts.
+        peak_memory_bytes: the most that was allocated on a CUDA device, None elsewhere.
     """
 
     phase: str
     seconds: float
     num_tokens: int
-    batch_size: int
+    peak_memory_bytes: int | None = None
 
 
 class Clock:
-    """Times phases; the device is synchronized at the edges of a phase only."""
+    """Times phases. The device is synchronized at the edges of a phase only; hooks inside are timed by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.timings: list[PhaseTiming] = []
+        self._device, self._is_cuda = device, device.type == "cuda"
+        self._timings: list[PhaseTiming] = []
+        self._hooks: list[Callable[[], float]] = []
 
     @contextmanager
-    def phase(self, name: str, *, batch_size: int, num_tokens: int = 0) -> Iterator[Counter[str]]:
+    def phase(self, name: str, *, num_tokens: int = 0) -> Iterator[Counter[str]]:
         """Times a block. What the block adds to the yielded counter's ``tokens`` counts as well."""
         produced: Counter[str] = Counter(tokens=num_tokens)
+        self._hooks.clear()
         self._synchronize()
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         yield produced
         self._synchronize()
-        self.timings.append(PhaseTiming(name, time.perf_counter() - start, produced["tokens"], batch_size))
+        seconds = time.perf_counter() - start
+        in_hooks = sum(measure() for measure in self._hooks)
+        peak = torch.cuda.max_memory_allocated(self._device) if self._is_cuda else None
+        self._timings.append(PhaseTiming(name, seconds - in_hooks, produced["tokens"], peak))
+        if self._hooks:
+            self._timings.append(PhaseTiming("press", in_hooks, produced["tokens"], peak))
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Per phase: batches, tokens, seconds and tokens per second over the run."""
-        phases: dict[str, dict[str, float]] = {}
-        for timing in self.timings:
-            sums = phases.setdefault(timing.phase, {"num_batches": 0, "num_tokens": 0, "seconds": 0.0})
-            sums["num_batches"] += 1
-            sums["num_tokens"] += timing.num_tokens
-            sums["seconds"] += timing.seconds
-        for sums in phases.values():
-            sums["tokens_per_sec"] = sums["num_tokens"] / sums["seconds"]
-        return phases
+    def timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, its time taken out of the phase it runs in and booked as ``press``."""
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if self._is_cuda:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                result = hook(*arguments, **keywords)
+                end.record()
+                self._hooks.append(lambda: start.elapsed_time(end) / 1000)
+                return result
+            begin = time.perf_counter()
+            result = hook(*arguments, **keywords)
+            seconds = time.perf_counter() - begin
+            self._hooks.append(lambda: seconds)
+            return result
+
+        return run
+
+    def take(self) -> list[PhaseTiming]:
+        """The timings since the last call."""
+        timings, self._timings = self._timings, []
+        return timings
 
     def _synchronize(self) -> None:
-        if self._device.type == "cuda":
+        if self._is_cuda:
             torch.cuda.synchronize(self._device)
 
 

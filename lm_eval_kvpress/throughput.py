@@ -1,0 +1,351 @@
+"""What each phase of each batch and each request cost: records, their sums, and the file they are written to.
+
+Knows clocks and files. Does not know lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the time
+to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time between two tokens of a request.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_eval_kvpress.telemetry import Clock, ContextRecord, PhaseTiming
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class RequestId:
+    """Joins one to one with lm-eval's samples."""
+
+    task: str
+    doc_id: int | None
+    idx: int
+
+
+@dataclass(frozen=True)
+class RequestShare:
+    """A request's part in one batch.
+
+    Attributes:
+        id: the request.
+        num_prompt_tokens: tokens of its context that the batch used.
+        num_output_tokens: tokens scored or produced for it.
+        weight: its share of the batch's seconds, relative to the other requests of the batch.
+        context: what was kept of its context, if one was prefilled.
+        token_times_sec: for generated tokens, seconds from the start of the batch to each.
+    """
+
+    id: RequestId
+    num_prompt_tokens: int
+    num_output_tokens: int
+    weight: float = 1.0
+    context: ContextRecord | None = None
+    token_times_sec: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One batch: seconds per phase, press apart from prefill; tokens really run, padding not counted.
+
+    ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
+    """
+
+    record: str
+    batch: int
+    request_type: str
+    batch_size: int
+    is_warmup: bool
+    seconds: float
+    prefill_sec: float
+    press_sec: float
+    score_sec: float
+    decode_sec: float
+    num_prefill_tokens: int
+    num_output_tokens: int
+    peak_memory_bytes: int | None
+    device: str
+    dtype: str
+    press: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request, over all its batches. Seconds are its share of them, so requests sum to the run; latency is not.
+
+    ``kept_tokens_*`` are over layers, for the last context that was prefilled for the request.
+    """
+
+    record: str
+    task: str
+    doc_id: int | None
+    idx: int
+    request_type: str
+    num_batches: int
+    is_warmup: bool
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seconds: float
+    prefill_sec: float
+    press_sec: float
+    score_sec: float
+    decode_sec: float
+    latency_sec: float
+    ttft_sec: float | None
+    tpot_sec: float | None
+    itl_p50_sec: float | None
+    itl_p90_sec: float | None
+    itl_p99_sec: float | None
+    num_contexts: int
+    num_context_tokens: int
+    kept_tokens_min: float | None
+    kept_tokens_mean: float | None
+    kept_tokens_max: float | None
+    kv_bytes_before: int
+    kv_bytes_allocated: int
+    kv_bytes_effective: int
+
+
+class LogError(OSError):
+    """The throughput log cannot be written."""
+
+
+class ThroughputLog:
+    """Appends records to ``FILE.jsonl`` or, requests only, to ``FILE.csv``; one write per line, one process per file.
+
+    Raises:
+        LogError: in one line, if the file is in use by another process or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".jsonl", ".csv"):
+            raise LogError(f"throughput_log={path}: the name must end in .jsonl or .csv")
+        self._path, self._as_csv, self._num_lines = path, path.suffix == ".csv", 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise LogError(f"throughput_log={path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            raise LogError(f"throughput_log={path} is being written by another process: choose another file") from error
+        self._drop_torn_line()
+        if self._as_csv and os.fstat(self._file).st_size == 0:
+            self._write(",".join(field.name for field in fields(RequestRecord)))
+
+    def add(self, record: BatchRecord | RequestRecord) -> None:
+        if not self._as_csv:
+            self._write(json.dumps(asdict(record)))
+        elif isinstance(record, RequestRecord):
+            line = io.StringIO()
+            csv.writer(line, lineterminator="").writerow(asdict(record).values())
+            self._write(line.getvalue())
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _drop_torn_line(self) -> None:
+        """Cuts off what a run that was killed in the middle of a line left behind."""
+        size = os.fstat(self._file).st_size
+        tail = os.pread(self._file, min(size, 2**20), max(0, size - 2**20))
+        if tail and not tail.endswith(b"\n"):
+            os.ftruncate(self._file, size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def _write(self, line: str) -> None:
+        data = line.encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            if written < len(data):
+                os.ftruncate(self._file, size)
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise LogError(
+                f"throughput_log={self._path} cannot be written after {self._num_lines} lines ({error.strerror}); the "
+                "lines so far are complete"
+            ) from error
+        self._num_lines += 1
+
+
+class Meter:
+    """Collects a run's batches and requests.
+
+    Args:
+        clock: of the run; every batch takes its timings.
+        labels: device, dtype, press and protocol, for the batch records.
+        log: where records go, or None.
+    """
+
+    def __init__(self, clock: Clock, labels: Mapping[str, str], log: ThroughputLog | None = None) -> None:
+        self._clock, self._labels, self._log = clock, dict(labels), log
+        self._batches: list[BatchRecord] = []
+        self._requests: list[RequestRecord] = []
+        self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
+        self._shapes: set[tuple[str, int, int]] = set()
+        self._itls: list[float] = []
+
+    def batch(self, request_type: str, batch_size: int, shares: Sequence[RequestShare]) -> None:
+        """Books the timings since the last batch on the requests that shared it."""
+        record = self._record(request_type, batch_size, self._clock.take())
+        self._batches.append(record)
+        self._write(record)
+        total = sum(share.weight for share in shares)
+        for share in shares:
+            self._open.setdefault(share.id, []).append((record, share, share.weight / total))
+
+    def finish(self, request_type: str) -> None:
+        """Writes the records of the requests that were booked since the last call."""
+        for id, parts in self._open.items():
+            record = _request_record(id, request_type, parts)
+            self._requests.append(record)
+            self._write(record)
+            if not record.is_warmup:
+                self._itls += [itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()]
+        self._open.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up left out where there is more."""
+        steady = [batch for batch in self._batches if not batch.is_warmup]
+        batches = steady or self._batches
+        requests = [request for request in self._requests if not request.is_warmup] or self._requests
+        return {
+            "num_batches": len(self._batches),
+            "num_batches_warmup": len(self._batches) - len(steady),
+            "includes_warmup": not steady,
+            "num_requests": len(self._requests),
+            "seconds_total": sum(batch.seconds for batch in self._batches),
+            **_phase_sums(batches),
+            "ttft_sec": _percentiles([r.ttft_sec for r in requests if r.ttft_sec is not None]),
+            "tpot_sec": _percentiles([r.tpot_sec for r in requests if r.tpot_sec is not None]),
+            "itl_sec": _percentiles(self._itls),
+            "peak_memory_bytes": max((b.peak_memory_bytes or 0 for b in self._batches), default=0) or None,
+        }
+
+    def live(self) -> dict[str, str]:
+        """Figures for the progress bar, of the newest batch."""
+        if not self._batches:
+            return {}
+        newest = self._batches[-1]
+        tokens = newest.num_prefill_tokens + newest.num_output_tokens
+        figures = {"tok/s": f"{tokens / newest.seconds:,.0f}"} if newest.seconds else {}
+        contexts = [share.context for parts in self._open.values() for _, share, _ in parts if share.context]
+        if contexts:
+            figures["kept"] = f"{100 * sum(map(_kept_share, contexts)) / len(contexts):.0f}%"
+            figures["KV MiB"] = f"{contexts[-1].bytes_allocated / 2**20:.1f}"
+        return figures
+
+    def _record(self, request_type: str, batch_size: int, timings: Sequence[PhaseTiming]) -> BatchRecord:
+        seconds = {phase: 0.0 for phase in ("prefill", "press", "score", "decode", "stream")}
+        tokens = dict.fromkeys(seconds, 0)
+        for timing in timings:
+            seconds[timing.phase] += timing.seconds
+            tokens[timing.phase] += timing.num_tokens
+        outputs = tokens["score"] + tokens["decode"] + tokens["stream"]
+        shape = (request_type, batch_size, (tokens["prefill"] + outputs).bit_length())
+        is_warmup = shape not in self._shapes
+        self._shapes.add(shape)
+        peaks = [timing.peak_memory_bytes for timing in timings if timing.peak_memory_bytes is not None]
+        return BatchRecord(
+            record="batch",
+            batch=len(self._batches),
+            request_type=request_type,
+            batch_size=batch_size,
+            is_warmup=is_warmup,
+            seconds=sum(seconds.values()),
+            prefill_sec=seconds["prefill"],
+            press_sec=seconds["press"],
+            score_sec=seconds["score"] + seconds["stream"],
+            decode_sec=seconds["decode"],
+            num_prefill_tokens=tokens["prefill"],
+            num_output_tokens=outputs,
+            peak_memory_bytes=max(peaks, default=None),
+            **{name: self._labels[name] for name in ("device", "dtype", "press", "protocol")},
+        )
+
+    def _write(self, record: BatchRecord | RequestRecord) -> None:
+        if self._log is not None:
+            self._log.add(record)
+
+
+def _request_record(
+    id: RequestId, request_type: str, parts: Sequence[tuple[BatchRecord, RequestShare, float]]
+) -> RequestRecord:
+    def shared(phase: str) -> float:
+        return sum(getattr(batch, phase) * fraction for batch, _, fraction in parts)
+
+    contexts = [share.context for _, share, _ in parts if share.context is not None]
+    kept = contexts[-1].kept_per_layer if contexts else ()
+    times = [time for _, share, _ in parts for time in share.token_times_sec]
+    itls = np.diff(times)
+    p50, p90, p99 = (float(value) for value in np.percentile(itls, PERCENTILES)) if len(itls) else (None, None, None)
+    return RequestRecord(
+        record="request",
+        task=id.task,
+        doc_id=id.doc_id,
+        idx=id.idx,
+        request_type=request_type,
+        num_batches=len(parts),
+        is_warmup=any(batch.is_warmup for batch, _, _ in parts),
+        num_prompt_tokens=sum(share.num_prompt_tokens for _, share, _ in parts),
+        num_output_tokens=sum(share.num_output_tokens for _, share, _ in parts),
+        seconds=shared("seconds"),
+        prefill_sec=shared("prefill_sec"),
+        press_sec=shared("press_sec"),
+        score_sec=shared("score_sec"),
+        decode_sec=shared("decode_sec"),
+        latency_sec=times[-1] if times else sum(batch.seconds for batch, _, _ in parts),
+        ttft_sec=times[0] if times else None,
+        tpot_sec=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        itl_p50_sec=p50,
+        itl_p90_sec=p90,
+        itl_p99_sec=p99,
+        num_contexts=len(contexts),
+        num_context_tokens=sum(context.num_tokens for context in contexts),
+        kept_tokens_min=min(kept, default=None),
+        kept_tokens_mean=sum(kept) / len(kept) if kept else None,
+        kept_tokens_max=max(kept, default=None),
+        kv_bytes_before=sum(context.bytes_before for context in contexts),
+        kv_bytes_allocated=sum(context.bytes_allocated for context in contexts),
+        kv_bytes_effective=round(sum(context.bytes_before * _kept_share(context) for context in contexts)),
+    )
+
+
+def _kept_share(context: ContextRecord) -> float:
+    total = context.num_tokens * len(context.kept_per_layer)
+    return sum(context.kept_per_layer) / total if total else 1.0
+
+
+def _phase_sums(batches: Sequence[BatchRecord]) -> dict[str, dict[str, float | None]]:
+    sums: dict[str, dict[str, float | None]] = {}
+    for phase in ("prefill", "press", "score", "decode"):
+        of_phase = [batch for batch in batches if getattr(batch, f"{phase}_sec")]
+        if not of_phase:
+            continue
+        seconds = sum(getattr(batch, f"{phase}_sec") for batch in of_phase)
+        before = phase in ("prefill", "press")
+        tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in of_phase)
+        sums[phase] = {
+            "num_batches": len(of_phase),
+            "num_tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_sec": tokens / seconds,
+        }
+    return sums
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}

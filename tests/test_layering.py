@@ -41,17 +41,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"engine", "cache", "presses", "telemetry", "torch"},
     "streaming": {"engine", "cache", "torch", "transformers"},
     "stream_store": set(),
+    "throughput": {"telemetry"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "stream_press": {"presses"},
     "arguments": {"presses", "stream_press", "lm_eval"},
     "stream_run": {
         *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
-        "tqdm",
+        *("throughput", "tqdm"),
     },
     "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
         *("arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
-        *("engine", "cache", "scoring", "decoding", "generation", "compression", "stream_run", "stream_store"),
+        *("engine", "cache", "scoring", "decoding", "generation", "compression", "throughput"),
+        *("stream_run", "stream_store"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "_startup": {"plugin"},

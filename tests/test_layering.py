@@ -21,7 +21,8 @@ PACKAGE = ROOT / "lm_eval_kvpress"
 MAY_IMPORT: dict[str, set[str]] = {
     # layer 0: nothing of ours
     "__init__": set(),
-    "presses": {"press_catalog", "kvpress"},
+    "presses": {"press_catalog", "press_grammar", "kvpress"},
+    "press_grammar": {"press_catalog", "kvpress"},
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "native": {"torch", "transformers"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"engine", "cache", "presses", "telemetry", "torch"},
     "streaming": {"engine", "cache", "torch", "transformers"},
     "stream_store": set(),
-    "throughput": {"telemetry"},
+    "throughput": {"telemetry", "numpy"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "stream_press": {"presses"},
     "arguments": {"presses", "stream_press", "lm_eval"},

@@ -97,7 +97,7 @@ def prefill(
         for attention in model.attentions:
             attention.__dict__.pop("masked_key_indices", None)
     next_position = max(layer.num_entries for layer in layers) if rerotates else length
-    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, hidden[:, -1])
+    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, hidden[:, -1].clone())
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # layer 0: nothing of ours
     "__init__": set(),
     "presses": {"press_catalog", "press_grammar", "kvpress"},
-    "press_grammar": {"press_catalog", "kvpress"},
+    "press_grammar": {"press_catalog"},
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "native": {"torch", "transformers"},

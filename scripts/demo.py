@@ -97,9 +97,7 @@ def main() -> None:
         remarks += notes(press, results)
     Console(width=max(110, Console().width)).print("\n", table)
     print("story ppl: token perplexity of what is scored over the compressed cache, the same tokens for every press.")
-    print(
-        "recall: four choices; the wrong ones are answers to other questions, so losing a fact can cost more than guessing."
-    )
+    print("recall: four choices; the wrong ones answer other questions, so a lost fact can score below guessing.")
     print("\n".join(remarks + [f"Took {time.monotonic() - started:.0f} s. Results files: {arguments.output}"]))
 
 

@@ -1,7 +1,7 @@
 """What each phase of each batch and each request cost: records, their sums, and the file they are written to.
 
-Knows clocks and files. Does not know lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the time
-to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time between two tokens of a request.
+Knows clocks and files. Does not know lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the
+time to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time between two tokens of a request.
 """
 
 from __future__ import annotations

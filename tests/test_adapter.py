@@ -15,7 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.telemetry import RollingScore
 
-WORDS = ("the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them " * 40).split()
+SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"
+WORDS = SENTENCE.split() * 40
 PRESSES = {
     "none": {},
     "snapkv": {"window_size": 8},
@@ -66,7 +67,9 @@ def ours(checkpoint_dir: Path, **arguments: Any) -> KVPress:
     return KVPress(pretrained=str(checkpoint_dir), device="cpu", **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"press": "none"}, {"press": "snapkv", "compression_ratio": 0, "window_size": 8}])
+@pytest.mark.parametrize(
+    "arguments", [{"press": "none"}, {"press": "snapkv", "compression_ratio": 0, "window_size": 8}]
+)
 def test_ratio_zero_equals_stock_hflm_on_all_request_types(
     stock: HFLM, checkpoint_dir: Path, arguments: dict[str, Any]
 ) -> None:
@@ -123,7 +126,8 @@ def test_a_press_moves_one_token_answers_only_if_a_token_is_held_back(checkpoint
     scores = {}
     for held in (0, 1):
         for press in ("none", "random"):
-            lm = ours(checkpoint_dir, press=press, query_tokens=held, **({} if press == "none" else {"compression_ratio": 0.9}))
+            ratio = {} if press == "none" else {"compression_ratio": 0.9}
+            lm = ours(checkpoint_dir, press=press, query_tokens=held, **ratio)
             encoded = lm._encode_pairs([request.args for request in requests])
             assert {len(continuation) for _, continuation in encoded} >= {1}, "the test needs one-token answers"
             one_token = [index for index, (_, continuation) in enumerate(encoded) if len(continuation) == 1]

@@ -270,13 +270,11 @@ def one_by_one_logprobs(
 @torch.no_grad()
 def one_by_one_greedy(model: PressableModel, context: Sequence[int], held: int, name: str, count: int) -> list[int]:
     """Greedy decoding, one token per forward, the held-back ones included."""
-    prefilled = len(context) - held
-    cache = press_run(model, context[:prefilled], PRESSES[name]())
-    position = cache.layers[0].keys.shape[2] if name in REROTATES else prefilled
-    ids = list(context)
-    place = prefilled
+    prefilled, ids = len(context) - held, list(context)
     if held == 0:  # the first token comes from the full cache, as without this project
         ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    cache = press_run(model, context[:prefilled], PRESSES[name]())
+    place, position = prefilled, cache.layers[0].keys.shape[2] if name in REROTATES else prefilled
     while len(ids) < len(context) + count:
         logits = step_logits(model, cache, ids[place], position)
         place, position = place + 1, position + 1

@@ -1,0 +1,421 @@
+"""Decoding from compressed caches: the tokens of independent references, in any batch; sampling follows the softmax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from references import (
+    MASKS,
+    PRESSES,
+    REROTATES,
+    Evicted,
+    NeoxReference,
+    distinct_tokens,
+    kept_by_press,
+    one_by_one_greedy,
+)
+from torch import Tensor
+from transformers import (
+    GPTNeoXForCausalLM,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lm_eval_kvpress import decoding, engine
+from lm_eval_kvpress.cache import CompressedCache, stack
+from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import PressableModel
+
+LENGTHS = (50, 29, 64, 29, 41)
+CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate(LENGTHS)]
+NUM_NEW = 14
+GREEDY = Sampler(LogitsProcessorList())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test, and the same model untouched."""
+
+    model: PressableModel
+    untouched: GPTNeoXForCausalLM
+    reference: NeoxReference
+
+    def skip_refused(self, name: str) -> None:
+        if name in MASKS and self.untouched.config._attn_implementation == "eager":
+            pytest.skip("kvpress refuses to mask heads under eager attention")
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def subject(
+    request: pytest.FixtureRequest,
+    make_neox: Callable[..., GPTNeoXForCausalLM],
+    make_pressable: Callable[..., PressableModel],
+) -> Subject:
+    untouched = make_neox(request.param)
+    return Subject(make_pressable(request.param), untouched, NeoxReference(untouched))
+
+
+def cached(model: PressableModel, context: Sequence[int], held: int, name: str) -> CompressedCache:
+    tokens = torch.tensor([context[: len(context) - held]])
+    return engine.prefill(model, tokens, PRESSES[name](), rerotates=name in REROTATES)
+
+
+def decoded(
+    model: PressableModel,
+    contexts: Sequence[Sequence[int]],
+    name: str,
+    held: int | Sequence[int] = 1,
+    *,
+    sampler: Sampler = GREEDY,
+    stop_ids: frozenset[int] = frozenset(),
+    stopped: Callable[[Tensor], Sequence[bool]] = lambda new: [False] * len(new),
+    num_new: int = NUM_NEW,
+) -> list[list[int]]:
+    """One ragged batch over all contexts."""
+    holds = [held] * len(contexts) if isinstance(held, int) else list(held)
+    caches = [cached(model, context, count, name) for context, count in zip(contexts, holds, strict=True)]
+    return decoding.decode(
+        model,
+        stack(caches),
+        contexts,
+        num_held_back=holds,
+        max_new_tokens=num_new,
+        sampler=sampler,
+        stop_ids=stop_ids,
+        stopped=stopped,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+@pytest.mark.parametrize("name", PRESSES)
+def test_greedy_tokens_are_those_of_the_references(subject: Subject, name: str, held: int) -> None:
+    """A dense forward anew for each token, and kvpress's own token by token loop."""
+    subject.skip_refused(name)
+    context = CONTEXTS[0]
+    end = len(context) - held
+    (found,) = decoded(subject.model, [context], name, held)
+    assert found == one_by_one_greedy(subject.model, context, held, name, NUM_NEW)
+    assert found == subject.reference.greedy(context, NUM_NEW, kept_by_press(subject.model, context[:end], name), end)
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_without_a_press_greedy_tokens_are_those_of_generate(subject: Subject, held: int) -> None:
+    expected = [generated(subject.untouched, context) for context in CONTEXTS]
+    assert decoded(subject.model, CONTEXTS, "none", held) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(CONTEXTS)
+
+
+@torch.no_grad()
+def generated(model: GPTNeoXForCausalLM, context: Sequence[int], **options: Any) -> list[int]:
+    """Greedy, by transformers. Without the mask it would take every 0 of the context for padding."""
+    ids = torch.tensor([context])
+    arguments = {"do_sample": False, "max_new_tokens": NUM_NEW, "pad_token_id": 0, "eos_token_id": None, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, len(context) :].tolist()
+
+
+@pytest.mark.parametrize("held", [0, 1, 3, (1, 3, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("name", PRESSES)
+def test_a_ragged_batch_equals_batches_of_one(subject: Subject, name: str, held: int | tuple[int, ...]) -> None:
+    subject.skip_refused(name)
+    holds = [held] * len(CONTEXTS) if isinstance(held, int) else held
+    alone = [decoded(subject.model, [context], name, count)[0] for context, count in zip(CONTEXTS, holds, strict=True)]
+    assert decoded(subject.model, CONTEXTS, name, holds) == alone
+
+
+def test_different_presses_and_an_empty_cache_in_one_batch(subject: Subject) -> None:
+    names = ["none", "pyramidkv", "key_rerotation:streaming_llm", "random"]
+    if subject.untouched.config._attn_implementation == "sdpa":
+        names.append("adakv:snapkv")
+    caches = [cached(subject.model, CONTEXTS[2], 2, name) for name in names] + [subject.model.empty_cache(1)]
+    contexts = [CONTEXTS[2]] * len(names) + [CONTEXTS[2][:2]]
+    found = decoding.decode(
+        subject.model,
+        stack(caches),
+        contexts,
+        num_held_back=[2] * len(caches),
+        max_new_tokens=NUM_NEW,
+        sampler=GREEDY,
+        stop_ids=frozenset(),
+        stopped=lambda new: [False] * len(new),
+    )
+    assert found[:-1] == [decoded(subject.model, [CONTEXTS[2]], name, 2)[0] for name in names]
+    assert found[-1] == generated(subject.untouched, CONTEXTS[2][:2])
+
+
+def test_decoding_leaves_the_cache_as_it_was(subject: Subject) -> None:
+    cache = cached(subject.model, CONTEXTS[0], 1, "pyramidkv")
+    before = [(la.keys.clone(), la.values.clone()) for la in cache.layers]
+    turns = [
+        decoding.decode(
+            subject.model,
+            cache,
+            CONTEXTS[:1],
+            num_held_back=[1],
+            max_new_tokens=NUM_NEW,
+            sampler=GREEDY,
+            stop_ids=frozenset(),
+            stopped=lambda new: [False],
+        )
+        for _ in range(2)
+    ]
+    assert turns[0] == turns[1]
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    assert all(not attention._forward_pre_hooks for attention in subject.model.attentions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_half_precision_decodes_finite_logits(
+    make_pressable: Callable[..., PressableModel], attn: str, dtype: torch.dtype
+) -> None:
+    model = make_pressable(attn, dtype=dtype)
+    seen: list[Tensor] = []
+    with model.model.embed_out.register_forward_hook(lambda *call: seen.append(call[2])):
+        decoded(model, CONTEXTS, "snapkv", (1, 3, 2, 1, 3))
+        if attn == "sdpa":
+            decoded(model, CONTEXTS, "adakv:snapkv", 2)
+    assert seen and all(logits.isfinite().all() for logits in seen)
+
+
+@pytest.mark.parametrize("name", PRESSES)
+def test_grouped_query_attention_decodes_as_one_by_one(
+    make_pressable_llama: Callable[..., PressableModel], name: str
+) -> None:
+    model = make_pressable_llama()
+    expected = [one_by_one_greedy(model, context, 2, name, NUM_NEW) for context in CONTEXTS]
+    assert decoded(model, CONTEXTS, name, 2) == expected
+
+
+# ---------------------------------------------------------------------------------------------- where a row ends
+
+
+def test_a_stop_token_ends_its_own_row_and_is_part_of_it(subject: Subject) -> None:
+    free = decoded(subject.model, CONTEXTS, "snapkv")
+    stop = free[1][3]
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    assert len({len(row) for row in expected}) > 1, "the test needs rows that end at different steps"
+    assert decoded(subject.model, CONTEXTS, "snapkv", stop_ids=frozenset({stop})) == expected
+    assert decoded(subject.model, CONTEXTS[1:2], "snapkv", stop_ids=frozenset({stop, 500})) == expected[1:2]
+
+
+def test_the_callback_sees_new_tokens_only_and_ends_rows(subject: Subject) -> None:
+    free = decoded(subject.model, CONTEXTS, "snapkv")
+    told: list[list[list[int]]] = []
+
+    def after_its_own_number(new: Tensor) -> list[bool]:
+        told.append(new.tolist())
+        return [new.shape[1] == row + 2 for row in range(len(new))]  # true once: a row stays ended
+
+    found = decoded(subject.model, CONTEXTS, "snapkv", stopped=after_its_own_number)
+    assert found == [row[: place + 2] for place, row in enumerate(free)]
+    assert [len(rows[0]) for rows in told] == list(range(1, len(CONTEXTS) + 2)), "nothing runs after the last row ended"
+    for rows in told:
+        for place, row in enumerate(rows):
+            assert row[: place + 2] == free[place][: len(row[: place + 2])]
+
+
+@pytest.mark.parametrize("num_new", [1, 2])
+def test_no_more_tokens_and_forwards_than_asked_for(subject: Subject, num_new: int) -> None:
+    forwards: list[int] = []
+    with subject.model.attentions[0].register_forward_hook(lambda *_: forwards.append(1)):
+        cache = cached(subject.model, CONTEXTS[0], 1, "snapkv")
+        forwards.clear()
+        found = decoding.decode(
+            subject.model,
+            cache,
+            CONTEXTS[:1],
+            num_held_back=[1],
+            max_new_tokens=num_new,
+            sampler=GREEDY,
+            stop_ids=frozenset(),
+            stopped=lambda new: [False],
+        )
+    assert [len(row) for row in found] == [num_new]
+    assert len(forwards) == num_new
+
+
+# ---------------------------------------------------------------------------------------------- processors
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.5])
+def test_a_repetition_penalty_is_that_of_generate_in_any_batch(subject: Subject, penalty: float) -> None:
+    """Contexts of other lengths pad the ids that the penalty looks at: padding must not be penalized."""
+    expected = [generated(subject.untouched, context, repetition_penalty=penalty) for context in CONTEXTS]
+    assert expected != [generated(subject.untouched, context) for context in CONTEXTS]
+    sampler = Sampler(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)]))
+    assert decoded(subject.model, CONTEXTS, "none", sampler=sampler) == expected
+    alone = [decoded(subject.model, [context], "snapkv", sampler=sampler)[0] for context in CONTEXTS]
+    assert decoded(subject.model, CONTEXTS, "snapkv", sampler=sampler) == alone
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> list[float]:
+    """What sampling should follow, by sorting and adding up in plain Python."""
+    weights = [math.exp(value / temperature) for value in logits.double().tolist()]
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    if top_k is not None:
+        order = order[:top_k]
+    if top_p is not None:
+        total, reached, short = sum(weights[token] for token in order), 0.0, []
+        for token in order:
+            short.append(token)
+            reached += weights[token] / total
+            if reached >= top_p:
+                break
+        order = short
+    total = sum(weights[token] for token in order)
+    return [weights[token] / total if token in order else 0.0 for token in range(len(weights))]
+
+
+WARPERS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "plain": ({}, []),
+    "temperature": ({"temperature": 2.5}, [TemperatureLogitsWarper(2.5)]),
+    "top_k": ({"top_k": 7}, [TopKLogitsWarper(7)]),
+    "top_p": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+    "all": (
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.9},
+        [TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARPERS)
+def test_evenly_spread_uniforms_draw_each_token_in_its_proportion(case: str) -> None:
+    """Inverse transform of an even grid: every count is right to one, no statistics needed."""
+    options, processors = WARPERS[case]
+    logits = 2 * torch.randn(30, generator=torch.Generator().manual_seed(5))
+    num_draws = 20_000
+    uniforms = ((torch.arange(num_draws) + 0.5) / num_draws)[torch.randperm(num_draws)]
+    sampler = Sampler(LogitsProcessorList(processors), uniforms[:, None])
+    ids = torch.zeros(num_draws, 1, dtype=torch.long)
+    counts = sampler.choose(ids, logits.repeat(num_draws, 1), 0).bincount(minlength=30).tolist()
+    for count, probability in zip(counts, probabilities(logits, **options), strict=True):
+        assert count == 0 if probability == 0 else abs(count - num_draws * probability) < 1.5
+
+
+def test_sampled_tokens_of_a_batch_follow_the_softmax(
+    make_neox: Callable[..., GPTNeoXForCausalLM], make_pressable: Callable[..., PressableModel]
+) -> None:
+    """Chi-square, through the whole of decode: 4,000 rows of one compressed context over a vocabulary of 12."""
+    num_rows, shape = 4000, {"vocab_size": 12, "seed": 2}
+    model, reference = make_pressable(**shape), NeoxReference(make_neox(**shape))
+    context = [place % 12 for place in range(24)]
+    hidden = torch.zeros(3, 4, 23, dtype=torch.bool)
+    hidden[..., 4 : 4 + 12] = (
+        True  # tokens repeat here; StreamingLLM keeps 4 sinks and the last 7 of 23 whatever they are
+    )
+    evicted = Evicted(hidden, 23)
+    uniforms = torch.rand(num_rows, 2, generator=torch.Generator().manual_seed(0))
+    found = torch.tensor(
+        decoding.decode(
+            model,
+            cached(model, context, 1, "streaming_llm").select([0] * num_rows),
+            [context] * num_rows,
+            num_held_back=[1] * num_rows,
+            max_new_tokens=2,
+            sampler=Sampler(LogitsProcessorList([TemperatureLogitsWarper(2.0)]), uniforms),
+            stop_ids=frozenset(),
+            stopped=lambda new: [False] * len(new),
+        )
+    )
+    first = torch.tensor(probabilities(reference.logits(torch.tensor(context), evicted, 23)[-1], 2.0))
+    assert chi_square(found[:, 0], first) < 40  # 11 degrees of freedom: exceeded once in 30,000 runs
+    common = int(found[:, 0].mode().values)
+    after = torch.tensor(probabilities(reference.logits(torch.tensor([*context, common]), evicted, 23)[-1], 2.0))
+    assert chi_square(found[found[:, 0] == common, 1], after) < 40
+    assert chi_square(found[:, 0], after) > 200, "the two steps must differ for the test to see anything"
+
+
+def chi_square(drawn: Tensor, expected: Tensor) -> float:
+    counts = drawn.bincount(minlength=len(expected)).double()
+    wanted = expected * len(drawn)
+    return ((counts - wanted).square() / wanted).sum().item()
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_a_row_draws_the_same_tokens_in_every_batch(subject: Subject, case: str) -> None:
+    processors = LogitsProcessorList(WARPERS[case][1])
+    uniforms = torch.rand(len(CONTEXTS), NUM_NEW, generator=torch.Generator().manual_seed(1))
+    together = decoded(subject.model, CONTEXTS, "snapkv", sampler=Sampler(processors, uniforms))
+    for place, context in enumerate(CONTEXTS):
+        sampler = Sampler(processors, uniforms[place : place + 1])
+        assert decoded(subject.model, [context], "snapkv", sampler=sampler)[0] == together[place]
+    order = [3, 0, 4]
+    some = decoded(
+        subject.model, [CONTEXTS[place] for place in order], "snapkv", sampler=Sampler(processors, uniforms[order])
+    )
+    assert some == [together[place] for place in order]
+    assert together != decoded(subject.model, CONTEXTS, "snapkv")
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible(uniform: float) -> None:
+    """The sum of fp32 probabilities can exceed 1: the last draw must not fall on a token that was filtered out."""
+    logits = torch.randn(20_000, 50, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(LogitsProcessorList([TopKLogitsWarper(9)]), torch.full((20_000, 1), uniform))
+    chosen = sampler.choose(torch.zeros(20_000, 1, dtype=torch.long), logits, 0)
+    allowed = TopKLogitsWarper(9)(torch.zeros(20_000, 1, dtype=torch.long), logits).isfinite()
+    assert allowed.gather(1, chosen[:, None]).all()
+
+
+# ---------------------------------------------------------------------------------------------- faults are seen
+
+
+def decoded_wrongly(
+    subject: Subject, name: str, change: Callable[[CompressedCache], CompressedCache]
+) -> list[list[int]]:
+    """One held-back token, over caches that were tampered with."""
+    return [
+        decoding.decode(
+            subject.model,
+            change(cached(subject.model, context, 1, name)),
+            [context],
+            num_held_back=[1],
+            max_new_tokens=NUM_NEW,
+            sampler=GREEDY,
+            stop_ids=frozenset(),
+            stopped=lambda new: [False],
+        )[0]
+        for context in CONTEXTS
+    ]
+
+
+def expected_greedy(subject: Subject, name: str) -> list[list[int]]:
+    return [
+        subject.reference.greedy(context, NUM_NEW, kept_by_press(subject.model, context[:-1], name), len(context) - 1)
+        for context in CONTEXTS
+    ]
+
+
+def test_fault_physical_positions(subject: Subject) -> None:
+    def physical(cache: CompressedCache) -> CompressedCache:
+        return dataclasses.replace(cache, next_position=(cache.layers[0].num_entries,))
+
+    assert decoded_wrongly(subject, "snapkv", lambda cache: cache) == expected_greedy(subject, "snapkv")
+    assert decoded_wrongly(subject, "snapkv", physical) != expected_greedy(subject, "snapkv")
+
+
+def test_fault_last_prompt_token_fed_twice(subject: Subject) -> None:
+    caches = iter([cached(subject.model, context, 0, "none") for context in CONTEXTS])
+    assert decoded_wrongly(subject, "none", lambda _: next(caches)) != expected_greedy(subject, "none")
+
+
+def test_fault_padding_of_a_ragged_batch_attended(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [decoded(subject.model, [context], "snapkv")[0] for context in CONTEXTS]
+    assert decoded(subject.model, CONTEXTS, "snapkv") == alone
+    monkeypatch.setattr(decoding, "_open_ended_mask", lambda *_: None)
+    assert decoded(subject.model, CONTEXTS, "snapkv") != alone

@@ -61,12 +61,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # layer 3
     "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},
     "checks_model": {"checks", "dense", "neox", "parity", "torch"},
-    "checks_cache": {
-        *("adapter", "cache", "checks", "decoding", "dense", "engine", "parity", "press_formulas", "scoring"),
+    "checks_kept": {
+        *("adapter", "cache", "checks", "dense", "engine", "parity", "press_formulas", "torch", "transformers"),
+    },
+    "checks_scores": {
+        *("adapter", "cache", "checks", "checks_kept", "decoding", "parity", "scoring", "telemetry"),
         *("lm_eval", "torch", "transformers"),
     },
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
-    "verify": {"checks", "checks_model", "checks_cache", "checks_results", "parity", "lm_eval"},
+    "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval"},
     "cli": {"adapter", "presses", "results", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }
@@ -74,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Library (or part of one) -> the only rooms that import it.
 OWNERS = {
     "kvpress": {"presses", "press_catalog"},
-    "lm_eval": {"adapter", "arguments", "plugin", "cli", "parity", "checks_cache", "checks_results", "verify"},
+    "lm_eval": {"adapter", "arguments", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"},
     "matplotlib": {"results"},
     "transformers.models": {"neox", "streaming"},
 }

@@ -21,8 +21,9 @@ PACKAGE = ROOT / "lm_eval_kvpress"
 MAY_IMPORT: dict[str, set[str]] = {
     # layer 0: nothing of ours
     "__init__": set(),
-    "presses": {"press_catalog", "press_grammar", "kvpress"},
-    "press_grammar": {"press_catalog"},
+    "presses": {"press_arguments", "press_catalog", "press_grammar", "kvpress"},
+    "press_grammar": {"press_arguments", "press_catalog"},
+    "press_arguments": {"press_catalog"},
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "native": {"torch", "transformers"},

@@ -102,6 +102,8 @@ class KVPress(HFLM):
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
         self._rolling_window = self._settings.rolling_window(self.max_length)
+        # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
+        self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
         self._clock = Clock(self.device)
         self._parity = None if stock is None else self._certificate(stock)

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Refuses what one full-attention mask per layer cannot express.
+def check_config(config: PretrainedConfig) -> None:
+    """Refuses what one full-attention mask per layer, or a press that rotates whole heads, cannot express.
 
     Raises:
-        ValueError: if a layer uses sliding-window attention.
+        ValueError: if a layer uses sliding-window attention, or RoPE covers a part of each head (Phi-4-mini).
     """
     layer_types = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
@@ -26,6 +26,13 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"{config.model_type} with sliding-window attention (window {window}) is not supported: kvpress compresses "
             "full-attention layers only; use a checkpoint without sliding windows"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}  # before transformers 5: a field of its own
+    rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1))
+    if rotated != 1:
+        raise ValueError(
+            f"{config.model_type} with partial RoPE ({rotated:g} of each head) is not supported: "
+            "kvpress rotates whole heads; use a checkpoint with RoPE over the full head"
         )
 
 

@@ -71,6 +71,7 @@ def decode(
     prompt = ids.shape[1]
     queries = [list(context[len(context) - held :]) for context, held in zip(contexts, num_held_back, strict=True)]
     width = max(num_held_back)
+    assert width == 0 or min(num_held_back) > 0, f"some rows hold back nothing, others do: {list(num_held_back)}"
     steps = _Steps.of(model, cache, width, num_held_back, max_new_tokens)
     lengths = [max_new_tokens] * len(contexts)
     open_rows = set(range(len(contexts)))

@@ -154,6 +154,12 @@ def test_different_presses_and_an_empty_cache_in_one_batch(subject: Subject) -> 
     assert found[-1] == generated(subject.untouched, CONTEXTS[2][:2])
 
 
+def test_rows_with_and_without_a_held_back_token_do_not_mix(subject: Subject) -> None:
+    """The latter would be predicted by their padding."""
+    with pytest.raises(AssertionError, match="hold back nothing"):
+        decoded(subject.model, CONTEXTS[:2], "none", (0, 1))
+
+
 def test_decoding_leaves_the_cache_as_it_was(subject: Subject) -> None:
     cache = cached(subject.model, CONTEXTS[0], 1, "pyramidkv")
     before = [(la.keys.clone(), la.values.clone()) for la in cache.layers]

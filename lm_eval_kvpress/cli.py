@@ -27,6 +27,7 @@ class Command:
 
 COMMANDS = {
     "run": Command("lm_eval_kvpress.cli:run", "evaluate: lm-eval's own `run`, our models and tasks entered"),
+    "verify": Command("lm_eval_kvpress.verify:main", "check a checkpoint: are compressed caches scored correctly?"),
     "presses": Command("lm_eval_kvpress.cli:presses", "list the presses: name, arguments, needs, paper"),
 }
 

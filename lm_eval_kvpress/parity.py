@@ -229,9 +229,7 @@ def _loglikelihood_requests() -> list[Instance]:
 def _rolling_requests() -> list[Instance]:
     """Several windows, less than one, and one token or so."""
     texts = (_prose(20, 2 * MAX_LENGTH + 30), _prose(21, 60), "The")
-    return [
-        Instance("loglikelihood_rolling", {}, (text,), 0, ("parity", index, 1)) for index, text in enumerate(texts)
-    ]
+    return [Instance("loglikelihood_rolling", {}, (text,), 0, ("parity", index, 1)) for index, text in enumerate(texts)]
 
 
 def _generation_requests(max_length: int) -> list[Instance]:

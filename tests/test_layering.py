@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("lm_eval", "torch", "transformers"),
     },
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
-    "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval"},
+    "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval", "torch"},
     "cli": {"adapter", "presses", "results", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,128 @@
+"""Checks of how a model is presented to kvpress: its basis, its projections, its rotation.
+
+Each takes a `Subject` and measures. References are transformers' own forwards of the untouched copy, and tensors caught
+inside the real layers.
+
+Letters in shape comments: T tokens, H heads, D head_dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lm_eval_kvpress import dense, neox
+from lm_eval_kvpress.checks import Check, Part, Subject, load_untouched
+from lm_eval_kvpress.parity import rounding, worst
+
+
+def check_basis(subject: Subject) -> Check:
+    """Logits before and after the change of basis: in the dtype of the run, in the checkpoint's own, in float32."""
+    tokens = subject.tokens(subject.max_length // 2)
+    before, after = dense.logits(subject.untouched, tokens), dense.logits(subject.lm.model, tokens)
+    parts = [_basis_part(before, after, subject.lm.model.dtype)]
+    own = subject.lm.config.dtype or torch.float32
+    for dtype in sorted({torch.float32, own} - {subject.lm.model.dtype}, key=str):
+        model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
+        before = dense.logits(model, tokens)
+        if model.config.model_type == "gpt_neox":
+            neox.prepare(model)
+        parts.append(_basis_part(before, dense.logits(model, tokens), dtype))
+    return Check("basis", "the change of basis leaves the logits alone", tuple(parts))
+
+
+def _basis_part(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> Part:
+    return Part(f"{_name(dtype)} logits, relative", relative(after, before), rounding(dtype))
+
+
+@torch.inference_mode()
+def check_projections(subject: Subject) -> Check:
+    """q, k, v of the projections that presses call, against those inside the layer, before and after RoPE."""
+    tokens = subject.tokens(subject.max_length // 4)
+    model, positions = subject.lm.model, list(range(len(tokens)))
+    differences: dict[str, list[float]] = {}
+    with subject.lm._press_model.presented():
+        for when, places in (("before", [0] * len(tokens)), ("after", positions)):
+            layers = dense.attended(model, tokens, places)
+            for attention, inside in zip(subject.lm._press_model.attentions, layers, strict=True):
+                queries, keys, values = project(attention, inside.hidden)
+                if when == "after":
+                    queries, keys = rotate(model, inside.hidden, positions, queries, keys)
+                    differences.setdefault("v", []).append(relative(values, inside.values))
+                differences.setdefault(f"q {when} RoPE", []).append(relative(queries, inside.queries))
+                differences.setdefault(f"k {when} RoPE", []).append(relative(keys, inside.keys))
+    parts = tuple(
+        Part(f"{what} of {len(found)} layers, relative", worst(found), subject.rounding)
+        for what, found in differences.items()
+    )
+    return Check("projections", "projection views give the layer's own q, k and v", parts)
+
+
+@torch.inference_mode()
+def check_rotation(subject: Subject) -> Check:
+    """q·k by rotating whole heads with the model's frequencies, as presses do, against the untouched layer's own.
+
+    At the first positions and at the last that the model has. q·k is the same in either basis, and the reference went
+    through transformers' `apply_rotary_pos_emb` inside the untouched layer. Both get that layer's input.
+    """
+    tokens = subject.tokens(subject.max_length // 4)
+    last = max(subject.lm.max_length, len(tokens))
+    claim = "rotating whole heads is the model's own (partial) RoPE"
+    differences: dict[str, list[float]] = {}
+    model, attentions = subject.lm.model, subject.lm._press_model.attentions
+    with subject.lm._press_model.presented():
+        head_dim: Any = attentions[0].head_dim
+        num_left_out = head_dim - 2 * model.base_model.rotary_emb.inv_freq.numel()
+        if num_left_out:
+            return Check("rotation", claim, (Part("dims of a head that no frequency is there for", num_left_out, 0),))
+        for end in dict.fromkeys((len(tokens), last)):
+            positions = list(range(end - len(tokens), end))
+            layers = dense.attended(subject.untouched, tokens, positions)
+            for attention, inside in zip(attentions, layers, strict=True):
+                queries, keys, _ = project(attention, inside.hidden)
+                queries, keys = rotate(model, inside.hidden, positions, queries, keys)
+                groups = queries.shape[0] // keys.shape[0]
+                scores = queries.float() @ keys.float().repeat_interleave(groups, dim=0).mT  # (H, T, T)
+                found = differences.setdefault(f"positions {positions[0]} to {positions[-1]}", [])
+                found.append(relative(scores, inside.scores()))
+    parts = tuple(
+        Part(f"q.k at {where}, relative", worst(found), subject.rounding) for where, found in differences.items()
+    )
+    return Check("rotation", claim, parts)
+
+
+def project(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values ``(H, T, D)`` of ``(T, E)`` by the modules that presses call, before RoPE."""
+    if not hasattr(attention, "q_proj"):  # Phi-3: kvpress cuts the rows of the fused projection as the model does
+        rows = attention.qkv_proj(hidden)
+        groups = attention.num_key_value_groups
+        width = rows.shape[-1] // (groups + 2)
+        projected = rows.split([groups * width, width, width], dim=-1)
+    else:
+        projected = tuple(getattr(attention, f"{part}_proj")(hidden) for part in "qkv")
+    heads = [rows.view(len(hidden), -1, attention.head_dim) for rows in projected]  # (T, H, D)
+    for index, norm in enumerate(("q_norm", "k_norm")):
+        if hasattr(attention, norm):  # Qwen3
+            heads[index] = getattr(attention, norm)(heads[index])
+    queries, keys, values = (by_head.transpose(0, 1) for by_head in heads)
+    return queries, keys, values
+
+
+def rotate(model: Any, like: torch.Tensor, positions: list[int], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """States ``(H, T, D)`` turned over their whole width by the model's frequencies, as presses turn them."""
+    cos, sin = model.base_model.rotary_emb(like, torch.tensor([positions], device=like.device))  # (1, T, D)
+    turned = []
+    for state in states:
+        first, second = state.chunk(2, dim=-1)
+        turned.append(state * cos + torch.cat([-second, first], dim=-1) * sin)
+    return tuple(turned)
+
+
+def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number of the reference."""
+    return ((found.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

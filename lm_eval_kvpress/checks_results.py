@@ -1,0 +1,202 @@
+"""Checks of what lm-eval gets: parity with stock, batches, the figures of the record, refusals.
+
+Each takes a `Subject` and measures, through the request types as tasks make them.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from lm_eval_kvpress import parity
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import parse_arguments, resolve_pretrained
+from lm_eval_kvpress.checks import Check, Part, Subject
+from lm_eval_kvpress.parity import text_gap, worst
+from lm_eval_kvpress.plugin import tasks_path
+
+# ---------------------------------------------------------------------------------------------------------- parity
+
+
+def check_parity(subject: Subject) -> Check:
+    """The parity certificate: ratio 0 against stock `HFLM` on the untouched copy, for the three request types."""
+    length = parity.certificate_length(subject.lm)
+    shared = parity.shared_arguments(subject.lm, length)
+    with parity.quiet_loader():
+        stock = parity.answers(parity.StockHFLM(pretrained=subject.untouched, batch_size=2, **shared))
+    parts = []
+    for press, ratio in (("none", {}), ("snapkv", {"compression_ratio": 0})):
+        lm = subject.under(press, rolling="one_pass", batch_size=3, max_length=length, **ratio)
+        certificate = parity.compare(stock, lm, press)
+        for request_type in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            difference = getattr(certificate, request_type)
+            parts.append(Part(f"{press}: {request_type}, nats per token", difference, certificate.tolerance))
+        if certificate.dtype == "float32":
+            parts.append(Part(f"{press}: is_greedy differs", certificate.greedy_disagreements, 0))
+    return Check("parity", "ratio 0 gives stock HFLM's answers, for all three request types", tuple(parts))
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def check_batches(subject: Subject) -> Check:
+    """Batches of 1 against batches of 3 and 8, the requests in another order; ragged, some too short for the press.
+
+    In 16 bits the mean difference counts, not the largest: another batch rounds otherwise, and where two entries of a
+    context score alike in so few bits, the press then keeps the other one.
+    """
+    exact = subject.lm.model.dtype == torch.float32
+    parts = []
+    for press in subject.presses():
+        reference = _answer(subject, press, batch_size=1, backwards=False)
+        for batch_size in (3, 8):
+            found = _answer(subject, press, batch_size=batch_size, backwards=True)
+            differences = [abs(a - b) for a, b in zip(found.per_token, reference.per_token, strict=True)]
+            texts = zip(reference.prompts, reference.texts, found.texts, strict=True)
+            differences += [text_gap(subject.lm, *pair) for pair in texts]
+            figure = worst(differences) if exact else sum(differences) / len(differences)
+            what = f"{press}: batch {batch_size} against 1, {'largest' if exact else 'mean'}, nats per token"
+            parts.append(Part(what, figure, subject.tolerance))
+    return Check("batches", "results depend neither on the batch size nor on the order of requests", tuple(parts))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    per_token: list[float]
+    prompts: list[str]
+    texts: list[str]
+
+
+def _answer(subject: Subject, press: str, *, batch_size: int, backwards: bool) -> _Answers:
+    """Answers to a ragged set of requests of each type, in the order of the set."""
+    length = subject.max_length
+    lm = subject.under(
+        press, batch_size=batch_size, rolling_context=length // 4, rolling_score=length // 8, short_context="shrink"
+    )
+    turn = slice(None, None, -1 if backwards else 1)
+    contexts = [subject.tokens(n, seed=n) for n in (length // 2, 12, length // 3, length // 3 + 1, length // 3, 40)]
+    pairs = [(("", ""), context, subject.tokens(n, seed=n)) for context in contexts for n in (1, 5)]
+    scores = lm._loglikelihood_tokens(pairs[turn], disable_tqdm=True)[turn]
+    documents = [subject.text(n, seed=n) for n in (length, length // 3, length // 2)]
+    rolled = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", documents)[turn], disable_tqdm=True)[turn]
+    prompts = [subject.text(n, seed=n) for n in (length // 3, 20, length // 4, 60)]
+    texts = lm.generate_until(_requests("generate_until", prompts, _until(8))[turn], disable_tqdm=True)[turn]
+    per_token = [score / len(tokens) for (score, _), (_, _, tokens) in zip(scores, pairs, strict=True)]
+    per_token += [score / len(lm.tok_encode(document)) for score, document in zip(rolled, documents, strict=True)]
+    return _Answers(per_token, prompts, texts)
+
+
+def _until(num_tokens: int, *stops: str) -> dict[str, Any]:
+    return {"until": list(stops), "max_gen_toks": num_tokens}
+
+
+def _requests(request_type: str, texts: list[str], *arguments: Any) -> list[Instance]:
+    return [Instance(request_type, {}, (text, *arguments), 0, ("verify", index, 1)) for index, text in enumerate(texts)]
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def check_records(subject: Subject) -> Check:
+    """Perplexity, counts and times of the record, against the dense reference and what was asked for."""
+    length = subject.max_length
+    context, block = length // 4, length // 8
+    documents = [subject.text(n, seed=n) for n in (length // 2 + 3, length // 3)]
+    tokens = [subject.lm.tok_encode(document) for document in documents]
+    logprobs = torch.cat([_prefix_protocol(subject, ids, context, block) for ids in tokens])
+    records = {}
+    for press in ("none", "random"):
+        lm = subject.under(press, rolling_context=context, rolling_score=block, batch_size=2)
+        began = time.perf_counter()
+        lm.loglikelihood_rolling(_requests("loglikelihood_rolling", documents), disable_tqdm=True)
+        elapsed = time.perf_counter() - began
+        records[press] = lm.describe()
+    totals = {press: record["tasks"]["verify"] for press, record in records.items()}
+    error = math.log(totals["none"]["token_perplexity"]) + logprobs.mean().item()
+    num_pressed = sum(max(0, len(ids) - context) for ids in tokens)
+    miscounted = [abs(total["tokens_scored"] - len(logprobs)) for total in totals.values()]
+    uneven = [abs(total["tokens_scored_under_press"] - num_pressed) for total in totals.values()]
+    throughput = records["random"]["throughput"]
+    lumped = {"prefill", "press", "score"} - throughput.keys()
+    produced, expected = _produced(subject)
+    parts = (
+        Part("token perplexity without a press, log, nats", abs(error), subject.tolerance),
+        Part("tokens scored, more or fewer than there are", max(miscounted), 0),
+        Part("tokens scored under none and random, other than protocol", max(uneven), 0),
+        Part("tokens generated, other than produced", abs(produced - expected), 0),
+        Part("phases without seconds of their own, of prefill, press and score", len(lumped), 0),
+        Part("seconds of all phases over end-to-end seconds", throughput["seconds_total"] / elapsed, 1),
+    )
+    return Check("records", "perplexities, counts and times in the record are those of what was done", parts)
+
+
+def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: int) -> torch.Tensor:
+    """Log-probabilities of every token of a document under ``rolling=prefix`` without a press, by the reference."""
+    found = [subject.log_probabilities([subject.lm.prefix_token_id], tokens[:context])]
+    for start in range(context, len(tokens), block):
+        found.append(subject.log_probabilities(tokens[start - context : start], tokens[start : start + block]))
+    return torch.cat(found)
+
+
+def _produced(subject: Subject) -> tuple[int, int]:
+    """Tokens that the record says were generated, and those up to the stop string, by whole plain forwards."""
+    prompt = subject.text(24)
+    ids = subject.lm.tok_encode(prompt)
+    new: list[int] = []
+    for _ in range(6):
+        with torch.inference_mode():
+            batch = torch.tensor([ids + new], device=subject.lm.device)
+            new.append(int(subject.untouched(batch).logits[0, -1].argmax()))
+    stop = subject.lm.tok_decode(new[2:4])
+    expected = next(n for n in range(1, 7) if stop in subject.lm.tok_decode(new[:n]) or n == 6)
+    lm = subject.under("none")
+    lm.generate_until(_requests("generate_until", [prompt], _until(64, stop)), disable_tqdm=True)
+    return lm.describe()["tasks"]["verify"]["tokens_generated"], expected
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def check_refusals(subject: Subject) -> Check:
+    """What cannot be done as asked ends in an error: nothing else takes its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        wrong: dict[str, Callable[[], Any]] = {
+            "a folder that is not there": lambda: resolve_pretrained(f"{folder}/nothing"),
+            "a checkpoint without weights": lambda: KVPress(pretrained=folder),
+            "an unknown press": lambda: parse_arguments({"press": "snapvk"}),
+            "a misspelt argument": lambda: parse_arguments({"press": "snapkv", "compresion_ratio": 0.5}),
+            "a ratio of 1": lambda: parse_arguments({"press": "snapkv", "compression_ratio": 1}),
+            "positions beyond the trained ones": lambda: subject.under("none", max_length=10**6),
+            "attention without a mask per layer": lambda: parse_arguments({"attn_implementation": "flash_attention_2"}),
+            "WikiText files that are not there": lambda: _load_task("wikitext_kvpress", folder),
+            "PG-19 files that are not there": lambda: _load_task("pg19_kvpress", folder),
+        }
+        accepted = [what for what, call in wrong.items() if _accepts(call)]
+    what = f"accepted: {', '.join(accepted)}" if accepted else f"accepted, of {len(wrong)} impossible requests"
+    return Check(
+        "refusals", "no silent fall-back for data, weights, presses or arguments", (Part(what, len(accepted), 0),)
+    )
+
+
+def _load_task(name: str, folder: str) -> Any:
+    manager = TaskManager(
+        include_path=str(tasks_path()), include_defaults=False, metadata={"data_dir": str(Path(folder))}
+    )
+    return manager.load([name])
+
+
+def _accepts(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (ValueError, OSError):
+        return False
+    return True

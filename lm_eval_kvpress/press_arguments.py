@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lm_eval_kvpress.press_catalog import REQUIRED, Row
 
+# Least and greatest values, both allowed unless OPEN_BELOW or OPEN_ABOVE has the name. kvpress asserts some of
 # these at construction; the rest would fail, or silently do something else, in the middle of a run.
 BOUNDS: Mapping[str, tuple[float, float]] = types.MappingProxyType(
     {
@@ -113,5 +114,6 @@ def parse_number(name: str, kind: type, value: Any) -> Any:
     if too_low or too_high:
         lower = f"{'above' if name in OPEN_BELOW else 'at least'} {low:g}"
         upper = f" and {'below' if name in OPEN_ABOVE else 'at most'} {high:g}" if high < math.inf else ""
-        raise ValueError(f"{name}={value} must be {lower}{upper}")
+        meaning = ": it is the fraction removed, not kept" if name.startswith("compression_ratio") else ""
+        raise ValueError(f"{name}={value} must be {lower}{upper}{meaning}")
     return kind(number)

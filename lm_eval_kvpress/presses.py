@@ -19,7 +19,7 @@ from typing import Any
 from kvpress import BasePress
 
 from lm_eval_kvpress.press_arguments import BOUNDS, arguments_of, parse_number
-from lm_eval_kvpress.press_catalog import REQUIRED, ROWS, UNSUPPORTED, Row, check_number_of_ratios
+from lm_eval_kvpress.press_catalog import REQUIRED, ROWS, UNSUPPORTED, PerLayerPress, Row, check_number_of_ratios
 from lm_eval_kvpress.press_grammar import NONE, Part, parse_name, resolve, why_not_wrapped
 
 RATIO, BUDGET, RATIOS = "compression_ratio", "kv_budget", "compression_ratios"
@@ -151,8 +151,10 @@ class PressSpec:
         if self.is_none:
             return []
         ratio = self.ratio_for(context_tokens) or 0.0
-        num_kept = max(1, int(context_tokens * (1 - ratio)))
-        is_counted = not any(row.no_ratio or row.no_budget for row in parse_name(self.name).counting_rows)
+        largest = max(self.arguments.get(RATIOS, [ratio]))  # per_layer: of the layer that loses most
+        num_kept = max(1, int(context_tokens * (1 - largest)))
+        counting = [row for row in parse_name(self.name).counting_rows if row.factory is not PerLayerPress]
+        is_counted = not any(row.no_ratio or row.no_budget for row in counting)
         notes = []
         if self.kv_budget is not None and self.kv_budget >= context_tokens:
             notes.append(f"kv_budget={self.kv_budget} covers the whole context: nothing is removed")
@@ -160,9 +162,13 @@ class PressSpec:
             arguments = {**self._arguments_of(row), **self._sizes(row, context_tokens)}
             if row.notes is not None:
                 notes += row.notes(arguments, ratio, context_tokens, num_layers)
-            if is_counted and ratio > 0 and num_kept < sum(arguments[name] for name in row.protects):
+            num_protected = sum(arguments[name] for name in row.protects)
+            if is_counted and largest > 0 and num_kept < num_protected:
                 sizes = " + ".join(row.protects)
                 notes.append(f"{row.name} keeps fewer tokens than {sizes}: which of these is arbitrary")
+            elif is_counted and 0 < num_kept == num_protected < context_tokens:
+                sizes = " + ".join(row.protects)
+                notes.append(f"{row.name} keeps its {sizes} and no other token: none was chosen by its score")
         return notes
 
     def _arguments_of(self, row: Row) -> dict[str, Any]:

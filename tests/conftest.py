@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from lm_eval_kvpress import native, neox
 from lm_eval_kvpress.engine import PressableModel
 
+logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
 torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
 
 VOCAB_SIZE = 211

@@ -16,7 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress import native, neox, parity, plan
 from lm_eval_kvpress.arguments import (
@@ -44,7 +44,8 @@ from lm_eval_kvpress.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
 from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.telemetry import Clock, ContextRecord, RollingScore, TaskTotals
-from lm_eval_kvpress.throughput import LogError, Meter, RequestId, RequestShare, ThroughputLog
+from lm_eval_kvpress.throughput import Meter, Recorder, RequestId, RequestShare
+from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -85,7 +86,7 @@ class KVPress(HFLM):
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         if Path(sys.argv[0]).name in COMMANDS:
-            print_usage_errors_in_one_line()
+            print_usage_errors_in_one_line(LogError)
         pretrained = pretrained or self.DEFAULT_PRETRAINED
         if pretrained is None:
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
@@ -134,7 +135,7 @@ class KVPress(HFLM):
             ) from error
         self._check_config(self._config, self._asked_max_length)
 
-    def _check_config(self, config: PreTrainedConfig, max_length: int | None) -> None:
+    def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
         if config.model_type in native.MODEL_TYPES:
             try:
                 native.check_config(config)
@@ -153,6 +154,10 @@ class KVPress(HFLM):
             )
         self._settings.rolling_window(max_length or positions)
         self._settings.check_stream(positions)
+        try:
+            self._settings.press.check_layers(config.num_hidden_layers)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def _presentable(self) -> PressableModel:
         """The loaded model, its basis changed if it is a GPTNeoX, with the way kvpress can hook it."""
@@ -185,7 +190,7 @@ class KVPress(HFLM):
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         strings = [request.args for request in requests]
         pairs = self._encode_pairs(strings)
-        answers = self._score_pairs(pairs, [_request_id(request) for request in requests], disable_tqdm)
+        answers = self._score_pairs(pairs, _request_ids(requests), disable_tqdm)
         for pair, answer in zip(strings, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -255,7 +260,7 @@ class KVPress(HFLM):
     def _score_groups(
         self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]
     ) -> list[tuple[plan.ContextGroup, list[BranchScore], bool]]:
-        self._clock.take()
+        self._meter.start()
         with self._autocast():
             batch = self._compressor.compress(
                 [group.context for group in groups], [ids[group.members[0]].task for group in groups]
@@ -289,7 +294,7 @@ class KVPress(HFLM):
         self._compressor.check_lengths([window.context for _, window in windows if window.pressed])
         parts: list[list[tuple[BranchScore, bool]]] = [[] for _ in requests]
         windows.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
-        ids = [_request_id(request) for request in requests]
+        ids = _request_ids(requests)
         with self._progress("loglikelihood_rolling", len(windows), disable_tqdm) as bar:
             for _, of_one_kind in itertools.groupby(windows, key=lambda item: item[1].pressed):
                 batches = self._batches(list(of_one_kind), lambda item: len(item[1].context) + len(item[1].targets))
@@ -307,7 +312,10 @@ class KVPress(HFLM):
         return answers
 
     def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
-        documents = [StreamedDocument(_request_id(request), self.tok_encode(request.args[0])) for request in requests]
+        documents = [
+            StreamedDocument(id, self.tok_encode(request.args[0]))
+            for id, request in zip(_request_ids(requests), requests, strict=True)
+        ]
         run = StreamRun(
             self._press_model,
             self._settings,
@@ -343,7 +351,7 @@ class KVPress(HFLM):
     def _score_windows(
         self, batch: Sequence[tuple[int, plan.Window]], ids: Sequence[RequestId]
     ) -> list[tuple[int, BranchScore, bool]]:
-        self._clock.take()
+        self._meter.start()
         contexts = [window.context for _, window in batch]
         records: Sequence[ContextRecord | None] = [None] * len(batch)
         with self._autocast():
@@ -400,11 +408,11 @@ class KVPress(HFLM):
         """Prompts with their seeds: a prompt that comes again draws other tokens, in any order and batch."""
         occurrences: Counter[tuple[int, ...]] = Counter()
         jobs = []
-        for request in requests:
+        for request, id in zip(requests, _request_ids(requests), strict=True):
             context = tuple(self._encode_prompt(request.args[0]))
             seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
             occurrences[context] += 1
-            jobs.append(_Job(context, seed, _request_id(request)))
+            jobs.append(_Job(context, seed, id))
         return jobs
 
     def _generator(self, gen_kwargs: dict[str, Any]) -> Callable[[Sequence[_Job]], list[str]]:
@@ -421,7 +429,7 @@ class KVPress(HFLM):
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
 
         def generate(jobs: Sequence[_Job]) -> list[str]:
-            self._clock.take()
+            self._meter.start()
             contexts = [job.context[-room:] for job in jobs]
             start, times = time.perf_counter(), list[float]()
             with self._autocast():
@@ -503,13 +511,28 @@ class KVPress(HFLM):
             "press": settings.press.name,
             "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
         }
-        log = None
-        if settings.throughput_log is not None:
+        return Meter(self._clock, labels, list(self._recorders()))
+
+    def _recorders(self) -> Iterator[Recorder]:
+        """Where records go: a file, the metrics endpoint, both or neither. Both last as long as the process."""
+        if self._settings.throughput_log is not None:
+            path = Path(self._settings.throughput_log)
             try:
-                log = ThroughputLog(Path(settings.throughput_log))
+                yield ThroughputLog(path.with_stem(f"{path.stem}.rank{self.rank}") if self.rank else path)
             except LogError as error:
                 raise UsageError(str(error)) from error
-        return Meter(self._clock, labels, log)
+        port = self._settings.metrics_port
+        if port is not None:
+            try:
+                from lm_eval_kvpress.metrics import MetricsServer  # needs an extra
+
+                yield MetricsServer(port)
+            except ImportError as error:
+                raise UsageError(
+                    "metrics_port needs prometheus-client: pip install 'lm-eval-kvpress[metrics]'"
+                ) from error
+            except OSError as error:
+                raise UsageError(f"metrics_port={port} cannot be opened: {error.strerror}") from error
 
     def _check_finite(self, branch: BranchScore, what: str) -> None:
         if not all(math.isfinite(logprob) for logprob in branch.logprobs):
@@ -574,8 +597,15 @@ class KVPress(HFLM):
         }
 
 
-def _request_id(request: Instance) -> RequestId:
-    return RequestId(request.task_name or "", request.doc_id, request.idx)
+def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
+    """lm-eval passes a request with ``repeats: N`` on N times."""
+    seen: Counter[RequestId] = Counter()
+    ids = []
+    for request in requests:
+        first = RequestId(request.task_name or "", request.doc_id, request.idx)
+        ids.append(replace(first, repeat=seen[first]))
+        seen[first] += 1
+    return ids
 
 
 class PythiaKVPress(KVPress):

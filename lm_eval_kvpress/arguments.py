@@ -39,14 +39,14 @@ class UsageError(ValueError):
     """A mistake in what the user typed: its text is one line that says what is wrong and what to do."""
 
 
-def print_usage_errors_in_one_line() -> None:
-    """In a command-line program, ends on a `UsageError` with its one line instead of a traceback."""
+def print_usage_errors_in_one_line(*others: type[Exception]) -> None:
+    """In a command-line program, ends on a `UsageError`, or one of the others, with its one line and no traceback."""
     previous = sys.excepthook
     if getattr(previous, "prints_usage_errors", False):
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, UsageError):
+        if issubclass(kind, (UsageError, *others)):
             print(f"error: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)
@@ -76,6 +76,7 @@ class Settings:
             document.
         stream_output: folder for the losses by token position; a run that was killed continues from it.
         throughput_log: ``FILE.jsonl`` for a record per batch and request, or ``FILE.csv`` for requests only.
+        metrics_port: port on 127.0.0.1 that serves the figures to Prometheus while the run lasts.
     """
 
     press: PressSpec
@@ -91,6 +92,7 @@ class Settings:
     stream_positions: str = "cache"
     stream_output: str | None = None
     throughput_log: str | None = None
+    metrics_port: int | None = None
 
     def rolling_window(self, max_length: int) -> tuple[int, int]:
         """``(context, score)`` tokens of the ``prefix`` protocol.
@@ -145,7 +147,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     """
     rest = dict(arguments)
     try:
-        name = str(rest.pop("press", "none"))
+        name = str(rest.pop("press", None) or "none")  # lm-eval reads "none" as None
         of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
         press = parse_press(name, of_press)
     except ValueError as error:
@@ -174,6 +176,8 @@ def _checked(key: str, value: Any) -> Any:
         raise UsageError(f"{key}={value} must be a whole number")
     if value < lowest:
         raise UsageError(f"{key}={value} must be at least {lowest}")
+    if key == "metrics_port" and value > 65_535:
+        raise UsageError(f"{key}={value} is no port: at most 65535")
     return int(value)
 
 

@@ -92,6 +92,7 @@ class StreamRun:
         build = self._settings.press.build
         press_for = functools.lru_cache(maxsize=8)(lambda num_entries: build(num_entries))
         tokens = [document.tokens for document in batch]
+        self._meter.start()
         with self._clock.phase("stream") as scored:
             for step in stream(self._model, tokens, self._prefix_token, self._plan, press_for):
                 for index, losses in zip(step.documents, step.losses, strict=True):

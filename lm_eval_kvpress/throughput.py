@@ -1,20 +1,16 @@
-"""What each phase of each batch and each request cost: records, their sums, and the file they are written to.
+"""What each phase of each batch and each request cost: records and their sums.
 
-Knows clocks and files. Does not know lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the
+Knows clocks. Does not know files, lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the
 time to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time between two tokens of a request.
 """
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import io
-import json
-import os
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,11 +21,12 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class RequestId:
-    """Joins one to one with lm-eval's samples."""
+    """Joins one to one with lm-eval's samples by the first three; ``repeat`` counts the answers to one request."""
 
     task: str
     doc_id: int | None
     idx: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,8 @@ class RequestShare:
 class BatchRecord:
     """One batch: seconds per phase, press apart from prefill; tokens really run, padding not counted.
 
+    ``seconds`` is measured from end to end, on its own: what the phases leave of it was spent between them.
+    Tokens/s are those of the phases, not of ``seconds``; bytes are the most that was allocated, on CUDA only.
     ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
     """
 
@@ -72,7 +71,11 @@ class BatchRecord:
     decode_sec: float
     num_prefill_tokens: int
     num_output_tokens: int
-    peak_memory_bytes: int | None
+    prefill_tokens_per_sec: float | None
+    output_tokens_per_sec: float | None
+    prefill_peak_memory_bytes: int | None
+    score_peak_memory_bytes: int | None
+    decode_peak_memory_bytes: int | None
     device: str
     dtype: str
     press: str
@@ -90,6 +93,7 @@ class RequestRecord:
     task: str
     doc_id: int | None
     idx: int
+    repeat: int
     request_type: str
     num_batches: int
     is_warmup: bool
@@ -116,67 +120,10 @@ class RequestRecord:
     kv_bytes_effective: int
 
 
-class LogError(OSError):
-    """The throughput log cannot be written."""
+class Recorder(Protocol):
+    """What records are handed to as soon as they are complete."""
 
-
-class ThroughputLog:
-    """Appends records to ``FILE.jsonl`` or, requests only, to ``FILE.csv``; one write per line, one process per file.
-
-    Raises:
-        LogError: in one line, if the file is in use by another process or cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.suffix not in (".jsonl", ".csv"):
-            raise LogError(f"throughput_log={path}: the name must end in .jsonl or .csv")
-        self._path, self._as_csv, self._num_lines = path, path.suffix == ".csv", 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise LogError(f"throughput_log={path} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise LogError(f"throughput_log={path} is being written by another process: choose another file") from error
-        self._drop_torn_line()
-        if self._as_csv and os.fstat(self._file).st_size == 0:
-            self._write(",".join(field.name for field in fields(RequestRecord)))
-
-    def add(self, record: BatchRecord | RequestRecord) -> None:
-        if not self._as_csv:
-            self._write(json.dumps(asdict(record)))
-        elif isinstance(record, RequestRecord):
-            line = io.StringIO()
-            csv.writer(line, lineterminator="").writerow(asdict(record).values())
-            self._write(line.getvalue())
-
-    def close(self) -> None:
-        os.close(self._file)
-
-    def _drop_torn_line(self) -> None:
-        """Cuts off what a run that was killed in the middle of a line left behind."""
-        size = os.fstat(self._file).st_size
-        tail = os.pread(self._file, min(size, 2**20), max(0, size - 2**20))
-        if tail and not tail.endswith(b"\n"):
-            os.ftruncate(self._file, size - len(tail) + tail.rfind(b"\n") + 1)
-
-    def _write(self, line: str) -> None:
-        data = line.encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, data)
-            if written < len(data):
-                os.ftruncate(self._file, size)
-                raise OSError(28, "No space left on device")
-        except OSError as error:
-            raise LogError(
-                f"throughput_log={self._path} cannot be written after {self._num_lines} lines ({error.strerror}); the "
-                "lines so far are complete"
-            ) from error
-        self._num_lines += 1
+    def add(self, record: BatchRecord | RequestRecord) -> None: ...
 
 
 class Meter:
@@ -185,20 +132,27 @@ class Meter:
     Args:
         clock: of the run; every batch takes its timings.
         labels: device, dtype, press and protocol, for the batch records.
-        log: where records go, or None.
+        recorders: get every record.
     """
 
-    def __init__(self, clock: Clock, labels: Mapping[str, str], log: ThroughputLog | None = None) -> None:
-        self._clock, self._labels, self._log = clock, dict(labels), log
+    def __init__(self, clock: Clock, labels: Mapping[str, str], recorders: Sequence[Recorder] = ()) -> None:
+        self._clock, self._labels, self._recorders = clock, dict(labels), tuple(recorders)
+        self._started_sec = 0.0
         self._batches: list[BatchRecord] = []
         self._requests: list[RequestRecord] = []
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
         self._itls: list[float] = []
 
+    def start(self) -> None:
+        """Marks the start of a batch; what a batch that failed left on the clock is dropped."""
+        self._clock.take()
+        self._started_sec = time.perf_counter()
+
     def batch(self, request_type: str, batch_size: int, shares: Sequence[RequestShare]) -> None:
-        """Books the timings since the last batch on the requests that shared it."""
-        record = self._record(request_type, batch_size, self._clock.take())
+        """Books what was timed since `start` on the requests that shared the batch."""
+        seconds = time.perf_counter() - self._started_sec
+        record = self._record(request_type, batch_size, seconds, self._clock.take())
         self._batches.append(record)
         self._write(record)
         total = sum(share.weight for share in shares)
@@ -230,7 +184,7 @@ class Meter:
             "ttft_sec": _percentiles([r.ttft_sec for r in requests if r.ttft_sec is not None]),
             "tpot_sec": _percentiles([r.tpot_sec for r in requests if r.tpot_sec is not None]),
             "itl_sec": _percentiles(self._itls),
-            "peak_memory_bytes": max((b.peak_memory_bytes or 0 for b in self._batches), default=0) or None,
+            "peak_memory_bytes": max(filter(None, map(_peak_memory, self._batches)), default=None),
         }
 
     def live(self) -> dict[str, str]:
@@ -246,37 +200,39 @@ class Meter:
             figures["KV MiB"] = f"{contexts[-1].bytes_allocated / 2**20:.1f}"
         return figures
 
-    def _record(self, request_type: str, batch_size: int, timings: Sequence[PhaseTiming]) -> BatchRecord:
-        seconds = {phase: 0.0 for phase in ("prefill", "press", "score", "decode", "stream")}
-        tokens = dict.fromkeys(seconds, 0)
+    def _record(
+        self, request_type: str, batch_size: int, elapsed_sec: float, timings: Sequence[PhaseTiming]
+    ) -> BatchRecord:
+        seconds, tokens, peaks = Counter[str](), Counter[str](), dict[str, int]()
         for timing in timings:
-            seconds[timing.phase] += timing.seconds
-            tokens[timing.phase] += timing.num_tokens
-        outputs = tokens["score"] + tokens["decode"] + tokens["stream"]
+            phase = "score" if timing.phase == "stream" else timing.phase
+            seconds[phase] += timing.seconds
+            tokens[phase] += timing.num_tokens
+            if timing.peak_memory_bytes is not None:
+                peaks[phase] = max(peaks.get(phase, 0), timing.peak_memory_bytes)
+        outputs = tokens["score"] + tokens["decode"]
         shape = (request_type, batch_size, (tokens["prefill"] + outputs).bit_length())
         is_warmup = shape not in self._shapes
         self._shapes.add(shape)
-        peaks = [timing.peak_memory_bytes for timing in timings if timing.peak_memory_bytes is not None]
         return BatchRecord(
             record="batch",
             batch=len(self._batches),
             request_type=request_type,
             batch_size=batch_size,
             is_warmup=is_warmup,
-            seconds=sum(seconds.values()),
-            prefill_sec=seconds["prefill"],
-            press_sec=seconds["press"],
-            score_sec=seconds["score"] + seconds["stream"],
-            decode_sec=seconds["decode"],
+            seconds=elapsed_sec,
+            **{f"{phase}_sec": float(seconds[phase]) for phase in ("prefill", "press", "score", "decode")},
             num_prefill_tokens=tokens["prefill"],
             num_output_tokens=outputs,
-            peak_memory_bytes=max(peaks, default=None),
+            prefill_tokens_per_sec=_rate(tokens["prefill"], seconds["prefill"]),
+            output_tokens_per_sec=_rate(outputs, seconds["score"] + seconds["decode"]),
+            **{f"{phase}_peak_memory_bytes": peaks.get(phase) for phase in ("prefill", "score", "decode")},
             **{name: self._labels[name] for name in ("device", "dtype", "press", "protocol")},
         )
 
     def _write(self, record: BatchRecord | RequestRecord) -> None:
-        if self._log is not None:
-            self._log.add(record)
+        for recorder in self._recorders:
+            recorder.add(record)
 
 
 def _request_record(
@@ -295,6 +251,7 @@ def _request_record(
         task=id.task,
         doc_id=id.doc_id,
         idx=id.idx,
+        repeat=id.repeat,
         request_type=request_type,
         num_batches=len(parts),
         is_warmup=any(batch.is_warmup for batch, _, _ in parts),
@@ -325,6 +282,15 @@ def _request_record(
 def _kept_share(context: ContextRecord) -> float:
     total = context.num_tokens * len(context.kept_per_layer)
     return sum(context.kept_per_layer) / total if total else 1.0
+
+
+def _rate(num_tokens: int, seconds: float) -> float | None:
+    return num_tokens / seconds if seconds else None
+
+
+def _peak_memory(batch: BatchRecord) -> int | None:
+    peaks = (batch.prefill_peak_memory_bytes, batch.score_peak_memory_bytes, batch.decode_peak_memory_bytes)
+    return max(filter(None, peaks), default=None)
 
 
 def _phase_sums(batches: Sequence[BatchRecord]) -> dict[str, dict[str, float | None]]:

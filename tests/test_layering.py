@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streaming": {"engine", "cache", "torch", "transformers"},
     "stream_store": set(),
     "throughput": {"telemetry", "numpy"},
+    "throughput_log": {"throughput"},
+    "metrics": {"throughput", "prometheus_client"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "stream_press": {"presses"},
     "arguments": {"presses", "stream_press", "lm_eval"},
@@ -56,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("engine", "cache", "scoring", "decoding", "generation", "compression", "throughput"),
         *("stream_run", "stream_store"),
+        *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "_startup": {"plugin"},
@@ -66,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapter", "cache", "checks", "dense", "engine", "parity", "press_formulas", "torch", "transformers"),
     },
     "checks_scores": {
-        *("adapter", "cache", "checks", "checks_kept", "decoding", "parity", "scoring", "telemetry"),
+        *("adapter", "cache", "checks", "checks_kept", "decoding", "parity", "scoring"),
         *("lm_eval", "torch", "transformers"),
     },
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},

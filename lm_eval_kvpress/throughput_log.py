@@ -1,0 +1,97 @@
+"""The file that throughput records are written to, as they come.
+
+Knows files. A line is complete or absent: it is one write, a write that ends early is taken back, and what a run that
+was killed in the middle of a write left behind is dropped when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import stat
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from lm_eval_kvpress.throughput import BatchRecord, RequestRecord
+
+CSV_HEADER = ",".join(field.name for field in fields(RequestRecord))
+JSONL_START = '{"record": "'
+
+
+class LogError(OSError):
+    """The throughput log cannot be written."""
+
+
+class ThroughputLog:
+    """Appends records to ``FILE.jsonl`` or, requests only, to ``FILE.csv``; one process per file.
+
+    Raises:
+        LogError: in one line, if the file is in use by another process, holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".jsonl", ".csv"):
+            raise LogError(f"throughput_log={path}: the name must end in .jsonl or .csv")
+        self._path, self._as_csv, self._num_lines = path, path.suffix == ".csv", 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise LogError(f"throughput_log={path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise LogError(f"throughput_log={path} is being written by another run: choose another file") from error
+        self._is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+        if self._is_regular:  # and not a pipe or a device, which have no past
+            self._take_up()
+        if self._as_csv and self._size() == 0:
+            self._write(CSV_HEADER)
+
+    def add(self, record: BatchRecord | RequestRecord) -> None:
+        if not self._as_csv:
+            self._write(json.dumps(asdict(record)))
+        elif isinstance(record, RequestRecord):
+            line = io.StringIO()
+            csv.writer(line, lineterminator="").writerow(asdict(record).values())
+            self._write(line.getvalue())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _take_up(self) -> None:
+        """Continues behind the last complete line; what is no log of ours is left untouched."""
+        start = (CSV_HEADER + "\n" if self._as_csv else JSONL_START).encode()
+        with open(self._path, "rb") as file:
+            found = file.read(len(start))
+            if found != start[: len(found)]:
+                self._file.close()
+                raise LogError(f"throughput_log={self._path} exists and is no such log: choose another file")
+            end = file.seek(0, os.SEEK_END)
+            reach = min(end, 2**20)
+            file.seek(end - reach)
+            complete = end - reach + file.read(reach).rfind(b"\n") + 1
+        if complete < end:
+            self._file.truncate(complete)
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _write(self, line: str) -> None:
+        data, size = line.encode() + b"\n", self._size()
+        try:
+            if self._file.write(data) < len(data):
+                if self._is_regular:
+                    self._file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise LogError(
+                f"throughput_log={self._path} cannot be written after {self._num_lines} lines ({error.strerror}); the "
+                "lines so far are complete"
+            ) from error
+        self._num_lines += 1

@@ -1,0 +1,112 @@
+"""The clock books what it timed, once; sums of kept tokens and perplexities are what their parts say."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+
+import pytest
+import torch
+
+from lm_eval_kvpress.telemetry import Clock, ContextRecord, KeptTotals, RollingScore, TaskTotals, perplexity
+
+CPU = torch.device("cpu")
+
+
+def test_a_hook_is_taken_out_of_its_phase_and_both_sum_to_what_passed() -> None:
+    clock = Clock(CPU)
+    hook = clock.timed(lambda: time.sleep(0.05))
+    started = time.perf_counter()
+    with clock.phase("prefill", num_tokens=7):
+        time.sleep(0.1)
+        hook()
+        hook()
+    elapsed = time.perf_counter() - started
+    prefill, press = clock.take()
+    assert (prefill.phase, press.phase) == ("prefill", "press")
+    assert (prefill.num_tokens, press.num_tokens) == (7, 7)
+    assert press.seconds >= 0.1
+    assert prefill.seconds >= 0.1
+    assert prefill.seconds + press.seconds == pytest.approx(elapsed, rel=0.02)
+
+
+def test_a_timed_hook_passes_arguments_and_result_through() -> None:
+    assert Clock(CPU).timed(lambda *args, **kwargs: (args, kwargs))(1, two=2) == ((1,), {"two": 2})
+
+
+def test_tokens_produced_inside_a_phase_count() -> None:
+    clock = Clock(CPU)
+    with clock.phase("decode", num_tokens=1) as produced:
+        produced["tokens"] += 4
+    assert [timing.num_tokens for timing in clock.take()] == [5]
+    assert clock.take() == [], "taken once"
+
+
+def test_a_phase_that_fails_is_not_booked_nor_are_its_hooks() -> None:
+    clock = Clock(CPU)
+    with pytest.raises(RuntimeError), clock.phase("prefill"):
+        clock.timed(lambda: None)()
+        raise RuntimeError
+    with clock.phase("score"):
+        pass
+    assert [timing.phase for timing in clock.take()] == ["score"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_phase_lasts_until_its_kernels_have_ended_and_peaks_are_torchs() -> None:
+    device = torch.device("cuda")
+    matrix = torch.randn(4096, 4096, device=device)
+    matrix @ matrix
+    torch.cuda.synchronize()
+    clock = Clock(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    hook = clock.timed(lambda: matrix @ matrix)
+    with clock.phase("prefill"):
+        start.record()
+        for _ in range(20):
+            matrix @ matrix
+        hook()
+        end.record()
+    prefill, press = clock.take()
+    assert prefill.seconds + press.seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.05)
+    assert press.seconds == pytest.approx((prefill.seconds + press.seconds) / 21, rel=0.3)
+    assert prefill.peak_memory_bytes == torch.cuda.max_memory_allocated(device)
+
+
+def test_kept_shares_are_means_over_tokens_not_over_contexts() -> None:
+    totals = KeptTotals()
+    totals.add(ContextRecord(100, (50.0, 10.0), 1000, 300, True))
+    totals.add(ContextRecord(300, (30.0, 30.0), 3000, 300, True))
+    summary = totals.summary()
+    assert summary["kept_tokens_per_layer"] == [80.0, 40.0]
+    assert summary["kept_share"] == pytest.approx(120 / 800)
+    assert (summary["kept_share_min_layer"], summary["kept_share_max_layer"]) == (0.1, 0.2)
+    assert (summary["kv_bytes_before"], summary["kv_bytes_allocated"]) == (4000, 600)
+    assert summary["kv_bytes_effective"] == 600
+
+
+def test_a_task_without_requests_has_no_figures_rather_than_zeros() -> None:
+    summary = TaskTotals().summary()
+    assert summary["token_perplexity"] is None
+    assert summary["contexts_pressed"]["kept_share"] is None
+
+
+def test_perplexity_under_the_press_covers_what_was_scored_under_it() -> None:
+    totals = TaskTotals()
+    totals.scored([math.log(0.5)] * 3, pressed=False)
+    totals.scored([math.log(0.25)], pressed=True)
+    summary = totals.summary()
+    assert summary["token_perplexity"] == pytest.approx(32 ** (1 / 4))
+    assert summary["token_perplexity_under_press"] == pytest.approx(4)
+    assert (summary["tokens_scored"], summary["tokens_scored_under_press"]) == (4, 1)
+
+
+def test_perplexity_beyond_a_float_is_infinite() -> None:
+    assert perplexity(-1e6, 1) == math.inf
+
+
+def test_a_rolling_score_keeps_its_counts_through_pickle() -> None:
+    score = pickle.loads(pickle.dumps(RollingScore(-12.5, 10, 4, -5.0)))
+    assert score == -12.5
+    assert (score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed) == (10, 4, -5.0)

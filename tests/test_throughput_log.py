@@ -1,0 +1,165 @@
+"""The writer loses nothing: after a kill, on a full disk, into a closed pipe, and never two runs in one file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import threading
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import UsageError
+from lm_eval_kvpress.throughput import RequestRecord
+from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
+
+
+def request(idx: int = 0) -> RequestRecord:
+    values: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(RequestRecord)}
+    return RequestRecord(**{**values, "record": "request", "task": 'a "task", with commas', "doc_id": None, "idx": idx})
+
+
+def write_until_stopped(path: Path, pipe: Connection, limit_bytes: int) -> None:
+    if limit_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    log = ThroughputLog(path)
+    pipe.send("ready")
+    try:
+        for idx in itertools.count():
+            log.add(request(idx))
+    except LogError as error:
+        pipe.send(str(error))
+
+
+def start_writer(path: Path, *, limit_bytes: int = 0) -> tuple[BaseProcess, Connection]:
+    """Another process that writes records until it is stopped; forked, because a fresh one imports torch."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=write_until_stopped, args=(path, theirs, limit_bytes), daemon=True)
+    process.start()
+    assert ours.poll(20) and ours.recv() == "ready"
+    return process, ours
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
+def test_after_a_kill_every_line_is_complete_and_a_new_run_goes_on(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for milliseconds in random.Random(0).sample(range(60), 12):
+        process, _ = start_writer(path)
+        time.sleep(milliseconds / 1000)
+        process.kill()
+        process.join()
+        log = ThroughputLog(path)
+        log.add(request())
+        log.close()
+        if path.suffix == ".jsonl":
+            assert all(len(json.loads(line)) == len(dataclasses.fields(RequestRecord)) for line in path.open())
+        else:
+            with path.open(newline="") as file:
+                rows = list(csv.reader(file))
+            assert {len(row) for row in rows} == {len(dataclasses.fields(RequestRecord))}
+            assert sum(row[0] == "record" for row in rows) == 1, "one header"
+
+
+def test_a_torn_line_is_dropped_when_the_file_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = ThroughputLog(path)
+    log.add(request(1))
+    log.close()
+    complete = path.read_text()
+    for length in (1, 10, len(complete) - 1):
+        path.write_text(complete + complete[:length])
+        ThroughputLog(path).close()
+        assert path.read_text() == complete
+
+
+def test_a_file_of_something_else_is_left_untouched(tmp_path: Path) -> None:
+    for name in ("notes.csv", "notes.jsonl"):
+        path = tmp_path / name
+        path.write_text("my notes, without an end of line")
+        with pytest.raises(LogError, match="no such log"):
+            ThroughputLog(path)
+        assert path.read_text() == "my notes, without an end of line"
+
+
+def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    process, _ = start_writer(path)
+    with pytest.raises(LogError, match="another run"):
+        ThroughputLog(path)
+    process.kill()
+    process.join()
+    ThroughputLog(path).close()
+
+
+def test_a_full_disk_is_one_clear_error_and_the_lines_so_far_are_complete(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    _, pipe = start_writer(path, limit_bytes=10_000)
+    assert pipe.poll(20)
+    message = pipe.recv()
+    records = [json.loads(line) for line in path.open()]
+    assert len(records) > 5
+    assert f"cannot be written after {len(records)} lines" in message
+    assert "\n" not in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_device_without_room_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.symlink_to("/dev/full")
+    log = ThroughputLog(path)
+    with pytest.raises(LogError, match="after 0 lines .No space left"):
+        log.add(request())
+
+
+def test_a_closed_pipe_ends_with_a_clear_error_after_complete_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    os.mkfifo(path)
+    received: list[str] = []
+
+    def read_one_line() -> None:
+        with path.open() as pipe:
+            received.append(pipe.readline())
+
+    reader = threading.Thread(target=read_one_line)
+    reader.start()
+    log = ThroughputLog(path)
+    log.add(request(7))
+    reader.join()
+    assert json.loads(received[0])["idx"] == 7
+    with pytest.raises(LogError, match="after 1 lines .Broken pipe"):
+        log.add(request(8))
+
+
+@pytest.mark.parametrize("name", ["log.txt", "log"])
+def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LogError, match=r"\.jsonl or \.csv"):
+        ThroughputLog(tmp_path / name)
+
+
+def test_a_log_that_cannot_be_opened_is_a_usage_error_of_one_line(checkpoint_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(tmp_path / "file" / "log.jsonl"))
+
+
+def test_csv_holds_the_requests_of_jsonl(tmp_path: Path) -> None:
+    logs = [ThroughputLog(tmp_path / name) for name in ("log.jsonl", "log.csv")]
+    for log in logs:
+        for idx in range(3):
+            log.add(request(idx))
+    expected = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{k: str(v) if v is not None else "" for k, v in record.items()} for record in expected] == rows

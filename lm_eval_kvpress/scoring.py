@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from lm_eval_kvpress.cache import CompressedCache, attention_bias, reading_cache
+from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, reading_cache
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
 
 HEAD_CHUNK_BYTES = 64 * 2**20
@@ -148,8 +149,7 @@ class _Layout:
 def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layout: _Layout) -> torch.Tensor:
     """Hidden states ``(B, Q, E)`` of the packed tokens over the cache."""
     next_position = torch.tensor(cache.next_position)[:, None]
-    biases = _layer_biases(model, cache, layout.visible().to(model.device))
-    with masked(model.attentions, biases):
+    with masked(model.attentions, _LayerBiases(model, cache, layout.visible().to(model.device))):
         return model.hidden_states(
             layout.tokens.to(model.device),
             position_ids=(layout.offsets + next_position).to(model.device),
@@ -159,21 +159,32 @@ def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layou
         )
 
 
-def _layer_biases(model: PressableModel, cache: CompressedCache, visible: torch.Tensor) -> list[torch.Tensor | None]:
-    """One additive mask per layer; layers that kept the same number of entries and hide none share one."""
-    shared: dict[tuple[int, torch.device], torch.Tensor | None] = {}
-    biases = []
-    for layer in cache.layers:
-        key = (layer.num_entries, layer.keys.device)
-        if layer.hidden is not None:
-            bias = attention_bias(layer, visible.to(layer.keys.device), layer.keys.dtype, model.num_query_heads)
-        elif key in shared:
-            bias = shared[key]
-        else:
-            bias = attention_bias(layer, visible.to(layer.keys.device), layer.keys.dtype, model.num_query_heads)
-            shared[key] = bias
-        biases.append(bias)
-    return biases
+class _LayerBiases(Sequence[torch.Tensor | None]):
+    """One additive mask per layer, made when that layer runs and shared with the next one where both hide the same.
+
+    Head-wise masks of all layers at once can be larger than the model: of Pythia-2.8B, 1,024 tokens scored over 1,024
+    take 128 MiB a layer in 16 bit.
+    """
+
+    def __init__(self, model: PressableModel, cache: CompressedCache, visible: torch.Tensor) -> None:
+        self._layers, self._visible, self._num_heads = cache.layers, visible, model.num_query_heads
+        self._latest: tuple[LayerKV, torch.Tensor | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        layer, keys = self._layers[index], self._layers[index].keys
+        if self._latest is None or not self._same(self._latest[0], layer):
+            self._latest = None  # freed before the next one is made
+            bias = attention_bias(layer, self._visible.to(keys.device), keys.dtype, self._num_heads)
+            self._latest = layer, bias
+        return self._latest[1]
+
+    @staticmethod
+    def _same(one: LayerKV, other: LayerKV) -> bool:
+        same_shape = (one.num_entries, one.keys.device) == (other.num_entries, other.keys.device)
+        return same_shape and one.hidden is other.hidden
 
 
 def _log_probabilities(

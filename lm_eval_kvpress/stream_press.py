@@ -4,8 +4,8 @@ Knows press names. Does not know models or text.
 
 A stream asks a press again and again which entries of a cache to keep whose tokens are long gone, with the hidden
 states of the newest tokens only. That is defined for presses that score single entries by their keys, their place, or
-the newest queries. It is not for presses that need every token's query or attention (the prefill presses), that decide over
-layers or heads together, or that change keys.
+the newest queries. It is not for presses that need every token's query or attention (the prefill presses), that decide
+over layers or heads together, or that change keys.
 """
 
 from __future__ import annotations

@@ -306,7 +306,6 @@ def test_half_precision_is_near_the_dense_reference(
     assert largest_difference(found, dense(subject, name, 1)) < (0.3 if dtype is torch.bfloat16 else 0.05)
 
 
-@pytest.mark.xfail(strict=True, reason="masks of all layers are made before the first layer runs")
 def test_head_wise_masks_of_one_layer_at_a_time_are_alive(sdpa: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Pythia-2.8B, 1,024 tokens scored over 1,024: 128 MiB per layer in 16 bit, 4 GiB for all 32."""
     cache, query = cached(sdpa.model, CONTEXT, 1, "adakv:snapkv")

@@ -23,7 +23,6 @@ from lm_eval_kvpress.decoding import Sampler, decode
 from lm_eval_kvpress.parity import worst
 from lm_eval_kvpress.scoring import Pack
 from lm_eval_kvpress.scoring import score as score_packs
-from lm_eval_kvpress.telemetry import RollingScore
 
 NUM_CONTINUED = 12
 
@@ -152,10 +151,7 @@ def check_action(subject: Subject) -> Check:
     pairs = [(a, b) for index, a in enumerate(figures) for b in list(figures)[:index]]
     between = {f"{b} and {a}": _distance(figures[a], figures[b]) for a, b in pairs}
     closest = min(between, key=lambda pair: between[pair])
-    rolled = {
-        press: [score.loglikelihood_pressed / score.num_tokens_pressed for score in _rolled(subject, press)]
-        for press in ("none", "random")
-    }
+    rolled = {press: _rolled(subject, press) for press in ("none", "random")}
     limit = max(subject.tolerance / 10, LEAST_EFFECT)
     effects = {
         "random against none, one-token answers": _distance(figures["random"], figures["none"]),
@@ -180,14 +176,14 @@ def _distance(figures: Sequence[float], others: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(figures, others, strict=True))
 
 
-def _rolled(subject: Subject, press: str) -> list[RollingScore]:
-    """Scores of documents, their second halves over the compressed cache; several, since differences may cancel out."""
+def _rolled(subject: Subject, press: str) -> list[float]:
+    """Nats per token of documents, their second halves over the cache; several, since differences may cancel out."""
     half = subject.max_length // 2
     texts = [subject.text(2 * half, seed=seed) for seed in (3, 8, 13)]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0, ("verify", i, 1)) for i, text in enumerate(texts)]
     lm = subject.under(press, rolling_context=half, rolling_score=half // 2)
     scores = lm.loglikelihood_rolling(requests, disable_tqdm=True)
-    return [score for score in scores if isinstance(score, RollingScore)]
+    return [score / len(lm.tok_encode(text)) for score, text in zip(scores, texts, strict=True)]
 
 
 def _emptied(lm: KVPress, context: Sequence[int], answers: Sequence[Sequence[int]]) -> float:

@@ -1,0 +1,452 @@
+"""Every mistake that the field is known to make, put in on purpose: the verifier must fail, at the check that is named.
+
+`python tests/test_faults.py` runs all checks on every fault and writes the table of `docs/correctness.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_neox, tiny_tokenizer
+from pytest import MonkeyPatch
+
+from lm_eval_kvpress import cache, compression, decoding, engine, neox, plan, scoring, telemetry
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.cache import LayerKV
+from lm_eval_kvpress.checks import Check, Subject
+from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.plugin import tasks_path
+from lm_eval_kvpress.presses import PressSpec, parse_press
+from lm_eval_kvpress.scoring import _Layout
+from lm_eval_kvpress.telemetry import Clock, KeptTotals, RollingScore, TaskTotals
+from lm_eval_kvpress.verify import CHECKS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "correctness.md"
+BEGIN, END = "<!-- faults: begin, written by tests/test_faults.py -->", "<!-- faults: end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mistake.
+
+    Attributes:
+        name: of the mistake.
+        effect: what it does to the numbers.
+        check: the check that must fail.
+        put_in: makes the mistake.
+    """
+
+    name: str
+    effect: str
+    check: str
+    put_in: Callable[[MonkeyPatch], None]
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, effect: str, check: str) -> Callable[[Callable[[MonkeyPatch], None]], None]:
+    return lambda put_in: FAULTS.append(Fault(name, effect, check, put_in))
+
+
+# ------------------------------------------------------------------------------------------ presenting the model
+
+
+@fault("contiguous Q/K/V split", "presses score tokens by rows of other heads' Q, K and V; it runs", "projections")
+def _(patch: MonkeyPatch) -> None:
+    def rows(self: neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
+        return fused.view(3, -1, *fused.shape[1:])[self._part]
+
+    patch.setattr(neox.ProjectionView, "_rows", rows)
+
+
+@fault("whole heads rotated, rows not reordered", "pairs of dims that do not belong together are rotated", "basis")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(neox, "full_width_order", lambda head_dim, rotary_dims: torch.arange(head_dim))
+
+
+@fault("full-width frequencies on partial RoPE", "dims are rotated that the model does not rotate", "rotation")
+def _(patch: MonkeyPatch) -> None:
+    prepare = neox.prepare
+
+    def rotate_everything(model: Any) -> Any:
+        prepare(model)
+        rotary = model.gpt_neox.rotary_emb
+        head_dim = 2 * rotary.inv_freq.numel()
+        rotary.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+        return model
+
+    patch.setattr(neox, "prepare", rotate_everything)
+
+
+# --------------------------------------------------------------------------------------------------- the press
+
+
+@fault("inert press", "every press gives the baseline's number, to the last digit", "kept")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(PressSpec, "build", lambda self, context_tokens, *, shrink=False: None)
+
+
+@fault("ratio direction confused", "90 % kept is reported as 90 % removed", "kept")
+def _(patch: MonkeyPatch) -> None:
+    build = PressSpec.build
+
+    def other_way(self: PressSpec, context_tokens: int, *, shrink: bool = False) -> Any:
+        ratio = self.compression_ratio
+        if self.name not in ("snapkv", "random", "knorm") or ratio is None:
+            return build(self, context_tokens, shrink=shrink)
+        return build(parse_press(self.name, {**self.arguments, "compression_ratio": 1 - ratio}), context_tokens)
+
+    patch.setattr(PressSpec, "build", other_way)
+
+
+@fault("press instance shared and changed", "a short context's window stays behind for all later runs", "batches")
+def _(patch: MonkeyPatch) -> None:
+    build, shared = PressSpec.build, {}
+
+    def build_once(self: PressSpec, context_tokens: int, *, shrink: bool = False) -> Any:
+        fresh = build(self, context_tokens, shrink=shrink)
+        press = shared.setdefault(self.name, fresh)
+        if shrink:
+            vars(press).update(vars(fresh))
+        return press
+
+    patch.setattr(PressSpec, "build", build_once)
+
+
+@fault("masking press taken for a shrinking one", "nothing is evicted, the ratio is reported all the same", "kept")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(engine, "_evicted_by_mask", lambda attention, keys: None)
+
+
+@fault("layers skipped, the ratio quoted as global", "less is removed than the record says", "kept")
+def _(patch: MonkeyPatch) -> None:
+    add = KeptTotals.add
+
+    def as_in_the_last_layer(self: KeptTotals, record: Any) -> None:
+        kept = record.kept_per_layer[-1:] * len(record.kept_per_layer)
+        add(self, dataclasses.replace(record, kept_per_layer=kept))
+
+    patch.setattr(KeptTotals, "add", as_in_the_last_layer)
+
+
+@fault("PyramidKV's fall-back to SnapKV not named", "a row says PyramidKV and shows SnapKV", "kept")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(PressSpec, "notes", lambda self, context_tokens, num_layers: [])
+
+
+# ------------------------------------------------------------------------------------------ scoring over the cache
+
+
+@fault("physical positions", "queries go on where the shortened cache ends, keys stay where they were", "scoring")
+def _(patch: MonkeyPatch) -> None:
+    prefill = compression.prefill
+
+    def at_kept_length(*args: Any, **kwargs: Any) -> Any:
+        found = prefill(*args, **kwargs)
+        length = max(layer.num_entries for layer in found.layers)
+        return dataclasses.replace(found, next_position=(length,) * len(found.num_seen))
+
+    patch.setattr(compression, "prefill", at_kept_length)
+
+
+@fault("mask made for layer 0", "layers with fewer entries see the future (PyramidKV)", "causality")
+def _(patch: MonkeyPatch) -> None:
+    make = scoring.attention_bias
+    first: list[LayerKV] = []
+
+    def from_layer_0(layer: LayerKV, pack: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor | None:
+        of_model = first[-1] if first and first[-1].num_entries > layer.num_entries else layer
+        first.append(of_model)
+        bias = make(of_model if layer.hidden is None else layer, pack, dtype, heads)
+        return None if bias is None else bias[..., : layer.num_entries + pack.shape[1]]
+
+    patch.setattr(scoring, "attention_bias", from_layer_0)
+
+
+@fault("mask of zeros", "every new token sees all others, its own target among them", "causality")
+def _(patch: MonkeyPatch) -> None:
+    def zeros(layer: LayerKV, pack: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
+        return torch.zeros(len(pack), 1, pack.shape[1], layer.num_entries + pack.shape[1], dtype=dtype)
+
+    patch.setattr(scoring, "attention_bias", zeros)
+
+
+@fault("answers see each other", "choices scored in one forward leak into the ones behind them", "causality")
+def _(patch: MonkeyPatch) -> None:
+    def everything_earlier(self: _Layout) -> torch.Tensor:
+        width = self.segments.shape[1]
+        return torch.ones(width, width, dtype=torch.bool).tril().expand(len(self.segments), -1, -1)
+
+    patch.setattr(_Layout, "visible", everything_earlier)
+
+
+@fault("last prompt token fed twice", "the context ends in a stutter; small, and everywhere", "scoring")
+def _(patch: MonkeyPatch) -> None:
+    compress = Compressor.compress
+
+    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]], tasks: Sequence[str]) -> Any:
+        return compress(self, [(*context, context[-1]) for context in contexts], tasks)
+
+    patch.setattr(Compressor, "compress", twice)
+
+
+@fault("first token from the full cache", "one-token answers do not move, whatever the press", "action")
+def _(patch: MonkeyPatch) -> None:
+    init = Compressor.__init__
+
+    def holds_nothing_back(self: Compressor, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{**kwargs, "query_tokens": 0})
+
+    patch.setattr(Compressor, "__init__", holds_nothing_back)
+
+
+@fault("one forward per window", "no press can act: 10.96 everywhere", "action")
+def _(patch: MonkeyPatch) -> None:
+    def one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[plan.Window]:
+        return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+
+    patch.setattr(KVPress, "_windows", one_pass)
+
+
+@fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")
+def _(patch: MonkeyPatch) -> None:
+    first = decoding._Steps.first
+
+    def then_physical(self: decoding._Steps, queries: Sequence[Sequence[int]]) -> torch.Tensor:
+        hidden = first(self, queries)
+        self._positions = torch.full_like(self._positions, self._reader.layers[0].keys.shape[2])
+        return hidden
+
+    patch.setattr(decoding._Steps, "first", then_physical)
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+@fault("padding not hidden", "short rows of a batch attend to zeros", "batches")
+def _(patch: MonkeyPatch) -> None:
+    stack_layers = cache._stack_layers
+
+    def in_sight(layers: Sequence[LayerKV]) -> LayerKV:
+        stacked = stack_layers(layers)
+        if all(layer.hidden is None for layer in layers):
+            return LayerKV(stacked.keys, stacked.values)
+        return stacked
+
+    patch.setattr(cache, "_stack_layers", in_sight)
+
+
+@fault("padding under the press", "pads are scored, and kept as sinks", "batches")
+def _(patch: MonkeyPatch) -> None:
+    compress = Compressor.compress
+
+    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]], tasks: Sequence[str]) -> Any:
+        width = max(map(len, contexts))
+        return compress(self, [(0,) * (width - len(context)) + context for context in contexts], tasks)
+
+    patch.setattr(Compressor, "compress", padded)
+
+
+# ------------------------------------------------------------------------------------------------- sums and records
+
+
+@fault("off-by-one target", "each token is scored by a position that has seen it", "scoring")
+def _(patch: MonkeyPatch) -> None:
+    of = _Layout.of
+
+    def one_later(packs: Any) -> _Layout:
+        layout = of(packs)
+        return dataclasses.replace(layout, sources=(layout.sources + 1).clamp(max=layout.tokens.shape[1] - 1))
+
+    patch.setattr(_Layout, "of", one_later)
+
+
+@fault("first token dropped", "the hardest token of every document is missing", "parity")
+def _(patch: MonkeyPatch) -> None:
+    windows = plan.one_pass_windows
+    patch.setattr(plan, "one_pass_windows", lambda tokens, prefix, length: windows(tokens[1:], tokens[0], length))
+
+
+@fault("unweighted mean over windows", "the short last window counts like a full one", "parity")
+def _(patch: MonkeyPatch) -> None:
+    rolling_score = KVPress._rolling_score
+
+    def of_means(self: KVPress, task: str, scored: Sequence[Any]) -> RollingScore:
+        score = rolling_score(self, task, scored)
+        means = [sum(branch.logprobs) / len(branch.logprobs) for branch, _ in scored]
+        total = score.num_tokens * sum(means) / len(means)
+        return RollingScore(total, score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed)
+
+    patch.setattr(KVPress, "_rolling_score", of_means)
+
+
+@fault("mean of the windows' perplexities", "perplexity in the record is a mean of exponentials", "records")
+def _(patch: MonkeyPatch) -> None:
+    scored, summary = TaskTotals.scored, TaskTotals.summary
+    of_windows: dict[int, list[float]] = {}
+
+    def remember(self: TaskTotals, logprobs: Sequence[float], *, pressed: bool) -> None:
+        scored(self, logprobs, pressed=pressed)
+        perplexity = telemetry.perplexity(sum(logprobs), len(logprobs))
+        of_windows.setdefault(id(self), []).append(perplexity or 0.0)
+
+    def mean(self: TaskTotals) -> dict[str, Any]:
+        found = of_windows.get(id(self), [])
+        return {**summary(self), "token_perplexity": sum(found) / len(found) if found else None}
+
+    patch.setattr(TaskTotals, "scored", remember)
+    patch.setattr(TaskTotals, "summary", mean)
+
+
+@fault("baseline under another protocol", "the baseline sees other contexts than the methods", "records")
+def _(patch: MonkeyPatch) -> None:
+    windows = KVPress._windows
+
+    def baseline_in_one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[plan.Window]:
+        if self._settings.press.is_none:
+            return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+        return windows(self, tokens)
+
+    patch.setattr(KVPress, "_windows", baseline_in_one_pass)
+
+
+@fault("requested tokens counted as produced", "tokens per second of rows that stopped early are inflated", "records")
+def _(patch: MonkeyPatch) -> None:
+    decode = decoding.decode
+
+    def padded(*args: Any, **kwargs: Any) -> Any:
+        found = decode(*args, **kwargs)
+        rows = found if isinstance(found, list) else found.tokens
+        for row in rows:
+            row += [0] * (kwargs["max_new_tokens"] - len(row))
+        return found
+
+    patch.setattr("lm_eval_kvpress.adapter.decode", padded)
+
+
+@fault("prefill and scoring timed as one", "the cost of the press is hidden in tokens per second", "records")
+def _(patch: MonkeyPatch) -> None:
+    @contextmanager
+    def one_phase(self: Clock, name: str, **kwargs: Any) -> Iterator[Any]:
+        with phase(self, "score", **kwargs) as produced:
+            yield produced
+
+    phase = Clock.phase
+    patch.setattr(Clock, "phase", one_phase)
+
+
+# ------------------------------------------------------------------------------------------------------- fall-backs
+
+
+@fault("silent fall-back data", "figures of three sentences under the name of WikiText", "refusals")
+def _(patch: MonkeyPatch) -> None:
+    folder = Path(tempfile.mkdtemp()) / "tasks"
+    shutil.copytree(tasks_path(), folder)
+    module = folder / "kvpress_ppl" / "corpora.py"
+    code = module.read_text()
+    honest = "    except OSError as error:\n        raise usage_error("
+    assert code.count(honest) == 2
+    fields = '("page", "short_book_title", "url", "text")'
+    dummy = f'    except OSError as error:\n        return [dict.fromkeys({fields}, "Lorem ipsum.")]\n'
+    module.write_text(code.replace(honest, dummy + "        raise usage_error("))
+    patch.setattr("lm_eval_kvpress.checks_results.tasks_path", lambda: folder)
+
+
+@fault("silent fall-back checkpoint", "figures of a small model under the name of a large one", "refusals")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr("lm_eval_kvpress.checks_results.resolve_pretrained", lambda pretrained: "builtin")
+
+
+@fault("more context than the model has positions", "perplexity explodes, and the press is blamed", "refusals")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(KVPress, "_check_config", lambda self, config, max_length: None)
+
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+
+def caught(fault: Fault, checkpoint: Path, patch: MonkeyPatch, checks: Sequence[str]) -> list[Check]:
+    """The outcome of checks on a model that was loaded with the mistake in place."""
+    fault.put_in(patch)
+    torch.manual_seed(0)
+    subject = Subject.load({"pretrained": str(checkpoint), "device": "cpu"})
+    return [CHECKS[name](subject) for name in checks]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: slug(fault.name))
+def test_fault_is_caught(fault: Fault, checkpoint_dir: Path, monkeypatch: MonkeyPatch) -> None:
+    (check,) = caught(fault, checkpoint_dir, monkeypatch, [fault.check])
+    assert not check.passed, f"{fault.check} does not see it: {check.parts}"
+
+
+def test_every_check_guards_against_some_fault() -> None:
+    assert {fault.check for fault in FAULTS} == set(CHECKS)
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head = ["mistake", "what it does to the numbers", "check", "measured", "limit", "also seen by", "test"]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rows_of(checkpoint: Path) -> Iterator[list[str]]:
+    for fault in FAULTS:
+        with MonkeyPatch.context() as patch:
+            found = {}
+            for name in CHECKS:
+                try:
+                    (found[name],) = caught(fault, checkpoint, patch, [name])
+                except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+                    print(f"{fault.name}: {name} raises {type(error).__name__}: {str(error)[:80]}")
+                finally:
+                    patch.undo()
+            others = [name for name, check in found.items() if not check.passed and name != fault.check]
+            check = found[fault.check]
+            sign = ">=" if check.worst.at_least else "<="
+            figures = [f"{check.measured:.2g}", f"{sign} {check.tolerance:.2g}"]
+            yield [fault.name, fault.effect, fault.check, *figures, ", ".join(others) or "-", f"`{slug(fault.name)}`"]
+
+
+def documented() -> list[list[str]]:
+    text = DOCS.read_text(encoding="utf-8")
+    lines = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_table_in_the_documentation_is_that_of_the_faults() -> None:
+    rows = documented()
+    assert [row[:3] for row in rows] == [[fault.name, fault.effect, fault.check] for fault in FAULTS], "run this file"
+    for name, _, _, measured, limit, _, test in rows:
+        assert test == f"`{slug(name)}`"
+        sign, _, bound = limit.partition(" ")
+        passed = float(measured) >= float(bound) if sign == ">=" else float(measured) <= float(bound)
+        assert not passed, f"{name}: {measured} {limit}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer()
+        tokenizer.save_pretrained(folder)
+        tiny_neox(vocab_size=len(tokenizer)).save_pretrained(folder)
+        written = table(list(rows_of(Path(folder))))
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    DOCS.write_text(f"{text[:begin]}\n{written}\n{text[end:]}", encoding="utf-8")

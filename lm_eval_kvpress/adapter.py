@@ -172,6 +172,11 @@ class KVPress(HFLM):
                 raise UsageError(str(error)) from error
         return PressableModel(model, room.attention_modules(model), functools.partial(room.presented, model))
 
+    @property
+    def press_model(self) -> PressableModel:
+        """The loaded model as the engine takes it, for those who bring token ids (`scripts/benchmark.py`)."""
+        return self._press_model
+
     def _certificate(self, stock: parity.Answers) -> parity.ParityCertificate:
         """Our answers at ratio 0 against stock's: under this run's press, or without one if it takes no ratio."""
         press = parity.at_ratio_zero(self._settings.press.name, self._settings.press.arguments)

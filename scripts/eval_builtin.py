@@ -3,8 +3,8 @@
     python scripts/eval_builtin.py --model lm_eval_kvpress/builtin --held-out pg19/test.jsonl
 
 Perplexity: the *same* tokens are predicted with each length of context, so the lengths differ in nothing
-else. They are the second half of windows of 2,048 tokens; with a short context `c` they are predicted in
-groups of `c // 8`, each from the `c` tokens before the group on.
+else. They are the second half of windows of 2,048 tokens. With 64 tokens each is predicted on its own from
+exactly those; with 128 to 512 in groups, for speed, so that a token sees up to an eighth more (as labelled).
 Recall: documents of a seed that training never used; accuracy among four choices (chance 0.25) and the share
 of answers that greedy decoding gets exactly.
 """
@@ -27,7 +27,7 @@ from transformers import GPTNeoXForCausalLM
 from lm_eval_kvpress.recall import KINDS, RecallDocument, recall_document
 
 WINDOW = 2048
-SHORT_CONTEXTS = (64, 128, 256, 512)
+GROUPS = {64: 1, 128: 16, 256: 32, 512: 64}  # tokens of context -> tokens predicted at once
 LONG_CONTEXT = f"{WINDOW // 2}-{WINDOW - 1}"
 DISTANCES = (64, 128, 256, 512, 1024, 1500, 1800)
 HELD_OUT_SEED = 20_000_000  # training and probes draw from other generators and seeds
@@ -106,13 +106,13 @@ def summed_loss(model: GPTNeoXForCausalLM, ids: torch.Tensor, num_scored: int) -
 def perplexities(model: GPTNeoXForCausalLM, rows: Sequence[torch.Tensor]) -> dict[str, float]:
     """Perplexity per token of the second half of each window, by length of context."""
     half = WINDOW // 2
-    losses = dict.fromkeys([*map(str, SHORT_CONTEXTS), LONG_CONTEXT], 0.0)
+    labels = {context: f"{context}-{context + group - 1}" for context, group in GROUPS.items()} | {64: "64"}
+    losses = dict.fromkeys([*labels.values(), LONG_CONTEXT], 0.0)
     for row in tqdm(rows, desc="perplexity"):
-        for context in SHORT_CONTEXTS:
-            group = context // 8
+        for context, group in GROUPS.items():
             pieces = row[half - context :].unfold(0, context + group, group)  # (half / group, c + group)
             for piece in pieces.split(max(1, 4096 // (context + group))):
-                losses[str(context)] += summed_loss(model, piece.to(model.device), group)
+                losses[labels[context]] += summed_loss(model, piece.to(model.device), group)
         losses[LONG_CONTEXT] += summed_loss(model, row[None].to(model.device), half)
     return {context: math.exp(loss / (len(rows) * half)) for context, loss in losses.items()}
 

@@ -36,7 +36,8 @@ instrument for measuring cache compression, and no use as a language model.
 
 ## Perplexity by context
 
-{num_scored_tokens:,} tokens of {held_out}, never trained on. The same tokens are predicted with each length
+{num_scored_tokens:,} tokens of {held_out}, never trained on.
+The same tokens are predicted with each length
 of context: with {long_context} tokens perplexity is {gain:.1f} % lower than with 64.
 
 {perplexity_table}

@@ -23,6 +23,7 @@ ROWS_256 = Mixture(text=0.45, repeats=0.25)
 BINDING = Mixture(text=0.15, repeats=0.15, dense=0.8)
 LENGTHS = Mixture(text=0.45, repeats=0.20, dense=0.5)
 TEXT = Mixture(text=0.70, repeats=0.08, dense=0.5)
+LONG = Mixture(text=0.76, repeats=0.04, dense=0.5)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ RECIPES = {
         tokens_per_step=4096,
         warmup_steps=200,
         corpus_characters=90_000_000,
-        default_tokens=24_000_000,
+        default_tokens=27_000_000,
         probe_every=200,
         stages=(
             Stage("induction", (128,), 7_000_000, 2e-3, 2e-3, INDUCTION),
@@ -73,6 +74,7 @@ RECIPES = {
             Stage("2048", (2048,), 2_500_000, 1.2e-3, 1e-3, LENGTHS),
             Stage("text", (256, 512, 1024, 2048, 2048), None, 1e-3, 1e-3, TEXT),
             Stage("cool-down", (256, 512, 1024, 2048, 2048), 7_000_000, 1e-3, 2e-5, TEXT),
+            Stage("long", (2048,), 3_000_000, 6e-4, 2e-5, LONG),
         ),
     ),
     "tiny": Recipe(  # for the tests: seconds, learns nothing

@@ -7,7 +7,7 @@ time to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -203,7 +203,8 @@ class Meter:
     def _record(
         self, request_type: str, batch_size: int, elapsed_sec: float, timings: Sequence[PhaseTiming]
     ) -> BatchRecord:
-        seconds, tokens, peaks = Counter[str](), Counter[str](), dict[str, int]()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        tokens, peaks = Counter[str](), dict[str, int]()
         for timing in timings:
             phase = "score" if timing.phase == "stream" else timing.phase
             seconds[phase] += timing.seconds
@@ -221,10 +222,10 @@ class Meter:
             batch_size=batch_size,
             is_warmup=is_warmup,
             seconds=elapsed_sec,
-            prefill_sec=float(seconds["prefill"]),
-            press_sec=float(seconds["press"]),
-            score_sec=float(seconds["score"]),
-            decode_sec=float(seconds["decode"]),
+            prefill_sec=seconds["prefill"],
+            press_sec=seconds["press"],
+            score_sec=seconds["score"],
+            decode_sec=seconds["decode"],
             num_prefill_tokens=tokens["prefill"],
             num_output_tokens=outputs,
             prefill_tokens_per_sec=_rate(tokens["prefill"], seconds["prefill"]),

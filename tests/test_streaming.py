@@ -1,0 +1,174 @@
+"""Streams against an independent loop: keys cached before rotation, rotated by their place in the cache each step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvpress import KeyDiffPress, LagKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from lm_eval.api.instance import Instance
+from transformers import GPTNeoXForCausalLM
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.stream_store import StreamStore
+from lm_eval_kvpress.streaming import StreamPlan, stream
+
+BUDGET = 20
+
+
+def streaming_llm(num_entries: int, budget: int = BUDGET) -> StreamingLLMPress:
+    return StreamingLLMPress(1 - (budget + 0.5) / num_entries, n_sink=4)
+
+
+def documents(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 211, (length,), generator=generator).tolist() for length in lengths]
+
+
+def losses(
+    model: PressableModel, texts: Sequence[list[int]], chunk: int, press_for: Callable[[int], Any], rotate: bool = True
+) -> list[list[float]]:
+    out: list[list[float]] = [[] for _ in texts]
+    for step in stream(model, texts, 0, StreamPlan(BUDGET, chunk, rotate), press_for):
+        assert step.num_entries <= BUDGET
+        for index, row in zip(step.documents, step.losses, strict=True):
+            out[index] += row
+    return out
+
+
+def reference(model: GPTNeoXForCausalLM, text: list[int]) -> list[float]:
+    """One token at a time on the untouched model, with parallel residual; sinks and the newest tokens stay."""
+    base, caches = model.gpt_neox, [[] for _ in model.gpt_neox.layers]  # type: ignore[var-annotated]
+    out = []
+    with torch.no_grad():
+        for token, target in zip([0, *text], text, strict=False):
+            hidden = base.embed_in(torch.tensor([[token]]))
+            for layer, cache in zip(base.layers, caches, strict=True):
+                attention = layer.attention
+                heads = attention.query_key_value(layer.input_layernorm(hidden)).view(4, 3, 16)
+                cache.append((heads[:, 1], heads[:, 2]))
+                keys = torch.stack([key for key, _ in cache], dim=1)[None]  # (1, H, T, D), not rotated
+                values = torch.stack([value for _, value in cache], dim=1)
+                cos, sin = base.rotary_emb(hidden, torch.arange(len(cache))[None])
+                queries = heads[:, 0][None, :, None].expand_as(keys)
+                queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+                weights = torch.softmax((keys[0] @ queries[0, :, -1, :, None])[..., 0] * attention.scaling, dim=-1)
+                mixed = (weights[:, None] @ values)[:, 0].reshape(1, 1, -1)
+                hidden = hidden + attention.dense(mixed) + layer.mlp(layer.post_attention_layernorm(hidden))
+                if len(cache) > BUDGET:
+                    del cache[4]
+            logits = model.embed_out(base.final_layer_norm(hidden))[0, 0]
+            out.append(-logits.log_softmax(-1)[target].item())
+    return out
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_chunk_one_equals_the_reference_token_by_token(
+    make_neox: Callable[..., GPTNeoXForCausalLM], make_pressable: Callable[..., PressableModel], attn: str
+) -> None:
+    texts = documents(90, 60, 61)
+    untouched = make_neox(attn)
+    expected = [reference(untouched, text) for text in texts]
+    found = losses(make_pressable(attn), texts, 1, streaming_llm)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("name", ["streaming_llm", "snapkv", "tova", "keydiff", "lagkv"])
+def test_side_by_side_equals_one_by_one(make_pressable: Callable[..., PressableModel], name: str, chunk: int) -> None:
+    presses: dict[str, Callable[[int], Any]] = {
+        "streaming_llm": streaming_llm,
+        "snapkv": lambda _: SnapKVPress(0.5, window_size=chunk),
+        "tova": lambda _: TOVAPress(0.5),
+        "keydiff": lambda _: KeyDiffPress(0.5),
+        "lagkv": lambda _: LagKVPress(0.5, lag_size=5),
+    }
+    model, texts = make_pressable("sdpa"), documents(70, 1, 55, 56)
+    together = losses(model, texts, chunk, presses[name])
+    for text, found in zip(texts, together, strict=True):
+        assert len(found) == len(text)
+        torch.testing.assert_close(found, losses(model, [text], chunk, presses[name])[0], atol=1e-4, rtol=0)
+
+
+def test_a_later_chunk_never_changes_an_earlier_loss(make_pressable: Callable[..., PressableModel]) -> None:
+    model, (text,) = make_pressable("sdpa"), documents(80)
+    changed = copy.copy(text)
+    changed[49:] = reversed(changed[49:])
+    one, other = (losses(model, [tokens], 7, streaming_llm)[0] for tokens in (text, changed))
+    torch.testing.assert_close(one[:49], other[:49], atol=1e-6, rtol=0)
+    assert max(abs(a - b) for a, b in zip(one[49:], other[49:], strict=True)) > 1e-2
+
+
+BAD = [
+    ({"rolling": "stream", "press": "snapkv"}, "stream_budget"),
+    ({"rolling": "stream", "press": "none", "stream_budget": 64}, "standing cache"),
+    ({"rolling": "stream", "press": "adakv:snapkv", "stream_budget": 64}, "standing cache"),
+    ({"rolling": "stream", "press": "snapkv", "stream_budget": 63, "stream_chunk": 64}, "must keep"),
+    ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "stream_chunk": 0}, "at least 1"),
+    ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "compression_ratio": 0.5}, "compression_ratio"),
+    ({"rolling": "prefix", "press": "snapkv", "stream_budget": 128}, "rolling=stream"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_bad_streams_are_refused_in_one_line(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_arguments(arguments)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", [{}, {"stream_positions": "original"}])
+def test_positions_beyond_the_trained_ones_are_refused(checkpoint_dir: Path, positions: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="positions"):
+        KVPress(
+            pretrained=str(checkpoint_dir),
+            device="cpu",
+            rolling="stream",
+            press="streaming_llm",
+            stream_budget=100 if positions else 1_000_000,
+            **positions,
+        )
+
+
+def requests() -> list[Instance]:
+    texts = ["the mill " * 120, "", "river", "seven grey geese slept " * 40]
+    return [Instance("loglikelihood_rolling", {}, (text,), 0, ("s", i, 1)) for i, text in enumerate(texts)]
+
+
+def test_finished_documents_are_read_and_another_setting_is_refused(
+    checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"pretrained": str(checkpoint_dir), "device": "cpu", "rolling": "stream"}
+    common |= {"press": "streaming_llm", "stream_chunk": 8, "stream_output": str(tmp_path / "losses")}
+    lm = KVPress(stream_budget=40, **common)
+    first = lm.loglikelihood_rolling(requests(), disable_tqdm=True)
+    assert [score.num_tokens for score in first] == [  # type: ignore[attr-defined]
+        len(lm.tok_encode(request.args[0])) for request in requests()
+    ]
+    record = lm.describe()["tasks"]["s"]
+    assert record["max_stream_entries"] <= 40
+    assert record["tokens_scored"] == sum(score.num_tokens for score in first)  # type: ignore[attr-defined]
+    again = KVPress(stream_budget=40, **common)
+    monkeypatch.setattr("lm_eval_kvpress.stream_run.stream", lambda *_: pytest.fail("computed again"))
+    assert again.loglikelihood_rolling(requests(), disable_tqdm=True) == first
+    with pytest.raises(UsageError, match="another setting"):
+        KVPress(stream_budget=41, **common).loglikelihood_rolling(requests(), disable_tqdm=True)
+
+
+def test_a_stored_document_is_exact_and_an_unfinished_one_is_absent(tmp_path: Path) -> None:
+    store = StreamStore(tmp_path, {"press": "a"})
+    values = [0.1, math.pi, 1e-17]
+    assert store.load("task", [1, 2, 3], "0") is None
+    store.save("task", [1, 2, 3], "0", values)
+    assert store.load("task", [1, 2, 3], "0") == values
+    assert store.load("task", [1, 2, 4], "0") is None, "another text of the same name"

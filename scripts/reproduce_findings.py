@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""The origin's benchmark again, as an experiment with conclusions: why was its perplexity the same for every press?
+
+    python scripts/reproduce_findings.py --data_dir ../shared/data                     the built-in checkpoint
+    python scripts/reproduce_findings.py --pretrained EleutherAI/pythia-2.8b --dtype float16 --output runs/findings
+
+Writes OUTPUT/findings.md with its figures beside it, and findings.json with the numbers. WikiText and PG19 come from
+--data_dir (wikitext2/ and pg19/ below it) or else from the Hugging Face hub; a data set that cannot be had is skipped,
+and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import UsageError, resolve_pretrained
+from reproduce_findings_experiments import (
+    DATASETS,
+    PRESSES,
+    RATIOS,
+    Documents,
+    Findings,
+    first_tokens,
+    load_documents,
+    one_forward,
+    perplexities,
+    questions,
+    speeds,
+    split_difference,
+    wrong_answers,
+)
+
+SPLIT_PRESSES = ("snapkv", "pyramidkv")  # they look at queries; StreamingLLM does not
+NUM_CONTEXTS = 4
+
+Say = Callable[[str], None]
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("error: the figures need matplotlib: pip install 'lm-eval-kvpress[report]'")
+    from reproduce_findings_report import draw, markdown
+
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    started = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - started:5.0f} s  {what}", flush=True)
+
+    findings = measure(arguments, say)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "findings.json").write_text(json.dumps(asdict(findings), indent=1), encoding="utf-8")
+    report = arguments.output / "findings.md"
+    report.write_text(markdown(findings, draw(findings, arguments.output)), encoding="utf-8")
+    say(f"wrote {report}")
+
+
+def measure(arguments: argparse.Namespace, say: Say) -> Findings:
+    """Runs the experiments one after the other."""
+    lm = KVPress(pretrained=arguments.pretrained, dtype=arguments.dtype)
+    documents, skipped = load(arguments, lm, say)
+    removed = arguments.ratio
+    protocols = []
+    for press in PRESSES if documents else ():
+        for protocol in ("one_pass", "prefix"):
+            say(f"perplexity, {press}, {protocol}")
+            protocols += perplexities(lm, documents, press, removed, protocol)
+    wrong = [row for row in protocols if row.press in SPLIT_PRESSES]
+    for press in SPLIT_PRESSES if documents else ():
+        for protocol in ("one_pass", "prefix"):
+            say(f"perplexity with the wrong split, {press}, {protocol}")
+            wrong += perplexities(lm, documents, press, removed, protocol, split="contiguous")
+    ratios = [row for row in protocols if row.protocol == "prefix"]
+    for press in PRESSES[1:] if documents else ():
+        for ratio in RATIOS:
+            if ratio != removed:
+                say(f"perplexity, {press}, {ratio:g} removed")
+                ratios += perplexities(lm, documents, press, ratio, "prefix")
+    contexts = [lm.tok_encode(text)[: lm.max_length // 2] for texts in documents.values() for text in texts]
+    contexts = sorted(contexts, key=len, reverse=True)[:NUM_CONTEXTS]
+    say("one forward under each press; kept entries with either split")
+    forwards = [one_forward(lm, contexts[0], press, removed) for press in PRESSES[1:]] if contexts else []
+    differences = [split_difference(lm, contexts, press, removed) for press in PRESSES[1:]] if contexts else []
+    say("questions with answers of one token")
+    asked = questions(lm, arguments.questions)
+    answered = first_tokens(lm, asked, (*PRESSES, "random"), removed)
+    answered_wrong = wrong_answers(lm, asked, SPLIT_PRESSES, removed)
+    say("speed")
+    return Findings(
+        setting=setting(arguments, lm),
+        removed=removed,
+        skipped=skipped,
+        protocols=protocols,
+        forwards=forwards,
+        wrong=wrong,
+        differences=differences,
+        wrong_answers=answered_wrong,
+        ratios=ratios,
+        first_tokens=answered,
+        speeds=speeds(lm, PRESSES, removed, arguments.repeats),
+    )
+
+
+def load(arguments: argparse.Namespace, lm: KVPress, say: Say) -> tuple[Documents, list[str]]:
+    """The documents that can be had, and why the others cannot."""
+    documents, skipped = {}, []
+    for dataset, title in DATASETS.items():
+        limit, num_tokens = (arguments.pages, 6000) if dataset == "wikitext_kvpress" else (arguments.books, 4000)
+        try:
+            documents[dataset] = load_documents(dataset, lm, arguments.data_dir, limit, num_tokens)
+        except UsageError as error:
+            skipped.append(f"{title}: {error}")
+            say(f"skipped {skipped[-1]}")
+    return documents, skipped
+
+
+def setting(arguments: argparse.Namespace, lm: KVPress) -> list[str]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kvpress", "lm_eval"))
+    context, block = lm._rolling_window
+    weights = Path(resolve_pretrained(arguments.pretrained)) / "model.safetensors"
+    digest = f" (SHA-256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]})" if weights.is_file() else ""
+    return [
+        f"`{arguments.pretrained}`{digest}, {lm.model.num_parameters() / 1e6:.1f} M parameters, "
+        f"{str(lm.model.dtype).removeprefix('torch.')}, {lm.model.config._attn_implementation}; {device}, "
+        f"threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}",
+        f"{arguments.pages} pages of WikiText-2 of at most 6,000 tokens and the first 4,000 tokens of "
+        f"{arguments.books} books of PG-19; `prefix`: {context} tokens of context, then {block} scored",
+        f"{arguments.ratio:g} of the entries removed where nothing else is said",
+        "made by `scripts/reproduce_findings.py`; every sentence with a figure is chosen by the figure",
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="builtin", help="folder, hub name or builtin (default: builtin)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--data_dir", help="folder with wikitext2/ and pg19/ (default: the Hugging Face hub)")
+    parser.add_argument("--ratio", type=float, default=0.5, help="fraction removed (default: 0.5)")
+    parser.add_argument("--pages", type=int, default=6, help="pages of WikiText-2 (default: 6)")
+    parser.add_argument("--books", type=int, default=5, help="books of PG-19 (default: 5)")
+    parser.add_argument("--questions", type=int, default=60, help="default: 60")
+    parser.add_argument("--repeats", type=int, default=7, help="of the speed measurement (default: 7)")
+    parser.add_argument("--output", type=Path, default=Path("runs/findings"), help="folder (default: runs/findings)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

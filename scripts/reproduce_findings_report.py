@@ -1,0 +1,435 @@
+"""The report of `reproduce_findings.py`: tables, figures, and sentences that say what the figures say.
+
+Every sentence with a figure is chosen by that figure; none is written in advance of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reproduce_findings_experiments import Findings, OneForward, Perplexity, Speed, SplitDifference
+
+ROUNDING = 1e-5
+"""Relative difference of perplexities below which they are the same figure: sums of thousands of float32 terms."""
+
+
+def markdown(findings: Findings, figures: Mapping[str, str]) -> str:
+    """The report.
+
+    Args:
+        figures: section to the file name of its figure.
+    """
+    sections = [
+        introduction(findings),
+        protocols_section(findings, figures.get("protocols")),
+        split_section(findings),
+        ratio_section(findings, figures.get("ratios")),
+        first_token_section(findings),
+        speed_section(findings, figures.get("speeds")),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def introduction(findings: Findings) -> str:
+    lines = ["# Findings", "", "The experiment of the project's origin again, and what it could not see."]
+    lines += ["", *(f"- {line}" for line in findings.setting), *(f"- Skipped: {line}" for line in findings.skipped)]
+    lines += [
+        "",
+        "`compression_ratio` is the fraction *removed*. `one_pass` is one forward per window; `prefix` prefills a "
+        "context under the press, holds its last token back, and scores what follows through the compressed cache. "
+        "Perplexities are per token: under `one_pass` of all tokens, under `prefix` of those scored over a cache, for "
+        "the baseline too. So the rows of a table compare, and figures of different protocols do not.",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------ protocols
+
+
+def protocols_section(findings: Findings, figure: str | None) -> str:
+    rows = findings.protocols
+    if not rows:
+        return ""
+    return section(
+        "Why was it 10.96 and 8.94 everywhere?",
+        "The origin measured WikiText and PG19 perplexity of Pythia-2.8B under SnapKV, StreamingLLM and PyramidKV and "
+        "found 10.96 and 8.94 for every method, the baseline included. Here, by that protocol and by one that reads "
+        "the cache:",
+        *perplexity_tables(rows),
+        picture(figure, "Perplexity relative to no press, by protocol"),
+        *(protocol_sentence(rows, dataset) for dataset in datasets(rows)),
+        "A press is a hook that prunes a layer's cache after that layer's attention has run. A single forward under "
+        f"each press ({findings.forwards[0].num_tokens} tokens) shows the order of events:",
+        table(
+            ["press", "entries left in the cache", "largest logit", "largest change of a logit"],
+            [
+                [f.press, percent(f.kept_share), f"{f.largest_logit:.2f}", f"{f.largest_difference:.2g}"]
+                for f in findings.forwards
+            ],
+        ),
+        forward_sentence(findings.forwards),
+    )
+
+
+def protocol_sentence(rows: Sequence[Perplexity], dataset: str) -> str:
+    found = {
+        protocol: {row.press: row.perplexity for row in rows if (row.dataset, row.protocol) == (dataset, protocol)}
+        for protocol in ("one_pass", "prefix")
+    }
+    spreads = {protocol: max(by_press.values()) / min(by_press.values()) - 1 for protocol, by_press in found.items()}
+    if spreads["one_pass"] <= ROUNDING:
+        control = f"`one_pass` gives one figure for every press, {next(iter(found['one_pass'].values())):.2f}"
+    else:
+        control = f"`one_pass` figures differ by {percent(spreads['one_pass'])}, which no press can cause"
+    plain = found["prefix"]["none"]
+    moves = {press: value / plain - 1 for press, value in found["prefix"].items() if press != "none"}
+    if spreads["prefix"] <= ROUNDING:
+        effect = "`prefix` does too: the presses did not act"
+    else:
+        effect = "`prefix` tells them apart: " + ", ".join(f"{press} {move:+.1%}" for press, move in moves.items())
+    return f"**{dataset}**: {control}; {effect} against no press ({plain:.2f})."
+
+
+def forward_sentence(forwards: Sequence[OneForward]) -> str:
+    moved = [f.press for f in forwards if f.largest_difference > ROUNDING * f.largest_logit]
+    pruned = [f.press for f in forwards if f.kept_share < 1]
+    if moved:
+        return f"The logits moved under {', '.join(moved)}: there the press acts within the forward."
+    if len(pruned) == len(forwards):
+        return (
+            "Every press pruned the cache, and not one logit moved: they had been computed from the full cache before "
+            "the first entry went, and nothing read what was left. A perplexity from such forwards is the baseline's, "
+            "whatever the press does. That is why it was 10.96 and 8.94 everywhere."
+        )
+    return "The logits did not move, and not every press pruned: see the table."
+
+
+# ----------------------------------------------------------------------------------------------------- wrong split
+
+
+def split_section(findings: Findings) -> str:
+    rows = findings.wrong
+    if not rows:
+        return ""
+    answers = [
+        [row.press, row.split, percent(row.accuracy), f"{row.mean_move:.2f}"]
+        for wrong in findings.wrong_answers
+        for row in [*(r for r in findings.first_tokens if r.press == wrong.press and r.held_back == 1), wrong]
+    ]
+    return section(
+        "A wrong Q/K/V split",
+        "GPTNeoX fuses Q, K and V head by head. The origin once cut the rows into contiguous thirds, which runs, saw "
+        "the same perplexity, and took SnapKV for robust. Right and wrong split, the same documents:",
+        *perplexity_tables(rows, with_split=True),
+        split_sentence(rows),
+        "Which entries are kept, over all layers and heads:",
+        table(
+            ["press", "contexts", "entries kept", "of these evicted with the wrong split"],
+            [
+                [d.press, str(d.num_contexts), f"{d.num_kept:,}", percent(d.num_different / d.num_kept)]
+                for d in findings.differences
+            ],
+        ),
+        difference_sentence(findings.differences),
+        "Questions about a fact in the context (more of them below):",
+        table(["press", "split", "right answers", "mean change against no press, nats"], answers),
+        "`lm-eval-kvpress verify` looks for a wrong split where it is: at the projections and the kept entries.",
+    )
+
+
+def split_sentence(rows: Sequence[Perplexity]) -> str:
+    """What the wrong split does to perplexity: its relative change, by protocol."""
+    figures = {(row.protocol, row.dataset, row.press, row.split): row.perplexity for row in rows}
+    moves = {
+        protocol: {
+            f"{press} on {dataset}": figures[protocol, dataset, press, "contiguous"] / right - 1
+            for (of, dataset, press, split), right in figures.items()
+            if (of, split) == (protocol, "right")
+        }
+        for protocol in ("one_pass", "prefix")
+    }
+    largest = max(abs(move) for move in moves["one_pass"].values())
+    control = "invisible" if largest <= ROUNDING else f"worth up to {largest:.2%}, which it cannot be,"
+    told = ", ".join(f"{case} {move:+.2%}" for case, move in moves["prefix"].items())
+    better = [case for case, move in moves["prefix"].items() if move < -ROUNDING]
+    verdict = f" It scores *better* for {', '.join(better)}: a better perplexity proves no split." if better else ""
+    return f"The wrong split is {control} under `one_pass`. Under `prefix` it moves perplexity: {told}.{verdict}"
+
+
+def difference_sentence(differences: Sequence[SplitDifference]) -> str:
+    affected = [d for d in differences if d.num_different]
+    unaffected = [d.press for d in differences if not d.num_different]
+    lines = []
+    if affected:
+        shares = ", ".join(f"{d.press} {percent(d.num_different / d.num_kept)}" for d in affected)
+        lines.append(f"The wrong split changes which entries stay: {shares} of those kept.")
+    if unaffected:
+        lines.append(f"{', '.join(unaffected)}: not one entry differs.")
+    return " ".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- ratios
+
+
+def ratio_section(findings: Findings, figure: str | None) -> str:
+    rows = findings.ratios
+    if not rows:
+        return ""
+    removed = sorted({row.removed for row in rows if row.press != "none"})
+    blocks: list[str] = []
+    for dataset in datasets(rows):
+        of_dataset = [row for row in rows if row.dataset == dataset]
+        plain = next(row.perplexity for row in of_dataset if row.press == "none")
+        cells = [
+            [press, *(f"{value(of_dataset, press, ratio):.2f}" for ratio in removed)]
+            for press in names(of_dataset)
+            if press != "none"
+        ]
+        blocks.append(f"{dataset}, `prefix`, no press {plain:.2f}:")
+        blocks.append(table(["press", *(f"removed {ratio:g}" for ratio in removed)], cells))
+        extremes = [
+            f"{press} {value(of_dataset, press, removed[0]) / plain - 1:+.2%} and "
+            f"{value(of_dataset, press, removed[-1]) / plain - 1:+.1%}"
+            for press in names(of_dataset)
+            if press != "none"
+        ]
+        blocks.append(f"At {removed[0]:g} and {removed[-1]:g} removed, against no press: {'; '.join(extremes)}.")
+    notes: dict[tuple[str, str], list[float]] = {(row.press, note): [] for row in rows for note in row.notes}
+    for row in rows:
+        for note in row.notes:
+            if row.removed not in notes[row.press, note]:
+                notes[row.press, note].append(row.removed)
+    told = [f"- {press}, removed {', '.join(f'{r:g}' for r in at)}: {note}" for (press, note), at in notes.items()]
+    return section(
+        "compression_ratio 0.01 against 0.99",
+        'The origin\'s "keep 1 %" test passed 0.01, the fraction removed: it kept 99 %. Both, and what lies between:',
+        *blocks,
+        picture(figure, "Perplexity over the fraction removed"),
+        "\n".join(["The presses report of themselves:", "", *told]) if told else "",
+    )
+
+
+def value(rows: Iterable[Perplexity], press: str, removed: float) -> float:
+    return next(row.perplexity for row in rows if row.press == press and row.removed == removed)
+
+
+# ----------------------------------------------------------------------------------------------------- first token
+
+
+def first_token_section(findings: Findings) -> str:
+    rows = findings.first_tokens
+    if not rows:
+        return ""
+    cells = [
+        [row.press, str(row.held_back), f"{row.largest_move:.2g}", f"{row.mean_move:.2g}", percent(row.accuracy)]
+        for row in rows
+    ]
+    pressed = [row for row in rows if row.press != "none"]
+    on, off = ([row for row in pressed if row.held_back == held] for held in (1, 0))
+    inert = all(row.largest_move < 1e-3 for row in off)
+    acting = [row for row in on if row.largest_move >= 1e-3]
+    if inert and acting:
+        sentence = (
+            "With no token held back no press moves an answer (by more than rounding): the last context token predicts "
+            "it within the prefill, from the full cache. Every press then has the baseline's accuracy, whatever it "
+            "evicted. With one token held back the figures are those of the compressed cache."
+        )
+    elif inert:
+        sentence = "No press moves an answer, held back or not: on this model these contexts do not matter."
+    else:
+        sentence = "Answers move with no token held back, which a press cannot cause: look at the table."
+    return section(
+        "The first-token rule",
+        f"{findings.removed:g} removed; four answers of one token each, about a fact some 400 tokens back. "
+        "`query_tokens` is how many tokens of the context are held back and fed after compression.",
+        table(["press", "query_tokens", "largest change, nats", "mean change, nats", "right answers"], cells),
+        sentence,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- speed
+
+
+def speed_section(findings: Findings, figure: str | None) -> str:
+    rows = findings.speeds
+    if not rows:
+        return ""
+    cells = [
+        [
+            row.press,
+            str(row.batch_size),
+            percent(row.figures["kept_share"]["median"]),
+            *(interval(row.figures[name], scale, digits) for name, scale, digits in SPEED_COLUMNS.values()),
+        ]
+        for row in rows
+    ]
+    baseline = {row.batch_size: row.figures["decode_tokens_per_sec"] for row in rows if row.press == "none"}
+    told = []
+    for row in rows:
+        if row.press == "none":
+            continue
+        ours, plain = row.figures["decode_tokens_per_sec"], baseline[row.batch_size]
+        apart = ours["low"] > plain["high"] or ours["high"] < plain["low"]
+        told.append(
+            f"{row.press} at batch {row.batch_size} decodes {ours['median'] / plain['median']:.2f} times as fast as no "
+            f"press ({'intervals apart' if apart else 'intervals overlap: no difference shown'})"
+        )
+    return section(
+        "Speed",
+        f"{rows[0].num_prompt_tokens:,} tokens of prompt, {rows[0].num_new_tokens} new ones; every setting warmed up, "
+        "the device synchronized at the edges of each phase, prefill apart from decoding; medians with 95 % intervals.",
+        table(["press", "batch", "kept", *SPEED_COLUMNS], cells),
+        picture(figure, "Decoded tokens per second"),
+        "; ".join(told) + ".",
+        "The origin, with Pythia-2.8B on a GPU of 8 GB, reported (tok/s at batch 1 / 4) baseline 11.15 / 3.18, SnapKV "
+        "9.50 / 21.09, StreamingLLM 10.16 / 21.81, PyramidKV 9.04 / 13.36. Its baseline at batch 4 had spilled into "
+        "host memory, so the ratios to it are not the presses' doing alone.",
+    )
+
+
+SPEED_COLUMNS = {
+    "prefill tok/s": ("prefill_tokens_per_sec", 1, 0),
+    "press ms": ("press_sec", 1000, 1),
+    "TTFT ms": ("ttft_sec", 1000, 0),
+    "TPOT ms": ("tpot_sec", 1000, 2),
+    "decode tok/s": ("decode_tokens_per_sec", 1, 0),
+}
+
+
+def interval(estimate: Mapping[str, float], scale: float, digits: int) -> str:
+    median, low, high = (estimate[name] * scale for name in ("median", "low", "high"))
+    return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def section(title: str, *blocks: str) -> str:
+    return "\n\n".join([f"## {title}", *(block for block in blocks if block)])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def perplexity_tables(rows: Sequence[Perplexity], *, with_split: bool = False) -> list[str]:
+    """One table per protocol: a table never mixes protocols."""
+    protocols = dict.fromkeys(row.protocol for row in rows)
+    return [perplexity_table([row for row in rows if row.protocol == p], with_split=with_split) for p in protocols]
+
+
+def perplexity_table(rows: Sequence[Perplexity], *, with_split: bool) -> str:
+    """One row per press (and split), one column per data set."""
+    columns = list(dict.fromkeys((row.dataset, row.protocol) for row in rows))
+    head = [f"{dataset}, `{protocol}`" for dataset, protocol in columns]
+    lines = []
+    for press, split in dict.fromkeys((row.press, row.split) for row in rows):
+        mine = {(row.dataset, row.protocol): row for row in rows if (row.press, row.split) == (press, split)}
+        kept = next((row.kept_share for row in mine.values() if row.kept_share is not None), None)
+        lines.append(
+            [
+                press,
+                *([split] if with_split else []),
+                "-" if kept is None else percent(kept),
+                *(f"{mine[column].perplexity:.3f}" for column in columns),
+            ]
+        )
+    return table(["press", *(["split"] if with_split else []), "kept", *head], lines)
+
+
+def picture(name: str | None, title: str) -> str:
+    return "" if name is None else f"![{title}]({name})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def datasets(rows: Iterable[Perplexity]) -> list[str]:
+    return list(dict.fromkeys(row.dataset for row in rows))
+
+
+def names(rows: Iterable[Perplexity]) -> list[str]:
+    return list(dict.fromkeys(row.press for row in rows))
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def draw(findings: Findings, folder: Path) -> dict[str, str]:
+    """Writes a PNG per section that has figures; section to file name."""
+    names = {name: f"findings_{name}.png" for name in ("protocols", "ratios", "speeds") if getattr(findings, name)}
+    if "protocols" in names:
+        draw_protocols(findings.protocols, folder / names["protocols"])
+    if "ratios" in names:
+        draw_ratios(findings.ratios, folder / names["ratios"])
+    if "speeds" in names:
+        draw_speeds(findings.speeds, folder / names["speeds"])
+    return names
+
+
+def draw_protocols(rows: Sequence[Perplexity], path: Path) -> None:
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(datasets(rows)), squeeze=False)
+    for axis, dataset in zip(axes[0], datasets(rows), strict=True):
+        for shift, protocol in ((-0.2, "one_pass"), (0.2, "prefix")):
+            mine = {r.press: r.perplexity for r in rows if (r.dataset, r.protocol) == (dataset, protocol)}
+            plain = mine.pop("none")
+            places = [place + shift for place in range(len(mine))]
+            bars = axis.bar(places, [100 * (ppl / plain - 1) for ppl in mine.values()], width=0.4, label=protocol)
+            axis.bar_label(bars, fmt="%.1f", fontsize=7)
+        axis.set_xticks(range(len(mine)), list(mine), fontsize=8)
+        axis.set_title(dataset, fontsize=9)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_ylabel("perplexity against no press, %", fontsize=8)
+    save(figure, axes[0][0], path)
+
+
+def draw_ratios(rows: Sequence[Perplexity], path: Path) -> None:
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(datasets(rows)), squeeze=False)
+    for axis, dataset in zip(axes[0], datasets(rows), strict=True):
+        mine = [row for row in rows if row.dataset == dataset]
+        axis.axhline(next(r.perplexity for r in mine if r.press == "none"), color="black", linewidth=0.8, label="none")
+        for press in names(mine):
+            if press != "none":
+                points = sorted((row.removed, row.perplexity) for row in mine if row.press == press)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=press)
+        axis.set_title(dataset, fontsize=9)
+        axis.set_xlabel("fraction removed", fontsize=8)
+        axis.set_ylabel("perplexity, prefix", fontsize=8)
+    save(figure, axes[0][0], path)
+
+
+def draw_speeds(rows: Sequence[Speed], path: Path) -> None:
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
+    axis = figure.subplots()
+    batches = sorted({row.batch_size for row in rows})
+    presses = list(dict.fromkeys(row.press for row in rows))
+    for number, batch in enumerate(batches):
+        mine: dict[str, Any] = {r.press: r.figures["decode_tokens_per_sec"] for r in rows if r.batch_size == batch}
+        places = [place + (number - (len(batches) - 1) / 2) * 0.4 for place in range(len(presses))]
+        medians = [mine[press]["median"] for press in presses]
+        errors = [
+            [mine[press]["median"] - mine[press]["low"] for press in presses],
+            [mine[press]["high"] - mine[press]["median"] for press in presses],
+        ]
+        axis.bar(places, medians, width=0.4, yerr=errors, capsize=2, label=f"batch {batch}")
+    axis.set_xticks(range(len(presses)), presses, fontsize=8)
+    axis.set_ylabel("decoded tok/s", fontsize=8)
+    save(figure, axis, path)
+
+
+def save(figure: Figure, labelled: Axes, path: Path) -> None:
+    handles, labels = labelled.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    for axis in figure.axes:
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

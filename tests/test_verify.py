@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,11 @@ def test_arguments_that_verify_cannot_follow_are_errors(
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         Subject.load({"pretrained": str(checkpoint_dir), "device": "cpu", **arguments})
+
+
+def test_documentation_describes_every_check_in_order() -> None:
+    text = (ROOT / "docs" / "correctness.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE) == list(CHECKS)
 
 
 def test_an_unknown_check_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,12 @@ class KVPress(HFLM):
         else:
             self._check_config(pretrained.config, of_hflm.get("max_length"))
             of_hflm.pop("attn_implementation")
+            needed, has = self._settings.press.attn_implementation, pretrained.config._attn_implementation
+            if needed and has != needed:
+                raise UsageError(
+                    f"press={self._settings.press.name} needs {needed} attention and the loaded model has {has}: call "
+                    f"model.set_attn_implementation('{needed}') first, or pass the model's name"
+                )
         self._asked_max_length = of_hflm.get("max_length")
         super().__init__(pretrained=pretrained, **of_hflm)
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
@@ -343,8 +349,14 @@ class KVPress(HFLM):
             return None
         facts = self.describe()
         keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+        settings = {key: facts[key] for key in keys} | {
+            "revision": self.revision,
+            "weights": _fingerprint(self.model),
+            "prefix_token": self.prefix_token_id,
+            "seed": torch.initial_seed(),
+        }
         try:
-            return StreamStore(Path(self._settings.stream_output), {key: facts[key] for key in keys})
+            return StreamStore(Path(self._settings.stream_output), settings)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -565,6 +577,11 @@ class KVPress(HFLM):
                     *(task, name, 100 * pressed["kept_share"], pressed["num_tokens"], pressed["num_contexts"]),
                     *(100 * pressed["kept_share_min_layer"], 100 * pressed["kept_share_max_layer"], unpressed),
                 )
+            elif self._settings.rolling == "stream" and totals.num_tokens_pressed:
+                logger.info(
+                    "%s: press=%s held every layer to %d entries; %d of %d tokens were scored after an eviction",
+                    *(task, name, self._settings.stream_budget, totals.num_tokens_pressed, totals.num_tokens),
+                )
             elif not self._settings.press.is_none:
                 logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
             for note, count in totals.notes.items():
@@ -611,6 +628,12 @@ def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
         ids.append(replace(first, repeat=seen[first]))
         seen[first] += 1
     return ids
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells checkpoints of one name apart: a checksum of 64 rows of the head, which no training leaves alone."""
+    rows = model.get_output_embeddings().weight[:64].detach().float().cpu().contiguous()
+    return f"{zlib.crc32(rows.numpy().tobytes()):08x}"
 
 
 class PythiaKVPress(KVPress):

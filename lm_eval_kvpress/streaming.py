@@ -178,7 +178,13 @@ class _Angles:
     def __init__(self, model: PressableModel, num_places: int) -> None:
         places = torch.arange(num_places, device=model.device)[None]
         like = torch.zeros(1, dtype=model.model.dtype, device=model.device)
-        self._cos, self._sin = model.model.base_model.rotary_emb(like, places)
+        rotary = model.model.base_model.rotary_emb
+        if rotary.attention_scaling != 1.0 or "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
+            raise ValueError(
+                f"rope_type '{rotary.rope_type}' rescales or recomputes rotations, which cannot be turned back: "
+                "rolling=stream with stream_positions=cache needs plain RoPE"
+            )
+        self._cos, self._sin = rotary(like, places)
 
     def set(self, cache: Cache, num_cached: int) -> None:
         for layer in cache.layers:

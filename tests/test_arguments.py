@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
 from lm_eval_kvpress.arguments import UsageError, parse_arguments, resolve_pretrained
@@ -77,6 +79,13 @@ def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir:
         KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000, allow_extrapolation=True)
     assert lm.max_length == 1_000_000
+
+
+def test_a_loaded_model_with_the_wrong_attention_is_refused(
+    checkpoint_dir: Path, make_neox: Callable[..., GPTNeoXForCausalLM]
+) -> None:
+    with pytest.raises(UsageError, match="needs eager attention and the loaded model has sdpa"):
+        KVPress(pretrained=make_neox("sdpa"), tokenizer=str(checkpoint_dir), press="observed_attention")
 
 
 def test_an_unknown_architecture_is_refused_before_weights_are_read(tmp_path: Path) -> None:

@@ -165,6 +165,44 @@ def test_finished_documents_are_read_and_another_setting_is_refused(
         KVPress(stream_budget=41, **common).loglikelihood_rolling(requests(), disable_tqdm=True)
 
 
+@pytest.mark.parametrize("change", ["weights", "seed"])
+def test_losses_of_other_weights_or_another_seed_are_not_taken_up(
+    checkpoint_dir: Path, tmp_path: Path, change: str
+) -> None:
+    common: dict[str, Any] = {"pretrained": str(checkpoint_dir), "device": "cpu", "rolling": "stream"}
+    common |= {"press": "random", "stream_budget": 40, "stream_chunk": 8, "stream_output": str(tmp_path / "losses")}
+    torch.manual_seed(1)
+    KVPress(**common).loglikelihood_rolling(requests(), disable_tqdm=True)
+    other = KVPress(**common)
+    if change == "seed":
+        torch.manual_seed(2)
+    else:
+        with torch.no_grad():
+            other.model.get_output_embeddings().weight[3] += 0.1
+    with pytest.raises(UsageError, match=change):
+        other.loglikelihood_rolling(requests(), disable_tqdm=True)
+
+
+def test_the_summary_of_a_stream_does_not_claim_that_nothing_was_compressed(
+    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = KVPress(
+        pretrained=str(checkpoint_dir), device="cpu", rolling="stream", press="streaming_llm", stream_budget=70
+    )
+    lm.loglikelihood_rolling(requests(), disable_tqdm=True)
+    with caplog.at_level("INFO", logger="lm_eval_kvpress"):
+        lm._log_summary()
+    assert "held every layer to 70 entries" in caplog.text
+    assert "compressed nothing" not in caplog.text
+
+
+def test_rotations_that_cannot_be_turned_back_are_refused(make_pressable: Callable[..., PressableModel]) -> None:
+    model = make_pressable("sdpa")
+    model.model.base_model.rotary_emb.attention_scaling = 0.8
+    with pytest.raises(ValueError, match="plain RoPE"):
+        losses(model, documents(30), 7, streaming_llm)
+
+
 def test_a_stored_document_is_exact_and_an_unfinished_one_is_absent(tmp_path: Path) -> None:
     store = StreamStore(tmp_path, {"press": "a"})
     values = [0.1, math.pi, 1e-17]

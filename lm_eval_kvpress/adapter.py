@@ -1,25 +1,22 @@
 """The lm-eval models ``pythia-kvpress`` and ``kvpress``: requests in, scores and texts out, facts for the record.
 
 A thin subclass of lm-eval's ``HFLM``, which loads models and tokenizes. The three request types are answered here by
-`plan`, `engine`, `scoring` and `decoding`; this room knows nothing of attention or of how a cache is compressed.
+`work` on a `runner`; this room knows nothing of attention, of caches or of how they are compressed.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import math
 import sys
-import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -30,44 +27,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress import native, neox, parity, plan
 from lm_eval_kvpress.arguments import (
+    Settings,
     UsageError,
     parse_arguments,
     print_usage_errors_in_one_line,
     resolve_pretrained,
 )
-from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.compression import Compressor
-from lm_eval_kvpress.decoding import decode
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
-from lm_eval_kvpress.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
 from lm_eval_kvpress.stream_store import StreamStore
-from lm_eval_kvpress.telemetry import Clock, ContextRecord, RollingScore, TaskTotals
-from lm_eval_kvpress.throughput import Meter, Recorder, RequestId, RequestShare
+from lm_eval_kvpress.telemetry import Clock
+from lm_eval_kvpress.throughput import Meter, Recorder, RequestId
 from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
+from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
 
 logger = logging.getLogger("lm_eval_kvpress")
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
-
-AUTO_BATCH_TOKENS = 16_384
-"""Padded tokens per batch with ``batch_size=auto``; halved, again and again, where they do not fit into memory."""
-
-PACK_TOKENS = 4_096
-"""At most so many continuation tokens are scored in one forward per context."""
-
 COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "__main__.py")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A prompt to continue."""
-
-    context: tuple[int, ...]
-    seed: int
-    id: RequestId
 
 
 class KVPress(HFLM):
@@ -111,18 +91,9 @@ class KVPress(HFLM):
         self._rolling_window = self._settings.rolling_window(self.max_length)
         # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
-        self._clock = Clock(self.device)
         self._parity = None if stock is None else self._certificate(stock)
-        self._meter = self._new_meter()
-        self._compressor = Compressor(
-            self._press_model,
-            self._settings.press,
-            query_tokens=self._settings.query_tokens,
-            short_context=self._settings.short_context,
-            totals=self._totals,
-            clock=self._clock,
-        )
+        self._ledger = Ledger(self._settings.press)
+        self._runner = self._new_runner(self._settings, list(self._recorders()))
         if self._settings.press.attn_implementation:
             logger.info(
                 "press=%s runs on %s attention", self._settings.press.name, self.model.config._attn_implementation
@@ -201,10 +172,8 @@ class KVPress(HFLM):
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         strings = [request.args for request in requests]
         pairs = self._encode_pairs(strings)
-        answers = self._score_pairs(pairs, _request_ids(requests), disable_tqdm)
-        for pair, answer in zip(strings, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, answer)
-        return answers
+        ids = _request_ids(requests)
+        return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm, requests)
 
     def _loglikelihood_tokens(
         self,
@@ -213,7 +182,8 @@ class KVPress(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._score_pairs(pairs, [RequestId("", None, index) for index in range(len(pairs))], disable_tqdm)
+        ids = [RequestId("", None, index) for index in range(len(pairs))]
+        return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Token ids of ``(context, continuation)`` pairs, as ``TemplateLM.loglikelihood`` makes them."""
@@ -232,25 +202,6 @@ class KVPress(HFLM):
             encoded.append((before, whole[len(before) :]))
         return encoded
 
-    def _score_pairs(
-        self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId], disable_tqdm: bool
-    ) -> list[tuple[float, bool]]:
-        truncated = self._truncated(pairs, ids)
-        self._compressor.check_lengths([context for context, _ in truncated])
-        answers: list[tuple[float, bool]] = [(math.nan, False)] * len(pairs)
-        with self._progress("loglikelihood", len(pairs), disable_tqdm) as bar:
-            groups = plan.group_by_context(truncated)
-            for batch in self._batches(groups, lambda group: len(group.context)):
-                for group, scores, pressed in self._halving(self._score_groups, batch, ids):
-                    for member, branch in zip(group.members, scores, strict=True):
-                        self._check_finite(branch, f"request {member} of task '{ids[member].task}'")
-                        self._totals[ids[member].task].scored(branch.logprobs, pressed=pressed)
-                        answers[member] = (math.fsum(branch.logprobs), branch.is_greedy)
-                    bar.update(len(group.members))
-                self._show(bar)
-                self._meter.finish("loglikelihood")
-        return answers
-
     def _truncated(
         self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId]
     ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -268,59 +219,11 @@ class KVPress(HFLM):
             logger.warning("%d contexts were cut from the left to fit max_length=%d", num_cut, self.max_length)
         return truncated
 
-    def _score_groups(
-        self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]
-    ) -> list[tuple[plan.ContextGroup, list[BranchScore], bool]]:
-        self._meter.start()
-        with self._autocast():
-            batch = self._compressor.compress(
-                [group.context for group in groups], [ids[group.members[0]].task for group in groups]
-            )
-        split = [list(plan.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
-        scores: list[list[BranchScore]] = [[] for _ in groups]
-        for turn in range(max(len(packs) for packs in split)):
-            rows = [row for row, packs in enumerate(split) if turn < len(packs)]
-            packs = [
-                Pack(batch.queries[row], tuple(groups[row].continuations[index] for index in split[row][turn]))
-                for row in rows
-            ]
-            part = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
-            for row, branches in zip(rows, self._score(part, packs), strict=True):
-                scores[row] += branches
-        shares = [
-            RequestShare(ids[member], len(group.context), len(continuation), context=record)
-            for group, record in zip(groups, batch.records, strict=True)
-            for member, continuation in zip(group.members, group.continuations, strict=True)
-        ]
-        self._meter.batch("loglikelihood", len(groups), shares)
-        return list(zip(groups, scores, batch.pressed, strict=True))
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         if self._settings.rolling == "stream":
             return self._stream(requests, disable_tqdm)
-        windows: list[tuple[int, plan.Window]] = []
-        for index, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            windows += [(index, window) for window in self._windows(tokens)]
-        self._compressor.check_lengths([window.context for _, window in windows if window.pressed])
-        parts: list[list[tuple[BranchScore, bool]]] = [[] for _ in requests]
-        windows.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
-        ids = _request_ids(requests)
-        with self._progress("loglikelihood_rolling", len(windows), disable_tqdm) as bar:
-            for _, of_one_kind in itertools.groupby(windows, key=lambda item: item[1].pressed):
-                batches = self._batches(list(of_one_kind), lambda item: len(item[1].context) + len(item[1].targets))
-                for batch in batches:
-                    for index, branch, pressed in self._halving(self._score_windows, batch, ids):
-                        self._check_finite(branch, f"document {index} of task '{ids[index].task}'")
-                        parts[index].append((branch, pressed))
-                    bar.update(len(batch))
-                    self._show(bar)
-        self._meter.finish("loglikelihood_rolling")
-        answers: list[float] = []
-        for request, scored in zip(requests, parts, strict=True):
-            answers.append(self._rolling_score(request.task_name or "", scored))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
-        return answers
+        windows = [list(self._windows(self.tok_encode(request.args[0]))) for request in requests]
+        return self._answer([RollingWork(windows, _request_ids(requests))], disable_tqdm, requests)
 
     def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
         documents = [
@@ -331,9 +234,9 @@ class KVPress(HFLM):
             self._press_model,
             self._settings,
             prefix_token=self.prefix_token_id,
-            clock=self._clock,
-            meter=self._meter,
-            totals=self._totals,
+            clock=self._runner.clock,
+            meter=self._runner.meter,
+            totals=self._ledger.totals,
             store=self._stream_store(),
         )
         batch_size = self.max_batch_size if self.batch_size == "auto" else int(self.batch_size)
@@ -365,75 +268,29 @@ class KVPress(HFLM):
             return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
         return plan.prefix_windows(tokens, self.prefix_token_id, *self._rolling_window)
 
-    def _score_windows(
-        self, batch: Sequence[tuple[int, plan.Window]], ids: Sequence[RequestId]
-    ) -> list[tuple[int, BranchScore, bool]]:
-        self._meter.start()
-        contexts = [window.context for _, window in batch]
-        records: Sequence[ContextRecord | None] = [None] * len(batch)
-        with self._autocast():
-            if batch[0][1].pressed:
-                compressed = self._compressor.compress(contexts, [ids[index].task for index, _ in batch])
-                cache, queries, pressed = compressed.cache, compressed.queries, compressed.pressed
-                records = compressed.records
-            else:  # the whole context is fed with the targets: one plain forward, in which no press can act
-                cache = self._press_model.empty_cache(len(batch))
-                queries, pressed = contexts, [False] * len(batch)
-        packs = [Pack(query, (window.targets,)) for query, (_, window) in zip(queries, batch, strict=True)]
-        scores = self._score(cache, packs)
-        shares = [
-            RequestShare(ids[index], len(window.context), len(window.targets), context=record)
-            for (index, window), record in zip(batch, records, strict=True)
-        ]
-        self._meter.batch("loglikelihood_rolling", len(batch), shares)
-        return [(index, branches[0], flag) for (index, _), branches, flag in zip(batch, scores, pressed, strict=True)]
-
-    def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
-        num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)
-        with self._autocast(), self._clock.phase("score", num_tokens=num_tokens):
-            return score(self._press_model, cache, packs)
-
-    def _rolling_score(self, task: str, scored: Sequence[tuple[BranchScore, bool]]) -> RollingScore:
-        for branch, pressed in scored:
-            self._totals[task].scored(branch.logprobs, pressed=pressed)
-        everything = [logprob for branch, _ in scored for logprob in branch.logprobs]
-        under_press = [logprob for branch, pressed in scored if pressed for logprob in branch.logprobs]
-        return RollingScore(math.fsum(everything), len(everything), len(under_press), math.fsum(under_press))
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        answers = [""] * len(requests)
-        jobs = self._jobs(requests)
-        self._compressor.check_lengths([job.context for job in jobs])
-        by_kwargs: dict[str, list[int]] = defaultdict(list)
+        prompts = self._prompts(requests)
+        alike: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            by_kwargs[repr(sorted(request.args[1].items()))].append(index)
-        generators = [self._generator(requests[indices[0]].args[1]) for indices in by_kwargs.values()]
-        with self._progress("generate_until", len(requests), disable_tqdm) as bar:
-            for generate, indices in zip(generators, by_kwargs.values(), strict=True):
-                indices.sort(key=lambda index: -len(jobs[index].context))
-                for batch in self._batches(indices, lambda index: len(jobs[index].context)):
-                    texts = self._halving(generate, [jobs[index] for index in batch])
-                    for index, text in zip(batch, texts, strict=True):
-                        answers[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    bar.update(len(batch))
-                    self._show(bar)
-                    self._meter.finish("generate_until")
-        return answers
+            alike[repr(sorted(request.args[1].items()))].append(index)
+        works = [
+            self._generation_work(requests[indices[0]].args[1], {index: prompts[index] for index in indices})
+            for indices in alike.values()
+        ]
+        return self._answer(works, disable_tqdm, requests)
 
-    def _jobs(self, requests: Sequence[Instance]) -> list[_Job]:
+    def _prompts(self, requests: Sequence[Instance]) -> list[Job]:
         """Prompts with their seeds: a prompt that comes again draws other tokens, in any order and batch."""
         occurrences: Counter[tuple[int, ...]] = Counter()
         jobs = []
         for request, id in zip(requests, _request_ids(requests), strict=True):
-            context = tuple(self._encode_prompt(request.args[0]))
+            context = tuple(self.tok_encode(request.args[0]) or [self.prefix_token_id])
             seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
             occurrences[context] += 1
-            jobs.append(_Job(context, seed, id))
+            jobs.append(Job(context, seed, id))
         return jobs
 
-    def _generator(self, gen_kwargs: dict[str, Any]) -> Callable[[Sequence[_Job]], list[str]]:
-        """What turns batches of jobs into texts under one set of generation arguments."""
+    def _generation_work(self, gen_kwargs: dict[str, Any], prompts: Mapping[int, Job]) -> GenerationWork:
         options = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
@@ -444,36 +301,9 @@ class KVPress(HFLM):
         sampler_for(options, [0], 1)  # unsupported arguments are refused before the first prefill
         eos_ids = self.model.generation_config.eos_token_id
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
-
-        def generate(jobs: Sequence[_Job]) -> list[str]:
-            self._meter.start()
-            contexts = [job.context[-room:] for job in jobs]
-            start, times = time.perf_counter(), list[float]()
-            with self._autocast():
-                batch = self._compressor.compress(contexts, [job.id.task for job in jobs])
-                with self._clock.phase("decode") as produced:
-                    rows = decode(
-                        self._press_model,
-                        batch.cache,
-                        contexts,
-                        num_held_back=[len(query) for query in batch.queries],
-                        max_new_tokens=max_new_tokens,
-                        sampler=sampler_for(options, [job.seed for job in jobs], max_new_tokens),
-                        stop_ids=stop_ids,
-                        stopped=StopStrings(self.tokenizer, until),
-                        on_token=lambda: times.append(time.perf_counter() - start),
-                    )
-                    produced["tokens"] += sum(len(row) for row in rows)
-            for job, row in zip(jobs, rows, strict=True):
-                self._totals[job.id.task].num_tokens_generated += len(row)
-            shares = [
-                RequestShare(job.id, len(context), len(row), context=record, token_times_sec=tuple(times[: len(row)]))
-                for job, context, row, record in zip(jobs, contexts, rows, batch.records, strict=True)
-            ]
-            self._meter.batch("generate_until", len(jobs), shares)
-            return [self._text(row, until) for row in rows]
-
-        return generate
+        generation = Generation(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
+        cut = {index: replace(job, context=job.context[-room:]) for index, job in prompts.items()}
+        return GenerationWork(cut, generation, lambda ids: self._text(list(ids), until))
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         """The answer in generated ids: thinking and what follows a stop string cut off, as stock ``HFLM`` does."""
@@ -485,28 +315,41 @@ class KVPress(HFLM):
             text = self.tok_decode(ids)
         return postprocess_generated_text(text, stop=until, think_end_token=end if isinstance(end, str) else None)
 
-    def _encode_prompt(self, text: str) -> list[int]:
-        ids = self.tok_encode(text)
-        return ids or [self.prefix_token_id]
-
     # ---------------------------------------------------------------------------------------------------- running
 
-    def _batches(self, items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
-        if self.batch_size == "auto":
-            return plan.batches(items, self.max_batch_size, length, AUTO_BATCH_TOKENS)
-        return plan.batches(items, int(self.batch_size), length)
+    def _answer(self, works: Sequence[Work[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()) -> list[Any]:
+        """One answer per request, in request order; ``requests`` are for lm-eval's cache, told as answers come."""
+        for work in works:
+            self._runner.compressor.check_lengths(work.contexts())
+        answers: dict[int, Any] = {}
+        total = sum(len(segment) for work in works for segment in work.segments())
+        with self._progress(works[0].request_type if works else "", total, disable_tqdm) as bar:
+            for work in works:
+                for request, answer in self._run(work, bar):
+                    answers[request] = answer
+                    if requests:
+                        self.cache_hook.add_partial(work.request_type, requests[request].args, answer)
+        return [answers[index] for index in range(len(answers))]
 
-    def _halving(self, run: Callable[..., Sequence[Answer]], batch: Sequence[Item], *arguments: Any) -> list[Answer]:
-        """Runs a batch; where it does not fit into memory, its halves."""
-        try:
-            return list(run(batch, *arguments))
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()
-        middle = (len(batch) + 1) // 2
-        logger.warning("out of memory with %d contexts at once; trying %d", len(batch), middle)
-        return [*self._halving(run, batch[:middle], *arguments), *self._halving(run, batch[middle:], *arguments)]
+    def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        """Requests and their answers, as they come; the totals are booked at the end."""
+        meter, outcomes = self._runner.meter, dict[int, Any]()
+        for items in batches(work, self._items_per_batch, self.max_batch_size):
+            done = dict(zip(items, in_halves(functools.partial(work.run, self._runner), items), strict=True))
+            outcomes |= done
+            bar.update(len(items))
+            bar.set_postfix(meter.live(), refresh=False)
+            if not work.splits_requests:
+                meter.finish(work.request_type)
+                yield from work.answers(done).items()
+        meter.finish(work.request_type)
+        work.book(outcomes, self._ledger)
+        if work.splits_requests:
+            yield from work.answers(outcomes).items()
+
+    @property
+    def _items_per_batch(self) -> int | None:
+        return None if self.batch_size == "auto" else int(self.batch_size)
 
     def _autocast(self) -> Any:
         if self.mixed_precision_dtype is None:
@@ -517,18 +360,22 @@ class KVPress(HFLM):
         label = f"{what} (press={self._settings.press.name})"
         return tqdm(total=total, desc=label, disable=disable_tqdm or self.rank != 0)
 
-    def _show(self, bar: tqdm[Any]) -> None:
-        bar.set_postfix(self._meter.live(), refresh=False)
-
-    def _new_meter(self) -> Meter:
-        settings = self._settings
+    def _new_runner(self, settings: Settings, recorders: Sequence[Recorder]) -> Runner:
         labels = {
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "press": settings.press.name,
             "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
         }
-        return Meter(self._clock, labels, list(self._recorders()))
+        clock = Clock(self.device)
+        compressor = Compressor(
+            self._press_model,
+            settings.press,
+            query_tokens=settings.query_tokens,
+            short_context=settings.short_context,
+            clock=clock,
+        )
+        return Runner(self._press_model, compressor, clock, Meter(clock, labels, recorders), self._autocast)
 
     def _recorders(self) -> Iterator[Recorder]:
         """Where records go: a file, the metrics endpoint, both or neither. Both last as long as the process."""
@@ -551,13 +398,6 @@ class KVPress(HFLM):
             except OSError as error:
                 raise UsageError(f"metrics_port={port} cannot be opened: {error.strerror}") from error
 
-    def _check_finite(self, branch: BranchScore, what: str) -> None:
-        if not all(math.isfinite(logprob) for logprob in branch.logprobs):
-            raise ValueError(
-                f"{what} has a log-likelihood that is not finite (dtype {self.model.dtype}, "
-                f"press={self._settings.press.name}): overflow in float16 is the usual cause; try dtype=float32"
-            )
-
     # ----------------------------------------------------------------------------------------------------- record
 
     def get_model_info(self) -> dict[str, Any]:
@@ -568,7 +408,7 @@ class KVPress(HFLM):
     def _log_summary(self) -> None:
         """Says on the screen what was kept, and warns where the press acted on nothing."""
         name = self._settings.press.name
-        for task, totals in self._totals.items():
+        for task, totals in self._ledger.totals.items():
             pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
             if pressed["num_contexts"]:
                 logger.info(
@@ -613,8 +453,8 @@ class KVPress(HFLM):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
-            "tasks": {task: totals.summary() for task, totals in self._totals.items()},
-            "throughput": self._meter.summary(),
+            "tasks": {task: totals.summary() for task, totals in self._ledger.totals.items()},
+            "throughput": self._runner.meter.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
         }
 

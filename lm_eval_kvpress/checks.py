@@ -203,7 +203,7 @@ def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreT
 
 def compress(lm: KVPress, context: Sequence[int]) -> tuple[CompressedCache, tuple[int, ...]]:
     """The compressed cache of one context and its held-back end, as the lm's own requests get them."""
-    batch = lm._compressor.compress([tuple(context)], ["verify"])
+    batch = lm._runner.compressor.compress([tuple(context)])
     return batch.cache, batch.queries[0]
 
 

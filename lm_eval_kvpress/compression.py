@@ -19,7 +19,7 @@ import torch
 from lm_eval_kvpress.cache import CompressedCache, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses import PressSpec
-from lm_eval_kvpress.telemetry import Clock, ContextRecord, TaskTotals
+from lm_eval_kvpress.telemetry import Clock, ContextRecord
 
 Tokens = tuple[int, ...]
 
@@ -47,14 +47,13 @@ class CompressedBatch:
 
 
 class Compressor:
-    """Prefills contexts under one press and keeps the totals of what was kept.
+    """Prefills contexts under one press.
 
     Args:
         model: the model, presentable to kvpress.
         press: the press and its arguments.
         query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
         short_context: ``keep``, ``shrink`` or ``error``.
-        totals: per task, filled in here.
         clock: times the prefills.
     """
 
@@ -65,12 +64,10 @@ class Compressor:
         *,
         query_tokens: int,
         short_context: str,
-        totals: dict[str, TaskTotals],
         clock: Clock,
     ) -> None:
-        self._model, self._press = model, press
-        self._query_tokens, self._short_context = query_tokens, short_context
-        self._totals, self._clock = totals, clock
+        self._model, self.press = model, press
+        self._query_tokens, self._short_context, self._clock = query_tokens, short_context, clock
 
     def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
         """Under ``short_context=error``, refuses contexts that are too short, before any work.
@@ -78,18 +75,18 @@ class Compressor:
         Raises:
             ShortContextError: naming the first one.
         """
-        if self._short_context != "error" or self._press.is_none:
+        if self._short_context != "error" or self.press.is_none:
             return
         for context in contexts:
             length = max(0, len(context) - self._query_tokens)
-            if length < self._press.min_context():
+            if length < self.press.min_context():
                 raise ShortContextError(
-                    f"a context of {length} prefilled tokens is shorter than the {self._press.min_context()} that "
-                    f"press={self._press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
+                    f"a context of {length} prefilled tokens is shorter than the {self.press.min_context()} that "
+                    f"press={self.press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
                     "them, short_context=shrink shrinks the press's window"
                 )
 
-    def compress(self, contexts: Sequence[Tokens], tasks: Sequence[str]) -> CompressedBatch:
+    def compress(self, contexts: Sequence[Tokens]) -> CompressedBatch:
         """Prefills all but the held-back end of each context, under the press wherever it runs."""
         ends = [max(0, len(context) - self._query_tokens) for context in contexts]
         heads = [context[:end] for context, end in zip(contexts, ends, strict=True)]
@@ -100,20 +97,19 @@ class Compressor:
             for rows, cache, pressed in self._prefilled(heads):
                 for row, record in zip(rows, _context_records(cache, pressed), strict=True):
                     records[row] = record
-                    self._book(tasks[row], record)
                 order += rows
                 caches.append(cache)
             cache = stack(caches)
             if order != list(range(len(contexts))):
                 cache = cache.select([order.index(row) for row in range(len(contexts))])
         queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
-        pressed_rows = [end > 0 if self._press.is_none else self._runs_on(end) for end in ends]
+        pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
         return CompressedBatch(cache, queries, pressed_rows, [records[row] for row in range(len(contexts))])
 
     def _runs_on(self, length: int) -> bool:
-        if self._press.is_none or length == 0:
+        if self.press.is_none or length == 0:
             return False
-        return length >= self._press.min_context() or self._short_context == "shrink"
+        return length >= self.press.min_context() or self._short_context == "shrink"
 
     def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
@@ -130,24 +126,15 @@ class Compressor:
         if plain:
             yield plain, prefill_padded(self._model, [heads[row] for row in plain]), False
         for length, rows in pressed.items():
-            for group in [rows] if self._press.batches else [[row] for row in rows]:
+            for group in [rows] if self.press.batches else [[row] for row in rows]:
                 yield group, self._prefill([heads[row] for row in group], length), True
 
     def _prefill(self, heads: Sequence[Tokens], length: int) -> CompressedCache:
-        press = self._press.build(length, shrink=length < self._press.min_context())
+        press = self.press.build(length, shrink=length < self.press.min_context())
         if press is not None:
             press.forward_hook = self._clock.timed(press.forward_hook)  # kvpress registers what the instance has
-        with nullcontext() if self._press.batches else _seeded_by(heads[0]):
-            return prefill(self._model, torch.tensor(heads), press, rerotates=self._press.rerotates)
-
-    def _book(self, task: str, record: ContextRecord) -> None:
-        totals = self._totals[task]
-        (totals.pressed if record.pressed else totals.unpressed).add(record)
-        if record.pressed:
-            totals.num_shrunk_contexts += record.num_tokens < self._press.min_context()
-            totals.notes.update(self._press.notes(record.num_tokens, len(record.kept_per_layer)))
-        elif not self._press.is_none:
-            totals.num_short_contexts += 1
+        with nullcontext() if self.press.batches else _seeded_by(heads[0]):
+            return prefill(self._model, torch.tensor(heads), press, rerotates=self.press.rerotates)
 
 
 def _context_records(cache: CompressedCache, pressed: bool) -> list[ContextRecord]:

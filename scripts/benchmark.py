@@ -22,8 +22,8 @@ import platform
 import random
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,16 +40,16 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.compression import Compressor
-from lm_eval_kvpress.decoding import decode
-from lm_eval_kvpress.generation import sampler_for
 from lm_eval_kvpress.presses import parse_press
-from lm_eval_kvpress.telemetry import Clock, TaskTotals
-from lm_eval_kvpress.throughput import BatchRecord, Meter, RequestId, RequestRecord, RequestShare
+from lm_eval_kvpress.runner import Generation, Job, Runner
+from lm_eval_kvpress.telemetry import Clock
+from lm_eval_kvpress.throughput import BatchRecord, Meter, RequestId, RequestRecord
 
 PRESSES = "none,snapkv,streaming_llm,pyramidkv"
 TASKS = Path(__file__).resolve().parent.parent / "tasks"
 STORIES = TASKS / "demo" / "stories"
 NUM_RESAMPLES = 2_000
+QUERY_TOKENS = 1
 
 # Pythia's configurations: layers, hidden size, heads, vocabulary. Its feed-forward is always four times as wide.
 SHAPES = {
@@ -112,7 +112,6 @@ class Bench:
     def __init__(self, lm: KVPress, presses: Sequence[str], ratio: float) -> None:
         self._model = lm.press_model
         self._clock = Clock(lm.device)
-        self._totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
         arguments = {press: {} if press == "none" else {"compression_ratio": ratio} for press in presses}
         specs = {press: parse_press(press, arguments[press]) for press in presses}
         for press, spec in specs.items():
@@ -125,9 +124,8 @@ class Bench:
             press: Compressor(
                 self._model,
                 spec,
-                query_tokens=1,
+                query_tokens=QUERY_TOKENS,
                 short_context="error",
-                totals=self._totals,
                 clock=self._clock,
             )
             for press, spec in specs.items()
@@ -143,32 +141,16 @@ class Bench:
 
     def notes(self, case: Case) -> list[str]:
         """What the press reported about itself in this case, such as that it did the same as another press."""
-        return sorted(self._totals[str(case)].notes)
+        press = self._compressors[case.press].press
+        return sorted(press.notes(case.num_prompt_tokens - QUERY_TOKENS, len(self._model.attentions)))
 
     def measure(self, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measurement:
         """Prefills, compresses and decodes one batch."""
         records: list[BatchRecord | RequestRecord] = []
         meter = Meter(self._clock, dict.fromkeys(("device", "dtype", "press", "protocol"), ""), [_Collector(records)])
-        meter.start()
-        start, times = time.perf_counter(), list[float]()
-        batch = self._compressors[case.press].compress(prompts, [str(case)] * len(prompts))
-        with self._clock.phase("decode", num_tokens=case.num_new_tokens * len(prompts)):
-            rows = decode(
-                self._model,
-                batch.cache,
-                prompts,
-                num_held_back=[len(query) for query in batch.queries],
-                max_new_tokens=case.num_new_tokens,
-                sampler=sampler_for({}, [0] * len(prompts), case.num_new_tokens),
-                stop_ids=frozenset(),
-                stopped=lambda new: [False] * len(new),
-                on_token=lambda: times.append(time.perf_counter() - start),
-            )
-        shares = [
-            RequestShare(RequestId("", None, row), len(prompt), len(new), context=record, token_times_sec=tuple(times))
-            for row, (prompt, new, record) in enumerate(zip(prompts, rows, batch.records, strict=True))
-        ]
-        meter.batch("generate_until", len(prompts), shares)
+        runner = Runner(self._model, self._compressors[case.press], self._clock, meter, nullcontext)
+        jobs = [Job(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]
+        runner.generate(jobs, Generation({}, case.num_new_tokens, frozenset(), lambda new: [False] * len(new)))
         meter.finish("generate_until")
         return _measurement(records)
 

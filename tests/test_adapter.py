@@ -221,16 +221,19 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
 ) -> None:
     lm = ours(checkpoint_dir, press="knorm", batch_size=4)
     expected = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
-    compress = lm._compressor.compress
+    compress = lm._runner.compressor.compress
 
-    def fails_above_one(contexts: Any, tasks: Any) -> Any:
+    def fails_above_one(contexts: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
-        return compress(contexts, tasks)
+        return compress(contexts)
 
-    monkeypatch.setattr(lm._compressor, "compress", fails_above_one)
+    monkeypatch.setattr(lm._runner.compressor, "compress", fails_above_one)
     scores = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
     torch.testing.assert_close([s for s, _ in scores], [s for s, _ in expected], atol=1e-4, rtol=0)
+    totals = lm.describe()["tasks"]["choice"]
+    contexts = totals["contexts_pressed"]["num_contexts"] + totals["contexts_unpressed"]["num_contexts"]
+    assert contexts == 2 * 6, "a batch that failed is booked once, not again for its halves"
 
 
 def test_an_empty_document_scores_nothing(checkpoint_dir: Path) -> None:

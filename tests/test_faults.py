@@ -19,7 +19,7 @@ import torch
 from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 
-from lm_eval_kvpress import cache, compression, decoding, engine, neox, plan, scoring, telemetry
+from lm_eval_kvpress import cache, compression, decoding, engine, neox, plan, scoring, telemetry, work
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
@@ -194,8 +194,8 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]], tasks: Sequence[str]) -> Any:
-        return compress(self, [(*context, context[-1]) for context in contexts], tasks)
+    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]]) -> Any:
+        return compress(self, [(*context, context[-1]) for context in contexts])
 
     patch.setattr(Compressor, "compress", twice)
 
@@ -250,9 +250,9 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]], tasks: Sequence[str]) -> Any:
+    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]]) -> Any:
         width = max(map(len, contexts))
-        return compress(self, [(0,) * (width - len(context)) + context for context in contexts], tasks)
+        return compress(self, [(0,) * (width - len(context)) + context for context in contexts])
 
     patch.setattr(Compressor, "compress", padded)
 
@@ -279,15 +279,15 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("unweighted mean over windows", "the short last window counts like a full one", "parity")
 def _(patch: MonkeyPatch) -> None:
-    rolling_score = KVPress._rolling_score
+    rolling_score = work._rolling_score
 
-    def of_means(self: KVPress, task: str, scored: Sequence[Any]) -> RollingScore:
-        score = rolling_score(self, task, scored)
-        means = [sum(branch.logprobs) / len(branch.logprobs) for branch, _ in scored]
+    def of_means(scored: Sequence[Any]) -> RollingScore:
+        score = rolling_score(scored)
+        means = [sum(outcome.branches[0].logprobs) / len(outcome.branches[0].logprobs) for outcome in scored]
         total = score.num_tokens * sum(means) / len(means)
         return RollingScore(total, score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed)
 
-    patch.setattr(KVPress, "_rolling_score", of_means)
+    patch.setattr(work, "_rolling_score", of_means)
 
 
 @fault("mean of the windows' perplexities", "perplexity in the record is a mean of exponentials", "records")
@@ -331,7 +331,7 @@ def _(patch: MonkeyPatch) -> None:
             row += [0] * (kwargs["max_new_tokens"] - len(row))
         return found
 
-    patch.setattr("lm_eval_kvpress.adapter.decode", padded)
+    patch.setattr("lm_eval_kvpress.runner.decode", padded)
 
 
 @fault("prefill and scoring timed as one", "the cost of the press is hidden in tokens per second", "records")

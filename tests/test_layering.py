@@ -41,6 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoding": {"engine", "cache", "torch", "transformers"},
     "generation": {"decoding", "torch", "transformers"},
     "compression": {"engine", "cache", "presses", "telemetry", "torch"},
+    "ledger": {"presses", "telemetry"},
+    "runner": {
+        *("cache", "compression", "decoding", "engine", "generation", "plan", "scoring", "telemetry", "throughput"),
+        *("torch",),
+    },
+    "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
     "streaming": {"engine", "cache", "torch", "transformers"},
     "stream_store": set(),
     "throughput": {"telemetry", "numpy"},
@@ -56,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
         *("arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
-        *("engine", "cache", "scoring", "decoding", "generation", "compression", "throughput"),
+        *("compression", "engine", "generation", "ledger", "runner", "throughput", "work"),
         *("stream_run", "stream_store"),
         *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),

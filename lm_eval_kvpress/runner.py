@@ -1,0 +1,204 @@
+"""One model under one press: batches of contexts in, outcomes out, each batch timed.
+
+Token ids only; does not know text, lm-eval or where requests come from. `work` says which contexts make a batch and
+what the outcomes answer. An outcome is a plain value that holds all that a record needs, so it can be kept on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm_eval_kvpress import plan
+from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decoding import decode
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.generation import sampler_for
+from lm_eval_kvpress.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.telemetry import Clock, ContextRecord
+from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
+
+PACK_TOKENS = 4_096
+"""At most so many continuation tokens are scored in one forward per context."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of a context with continuations, or of a window.
+
+    Attributes:
+        branches: one score per continuation.
+        pressed: whether they count as scored under the press (`compression.CompressedBatch`).
+        context: what was kept of the context; None where nothing was prefilled.
+    """
+
+    branches: tuple[BranchScore, ...]
+    pressed: bool
+    context: ContextRecord | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of a prompt: the new token ids, and what was kept of the prompt."""
+
+    ids: tuple[int, ...]
+    context: ContextRecord
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt to continue.
+
+    Attributes:
+        context: token ids.
+        seed: of its random draws, where tokens are sampled.
+        id: its request.
+    """
+
+    context: tuple[int, ...]
+    seed: int
+    id: RequestId
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """How prompts are continued.
+
+    Attributes:
+        options: arguments of `generation.sampler_for`.
+        max_new_tokens: tokens per prompt, at most.
+        stop_ids: token ids that end a text.
+        stopped: tells from the new tokens, ``(B, n)``, which texts are complete.
+    """
+
+    options: Mapping[str, Any]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    stopped: Callable[[torch.Tensor], Sequence[bool]]
+
+
+class Runner:
+    """Runs batches and books their time on a meter.
+
+    Args:
+        model: the model, presentable to kvpress.
+        compressor: prefills contexts under the press.
+        clock, meter: of this press's run.
+        autocast: makes the context in which forwards run.
+    """
+
+    def __init__(
+        self,
+        model: PressableModel,
+        compressor: Compressor,
+        clock: Clock,
+        meter: Meter,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
+        self._autocast = autocast
+
+    def score_groups(self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
+        """Scores all continuations of each context, which is prefilled once.
+
+        Args:
+            ids: of all requests; a group's ``members`` are places in it.
+        """
+        self.meter.start()
+        with self._autocast():
+            batch = self.compressor.compress([group.context for group in groups])
+        split = [list(plan.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
+        scores: list[list[BranchScore]] = [[] for _ in groups]
+        for turn in range(max(len(packs) for packs in split)):
+            rows = [row for row, packs in enumerate(split) if turn < len(packs)]
+            packs = [
+                Pack(batch.queries[row], tuple(groups[row].continuations[index] for index in split[row][turn]))
+                for row in rows
+            ]
+            part = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
+            for row, branches in zip(rows, self._score(part, packs), strict=True):
+                scores[row] += branches
+        shares = []
+        for group, branches, record in zip(groups, scores, batch.records, strict=True):
+            for member, branch in zip(group.members, branches, strict=True):
+                self._check_finite(branch, f"request {member} of task '{ids[member].task}'")
+                num_tokens = len(branch.logprobs)
+                shares.append(RequestShare(ids[member], len(group.context), num_tokens, context=record))
+        self.meter.batch("loglikelihood", len(groups), shares)
+        return _scored(scores, batch.pressed, batch.records)
+
+    def score_windows(self, windows: Sequence[plan.Window], ids: Sequence[RequestId]) -> list[Scored]:
+        """Scores the targets of windows that are all pressed, or all plain. One id per window."""
+        self.meter.start()
+        contexts = [window.context for window in windows]
+        records: Sequence[ContextRecord | None] = [None] * len(windows)
+        pressed = [False] * len(windows)
+        if windows[0].pressed:
+            with self._autocast():
+                batch = self.compressor.compress(contexts)
+            cache, queries, records, pressed = batch.cache, batch.queries, batch.records, batch.pressed
+        else:  # the whole context is fed with the targets: one plain forward, in which no press can act
+            cache, queries = self.model.empty_cache(len(windows)), contexts
+        scores = self._score(cache, [Pack(q, (window.targets,)) for q, window in zip(queries, windows, strict=True)])
+        for id, branches in zip(ids, scores, strict=True):
+            self._check_finite(branches[0], f"document {id.doc_id} of task '{id.task}'")
+        shares = [
+            RequestShare(id, len(window.context), len(window.targets), context=record)
+            for id, window, record in zip(ids, windows, records, strict=True)
+        ]
+        self.meter.batch("loglikelihood_rolling", len(windows), shares)
+        return _scored(scores, pressed, records)
+
+    def generate(self, jobs: Sequence[Job], generation: Generation) -> list[Generated]:
+        """Continues prompts from their compressed caches."""
+        self.meter.start()
+        contexts = [job.context for job in jobs]
+        start, times = time.perf_counter(), list[float]()
+        with self._autocast():
+            batch = self.compressor.compress(contexts)
+            with self.clock.phase("decode") as produced:
+                rows = decode(
+                    self.model,
+                    batch.cache,
+                    contexts,
+                    num_held_back=[len(query) for query in batch.queries],
+                    max_new_tokens=generation.max_new_tokens,
+                    sampler=sampler_for(generation.options, [job.seed for job in jobs], generation.max_new_tokens),
+                    stop_ids=generation.stop_ids,
+                    stopped=generation.stopped,
+                    on_token=lambda: times.append(time.perf_counter() - start),
+                )
+                produced["tokens"] += sum(len(row) for row in rows)
+        shares = [
+            RequestShare(job.id, len(job.context), len(row), context=record, token_times_sec=tuple(times[: len(row)]))
+            for job, row, record in zip(jobs, rows, batch.records, strict=True)
+        ]
+        self.meter.batch("generate_until", len(jobs), shares)
+        return [Generated(tuple(row), record) for row, record in zip(rows, batch.records, strict=True)]
+
+    def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
+        num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)
+        with self._autocast(), self.clock.phase("score", num_tokens=num_tokens):
+            return score(self.model, cache, packs)
+
+    def _check_finite(self, branch: BranchScore, what: str) -> None:
+        if not all(map(math.isfinite, branch.logprobs)):
+            raise ValueError(
+                f"{what} has a log-likelihood that is not finite (dtype {self.model.model.dtype}, "
+                f"press={self.compressor.press.name}): overflow in float16 is the usual cause; try dtype=float32"
+            )
+
+
+def _scored(
+    scores: Sequence[Sequence[BranchScore]], pressed: Sequence[bool], records: Sequence[ContextRecord | None]
+) -> list[Scored]:
+    return [
+        Scored(tuple(branches), flag, record) for branches, flag, record in zip(scores, pressed, records, strict=True)
+    ]

@@ -320,7 +320,7 @@ class KVPress(HFLM):
     def _answer(self, works: Sequence[Work[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()) -> list[Any]:
         """One answer per request, in request order; ``requests`` are for lm-eval's cache, told as answers come."""
         for work in works:
-            self._runner.compressor.check_lengths(work.contexts())
+            self._check_lengths(work)
         answers: dict[int, Any] = {}
         total = sum(len(segment) for work in works for segment in work.segments())
         with self._progress(works[0].request_type if works else "", total, disable_tqdm) as bar:
@@ -330,6 +330,10 @@ class KVPress(HFLM):
                     if requests:
                         self.cache_hook.add_partial(work.request_type, requests[request].args, answer)
         return [answers[index] for index in range(len(answers))]
+
+    def _check_lengths(self, work: Work[Any]) -> None:
+        for segment in work.segments():
+            self._runner.compressor.check_lengths(work.contexts(segment))
 
     def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         """Requests and their answers, as they come; the totals are booked at the end."""

@@ -19,6 +19,7 @@ import torch
 from lm_eval_kvpress.cache import CompressedCache, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses import PressSpec
+from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.telemetry import Clock, ContextRecord
 
 Tokens = tuple[int, ...]
@@ -38,12 +39,14 @@ class CompressedBatch:
         pressed: per context, whether what is scored now counts as scored under the press: it ran, or there is none
             and the context is cached in full. So the baseline's figures cover the same tokens as every press's.
         records: what was kept, per context.
+        borrowed_sec: seconds of the prefill that were spent before, on forwards shared with other presses.
     """
 
     cache: CompressedCache
     queries: list[Tokens]
     pressed: list[bool]
     records: list[ContextRecord]
+    borrowed_sec: float = 0.0
 
 
 class Compressor:
@@ -55,6 +58,7 @@ class Compressor:
         query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
         short_context: ``keep``, ``shrink`` or ``error``.
         clock: times the prefills.
+        shared: prefills to compress clones of, instead of running contexts here; the press must allow that.
     """
 
     def __init__(
@@ -65,9 +69,12 @@ class Compressor:
         query_tokens: int,
         short_context: str,
         clock: Clock,
+        shared: SharedPrefills | None = None,
     ) -> None:
+        assert shared is None or press.shares_prefill, f"press={press.name} needs forwards of its own"
         self._model, self.press = model, press
         self._query_tokens, self._short_context, self._clock = query_tokens, short_context, clock
+        self._shared = shared
 
     def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
         """Under ``short_context=error``, refuses contexts that are too short, before any work.
@@ -88,12 +95,13 @@ class Compressor:
 
     def compress(self, contexts: Sequence[Tokens]) -> CompressedBatch:
         """Prefills all but the held-back end of each context, under the press wherever it runs."""
-        ends = [max(0, len(context) - self._query_tokens) for context in contexts]
-        heads = [context[:end] for context, end in zip(contexts, ends, strict=True)]
+        heads = self.heads(contexts)
+        ends = [len(head) for head in heads]
+        borrowed_sec = self._borrow(heads)
         order: list[int] = []
         caches: list[CompressedCache] = []
         records: dict[int, ContextRecord] = {}
-        with self._clock.phase("prefill", num_tokens=sum(ends)):
+        with self._clock.phase("prefill", num_tokens=0 if self._shared else sum(ends)):
             for rows, cache, pressed in self._prefilled(heads):
                 for row, record in zip(rows, _context_records(cache, pressed), strict=True):
                     records[row] = record
@@ -104,7 +112,20 @@ class Compressor:
                 cache = cache.select([order.index(row) for row in range(len(contexts))])
         queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
         pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
-        return CompressedBatch(cache, queries, pressed_rows, [records[row] for row in range(len(contexts))])
+        in_order = [records[row] for row in range(len(contexts))]
+        return CompressedBatch(cache, queries, pressed_rows, in_order, borrowed_sec)
+
+    def heads(self, contexts: Sequence[Tokens]) -> list[Tokens]:
+        """What is prefilled: all but the held-back end of each context."""
+        return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]
+
+    def _borrow(self, heads: Sequence[Tokens]) -> float:
+        if self._shared is None:
+            return 0.0
+        self._shared.hold(heads)
+        timing = self._shared.share_of(heads)
+        self._clock.borrow(timing)
+        return timing.seconds
 
     def _runs_on(self, length: int) -> bool:
         if self.press.is_none or length == 0:
@@ -113,28 +134,36 @@ class Compressor:
 
     def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
-        pressed: dict[int, list[int]] = defaultdict(list)
-        plain: list[int] = []
-        empty: list[int] = []
-        for row, head in enumerate(heads):
-            if self._runs_on(len(head)):
-                pressed[len(head)].append(row)
-            else:
-                (plain if head else empty).append(row)
+        pressed = [row for row, head in enumerate(heads) if self._runs_on(len(head))]
+        empty = [row for row, head in enumerate(heads) if not head]
+        plain = [row for row in range(len(heads)) if row not in pressed and row not in empty]
         if empty:
             yield empty, self._model.empty_cache(len(empty)), False
-        if plain:
+        if self._shared is None and plain:
             yield plain, prefill_padded(self._model, [heads[row] for row in plain]), False
-        for length, rows in pressed.items():
+        elif self._shared is not None:
+            for rows in _by_length(plain, heads):
+                yield rows, self._shared.compress([heads[row] for row in rows], None), False
+        for rows in _by_length(pressed, heads):
             for group in [rows] if self.press.batches else [[row] for row in rows]:
-                yield group, self._prefill([heads[row] for row in group], length), True
+                yield group, self._prefill([heads[row] for row in group]), True
 
-    def _prefill(self, heads: Sequence[Tokens], length: int) -> CompressedCache:
+    def _prefill(self, heads: Sequence[Tokens]) -> CompressedCache:
+        length = len(heads[0])
         press = self.press.build(length, shrink=length < self.press.min_context())
         if press is not None:
             press.forward_hook = self._clock.timed(press.forward_hook)  # kvpress registers what the instance has
         with nullcontext() if self.press.batches else _seeded_by(heads[0]):
+            if self._shared is not None:
+                return self._shared.compress(heads, press, rerotates=self.press.rerotates)
             return prefill(self._model, torch.tensor(heads), press, rerotates=self.press.rerotates)
+
+
+def _by_length(rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in rows:
+        groups[len(heads[row])].append(row)
+    yield from groups.values()
 
 
 def _context_records(cache: CompressedCache, pressed: bool) -> list[ContextRecord]:

@@ -84,20 +84,37 @@ def prefill(
         press: a kvpress press built for this length, or None.
         rerotates: whether the press moves its keys to positions ``0..kept-1``.
     """
-    batch, length = tokens.shape
     cache = DynamicCache()
-    try:
+    with marks_taken_off(model.attentions):
         with model.presented(), press(model.model) if press is not None else nullcontext():
             hidden = model.hidden_states(tokens.to(model.device), past_key_values=cache, use_cache=True)
-        layers = tuple(
-            LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
-            for attention, layer in zip(model.attentions, cache.layers, strict=True)
-        )
-    finally:  # left behind, kvpress would fake these keys in the next forward over any cache
-        for attention in model.attentions:
-            attention.__dict__.pop("masked_key_indices", None)
+        return compressed_cache(model, cache, tokens.shape[1], hidden[:, -1].clone(), rerotates=rerotates)
+
+
+def compressed_cache(
+    model: PressableModel, cache: DynamicCache, length: int, last_hidden: torch.Tensor, *, rerotates: bool
+) -> CompressedCache:
+    """What a press left of contexts of one length: shortened layers, and marks on the modules where it only masks."""
+    layers = tuple(
+        LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
+        for attention, layer in zip(model.attentions, cache.layers, strict=True)
+    )
+    batch = last_hidden.shape[0]
     next_position = max(layer.num_entries for layer in layers) if rerotates else length
-    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, hidden[:, -1].clone())
+    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, last_hidden)
+
+
+@contextmanager
+def marks_taken_off(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Takes a masking press's marks off the modules at the end, also after an exception.
+
+    Left behind, kvpress would fake the marked keys in the next forward over any cache.
+    """
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.__dict__.pop("masked_key_indices", None)
 
 
 @torch.inference_mode()

@@ -85,6 +85,12 @@ class PressSpec:
         """Whether contexts of equal length may share a prefill: what is kept of one does not depend on the others."""
         return all(row.batches and not self.arguments.get(row.batches_unless) for row in self._rows)
 
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether the press is nothing but a hook after each layer's attention, so that one forward serves many."""
+        is_hook = all(row.factory.__call__ is BasePress.__call__ for row in self._rows)
+        return is_hook and self.attn_implementation != "eager"
+
     def min_context(self) -> int:
         """The least tokens of context on which the press runs and can remove something. The same at every ratio, so
         that a baseline at ratio 0 counts the same contexts."""

@@ -163,6 +163,7 @@ class Runner:
         start, times = time.perf_counter(), list[float]()
         with self._autocast():
             batch = self.compressor.compress(contexts)
+            start -= batch.borrowed_sec
             with self.clock.phase("decode") as produced:
                 rows = decode(
                     self.model,

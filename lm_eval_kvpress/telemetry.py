@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,14 @@ class PhaseTiming:
         num_tokens: real tokens that went in (``prefill``, ``press``), were scored, or were produced; padding never
             counts.
         peak_memory_bytes: the most that was allocated on a CUDA device, None elsewhere.
+        is_borrowed: whether it was spent before, once for several presses, and not while this clock ran.
     """
 
     phase: str
     seconds: float
     num_tokens: int
     peak_memory_bytes: int | None = None
+    is_borrowed: bool = False
 
 
 class Clock:
@@ -109,6 +111,10 @@ class Clock:
             return result
 
         return run
+
+    def borrow(self, timing: PhaseTiming) -> None:
+        """Books time that was spent once for several presses as each of them would have spent it alone."""
+        self._timings.append(replace(timing, is_borrowed=True))
 
     def take(self) -> list[PhaseTiming]:
         """The timings since the last call."""

@@ -151,8 +151,9 @@ class Meter:
 
     def batch(self, request_type: str, batch_size: int, shares: Sequence[RequestShare]) -> None:
         """Books what was timed since `start` on the requests that shared the batch."""
-        seconds = time.perf_counter() - self._started_sec
-        record = self._record(request_type, batch_size, seconds, self._clock.take())
+        seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
+        seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
+        record = self._record(request_type, batch_size, seconds, timings)
         self._batches.append(record)
         self._write(record)
         total = sum(share.weight for share in shares)

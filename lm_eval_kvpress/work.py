@@ -52,8 +52,8 @@ class Work(Protocol[Outcome]):
     def identity(self, item: int) -> Any:
         """All that the item's outcome depends on, besides model, press and protocol."""
 
-    def contexts(self) -> list[Tokens]:
-        """The contexts that a press will act on."""
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        """The contexts of these items that a press will act on."""
 
     def run(self, runner: Runner, items: Sequence[int]) -> list[Outcome]:
         """The outcome of each item, run as one batch."""
@@ -83,8 +83,8 @@ class LikelihoodWork:
         group = self._groups[item]
         return group.context, group.continuations, [self._ids[member] for member in group.members]
 
-    def contexts(self) -> list[Tokens]:
-        return [group.context for group in self._groups]
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        return [self._groups[item].context for item in items]
 
     def run(self, runner: Runner, items: Sequence[int]) -> list[Scored]:
         return runner.score_groups([self._groups[item] for item in items], self._ids)
@@ -128,8 +128,9 @@ class RollingWork:
         index, window = self._items[item]
         return window.context, window.targets, window.pressed, self._ids[index]
 
-    def contexts(self) -> list[Tokens]:
-        return [window.context for _, window in self._items if window.pressed]
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        windows = [self._items[item][1] for item in items]
+        return [window.context for window in windows if window.pressed]
 
     def run(self, runner: Runner, items: Sequence[int]) -> list[Scored]:
         windows = [self._items[item] for item in items]
@@ -177,8 +178,8 @@ class GenerationWork:
         generation = self._generation
         return self._job(item), sorted(generation.options.items()), generation.max_new_tokens, self._members[item]
 
-    def contexts(self) -> list[Tokens]:
-        return [job.context for job in self._jobs.values()]
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        return [self._job(item).context for item in items]
 
     def run(self, runner: Runner, items: Sequence[int]) -> list[Generated]:
         return runner.generate([self._job(item) for item in items], self._generation)

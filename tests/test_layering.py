@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"engine", "cache", "torch", "transformers"},
     "decoding": {"engine", "cache", "torch", "transformers"},
     "generation": {"decoding", "torch", "transformers"},
-    "compression": {"engine", "cache", "presses", "telemetry", "torch"},
+    "compression": {"engine", "cache", "presses", "shared_prefill", "telemetry", "torch"},
+    "shared_prefill": {"cache", "engine", "telemetry", "torch", "transformers"},
     "ledger": {"presses", "telemetry"},
     "runner": {
         *("cache", "compression", "decoding", "engine", "generation", "plan", "scoring", "telemetry", "throughput"),

@@ -1,0 +1,149 @@
+"""One forward for many presses: contexts are run once, and every press compresses its own clone of what came out.
+
+A press acts after a layer's attention has run and changes the cache alone, so a prefill is the same under every press.
+Here each attention's inputs, keys and values are kept, and a press is given them again, layer by layer, through the
+same hook that a forward would have called. That is exact for presses that are nothing but this hook
+(`presses.PressSpec.shares_prefill`). What is kept takes the bytes of the full cache and half as much again.
+
+Knows torch and the engine. Does not know any press by name, text or lm-eval.
+
+Letters in shape comments: B rows, T prefilled tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.engine import Press, PressableModel, compressed_cache, marks_taken_off
+from lm_eval_kvpress.telemetry import Clock, PhaseTiming
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One attention's forward of so many rows: the keyword arguments and the output that hooks see, but the cache."""
+
+    arguments: dict[str, Any]
+    output: Any
+    num_rows: int
+
+    def of_rows(self, rows: torch.Tensor) -> _Call:
+        """The call as it had been with the given rows alone."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(pick(part) for part in value)
+            is_batched = isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == self.num_rows
+            return value[rows.to(value.device)] if is_batched else value
+
+        return _Call({name: pick(value) for name, value in self.arguments.items()}, pick(self.output), len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefill:
+    """Contexts of equal length after one forward."""
+
+    contexts: list[Tokens]
+    cache: DynamicCache
+    calls: list[_Call]
+    last_hidden: torch.Tensor
+
+
+class SharedPrefills:
+    """The prefills of one batch of contexts, for any number of presses.
+
+    Args:
+        model: the model, presentable to kvpress.
+
+    Attributes:
+        num_tokens: tokens that have been run, each context once.
+    """
+
+    def __init__(self, model: PressableModel) -> None:
+        self._model, self._clock = model, Clock(model.device)
+        self._places: dict[Tokens, tuple[_Prefill, int]] = {}
+        self._latest = PhaseTiming("prefill", 0.0, 0)
+        self.num_tokens = 0
+
+    def hold(self, contexts: Sequence[Tokens]) -> None:
+        """Runs contexts in groups of equal length, unless all are held already, and forgets those held before."""
+        wanted = [context for context in dict.fromkeys(contexts) if context]
+        if all(context in self._places for context in wanted):
+            return
+        self._places.clear()  # before the next ones need the room
+        by_length: dict[int, list[Tokens]] = defaultdict(list)
+        for context in wanted:
+            by_length[len(context)].append(context)
+        num_tokens = sum(map(len, wanted))
+        with self._clock.phase("prefill", num_tokens=num_tokens):
+            for group in by_length.values():
+                prefill = self._run(group)
+                self._places.update({context: (prefill, row) for row, context in enumerate(group)})
+        (self._latest,) = self._clock.take()
+        self.num_tokens += num_tokens
+
+    def share_of(self, contexts: Sequence[Tokens]) -> PhaseTiming:
+        """What these contexts took of the latest forwards, in proportion to their tokens."""
+        num_tokens, latest = sum(map(len, contexts)), self._latest
+        seconds = latest.seconds * num_tokens / latest.num_tokens if latest.num_tokens else 0.0
+        return PhaseTiming("prefill", seconds, num_tokens, latest.peak_memory_bytes)
+
+    @torch.inference_mode()
+    def compress(self, contexts: Sequence[Tokens], press: Press | None, *, rerotates: bool = False) -> CompressedCache:
+        """`engine.prefill` of held contexts of one length, without a forward."""
+        prefill, _ = self._places[contexts[0]]
+        places = [self._places[context][1] for context in contexts]
+        everything = places == list(range(len(prefill.contexts)))
+        rows = None if everything else torch.tensor(places)
+        cache = _clone(prefill.cache, rows)
+        last_hidden = prefill.last_hidden.clone() if rows is None else prefill.last_hidden[rows]
+        model = self._model
+        with marks_taken_off(model.attentions):
+            if press is not None:
+                with model.presented(), press(model.model):
+                    for attention, call in zip(model.attentions, prefill.calls, strict=True):
+                        _replay(press, attention, call if rows is None else call.of_rows(rows), cache)
+            return compressed_cache(model, cache, len(contexts[0]), last_hidden, rerotates=rerotates)
+
+    @torch.inference_mode()
+    def _run(self, contexts: list[Tokens]) -> _Prefill:
+        cache, calls = DynamicCache(), list[_Call]()
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            arguments = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
+            calls.append(_Call(arguments, output, len(contexts)))
+
+        with self._model.presented(), ExitStack() as hooks:
+            for attention in self._model.attentions:
+                hooks.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
+            tokens = torch.tensor(contexts, device=self._model.device)
+            hidden = self._model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+        return _Prefill(contexts, cache, calls, hidden[:, -1].clone())
+
+
+def _clone(cache: DynamicCache, rows: torch.Tensor | None) -> DynamicCache:
+    """A cache of its own for a press, which may change keys and values in place."""
+    clone = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        if rows is None:
+            clone.update(layer.keys.clone(), layer.values.clone(), index)
+        else:
+            picked = rows.to(layer.keys.device)
+            clone.update(layer.keys[picked], layer.values[picked], index)
+    return clone
+
+
+def _replay(press: Any, attention: nn.Module, call: _Call, cache: DynamicCache) -> None:
+    """Calls the press's hook as the attention's forward would have, after which no entry is masked yet."""
+    attention.__dict__["masked_key_indices"] = None
+    press.forward_hook(attention, (), {**call.arguments, "past_key_values": cache}, call.output)

@@ -1,0 +1,82 @@
+"""One forward for many presses: what each press makes of a kept prefill is what it makes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_presses import PRESSES, fitting, models, spec_for, tokens  # noqa: F401 (models is a fixture)
+
+from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.engine import PressableModel, prefill
+from lm_eval_kvpress.shared_prefill import SharedPrefills
+
+
+def assert_same(shared: CompressedCache, alone: CompressedCache, atol: float) -> None:
+    assert (shared.num_seen, shared.next_position) == (alone.num_seen, alone.next_position)
+    for one, other in zip(shared.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, atol=atol, rtol=0)
+        torch.testing.assert_close(one.values, other.values, atol=atol, rtol=0)
+        assert (one.hidden is None) == (other.hidden is None)
+        assert one.hidden is None or torch.equal(one.hidden, other.hidden)
+    assert shared.last_hidden is not None and alone.last_hidden is not None
+    torch.testing.assert_close(shared.last_hidden, alone.last_hidden, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", PRESSES)
+def test_every_press_makes_of_a_kept_prefill_what_it_makes_of_its_own(
+    models: dict[str, PressableModel],  # noqa: F811
+    name: str,
+) -> None:
+    spec = spec_for(name)
+    if not spec.shares_prefill:
+        pytest.skip(f"{name} needs its own forward")
+    for _, model in fitting(models, spec):
+        contexts = [tuple(row) for row in torch.cat([tokens(1, 97), tokens(2, 97).flip(1)]).tolist()]
+        shared = SharedPrefills(model)
+        shared.hold([*contexts, contexts[0][:50]])
+        knorm = spec_for("knorm", compression_ratio=0.9)
+        shared.compress(contexts, knorm.build(97))  # what one press does to its clone no other one sees
+        groups = [contexts] if spec.batches else [[context] for context in contexts]
+        for group in groups:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(7)
+                alone = prefill(model, torch.tensor(group), spec.build(97), rerotates=spec.rerotates)
+                torch.manual_seed(7)
+                replayed = shared.compress(group, spec.build(97), rerotates=spec.rerotates)
+            assert_same(replayed, alone, atol=0 if spec.batches else 1e-5)
+
+
+def test_contexts_are_run_once_and_forgotten_with_their_batch(make_pressable: Callable[..., PressableModel]) -> None:
+    model, forwards = make_pressable(), []
+    model.model.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    shared = SharedPrefills(model)
+    contexts = [tuple(row) for row in tokens(3, 20).tolist()]
+    shared.hold([*contexts, contexts[0], contexts[1][:7], ()])
+    assert (len(forwards), shared.num_tokens) == (2, 3 * 20 + 7)
+    shared.hold(contexts[:2])
+    for ratio in (0.1, 0.5, 0.9):
+        shared.compress(contexts, spec_for("knorm", compression_ratio=ratio).build(20))
+        shared.compress(contexts[1:2], None)
+    assert (len(forwards), shared.num_tokens) == (2, 3 * 20 + 7)
+    assert shared.share_of(contexts).num_tokens == 60
+    assert shared.share_of(contexts).seconds == pytest.approx(60 * shared.share_of([(1,)]).seconds)
+    shared.hold([(1, 2, 3)])
+    with pytest.raises(KeyError):
+        shared.compress(contexts, None)
+
+
+def test_rows_in_any_order_and_more_than_once(make_pressable: Callable[..., PressableModel]) -> None:
+    model = make_pressable()
+    contexts = [tuple(row) for row in tokens(3, 30).tolist()]
+    shared = SharedPrefills(model)
+    shared.hold(contexts)
+    picked = [contexts[2], contexts[0], contexts[2]]
+    press = spec_for("snapkv")
+    assert_same(shared.compress(picked, press.build(30)), prefill(model, torch.tensor(picked), press.build(30)), 1e-5)
+
+
+def test_presses_with_a_forward_of_their_own_do_not_share() -> None:
+    assert not spec_for("observed_attention").shares_prefill
+    assert spec_for("adakv:snapkv").shares_prefill and spec_for("random").shares_prefill

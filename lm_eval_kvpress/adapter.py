@@ -38,6 +38,7 @@ from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.runner import Generation, Job, Runner
+from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
 from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.telemetry import Clock
@@ -254,7 +255,7 @@ class KVPress(HFLM):
         keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
         settings = {key: facts[key] for key in keys} | {
             "revision": self.revision,
-            "weights": _fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
             "prefix_token": self.prefix_token_id,
             "seed": torch.initial_seed(),
         }
@@ -364,7 +365,9 @@ class KVPress(HFLM):
         label = f"{what} (press={self._settings.press.name})"
         return tqdm(total=total, desc=label, disable=disable_tqdm or self.rank != 0)
 
-    def _new_runner(self, settings: Settings, recorders: Sequence[Recorder]) -> Runner:
+    def _new_runner(
+        self, settings: Settings, recorders: Sequence[Recorder], shared: SharedPrefills | None = None
+    ) -> Runner:
         labels = {
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -378,6 +381,7 @@ class KVPress(HFLM):
             query_tokens=settings.query_tokens,
             short_context=settings.short_context,
             clock=clock,
+            shared=shared,
         )
         return Runner(self._press_model, compressor, clock, Meter(clock, labels, recorders), self._autocast)
 
@@ -474,7 +478,7 @@ def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
     return ids
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel) -> str:
     """Tells checkpoints of one name apart: a checksum of 64 rows of the head, which no training leaves alone."""
     rows = model.get_output_embeddings().weight[:64].detach().float().cpu().contiguous()
     return f"{zlib.crc32(rows.numpy().tobytes()):08x}"

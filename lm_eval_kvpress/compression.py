@@ -115,6 +115,11 @@ class Compressor:
         in_order = [records[row] for row in range(len(contexts))]
         return CompressedBatch(cache, queries, pressed_rows, in_order, borrowed_sec)
 
+    @property
+    def shares(self) -> bool:
+        """Whether it compresses clones of shared prefills."""
+        return self._shared is not None
+
     def heads(self, contexts: Sequence[Tokens]) -> list[Tokens]:
         """What is prefilled: all but the held-back end of each context."""
         return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]

@@ -36,10 +36,9 @@ def test_every_press_makes_of_a_kept_prefill_what_it_makes_of_its_own(
         contexts = [tuple(row) for row in torch.cat([tokens(1, 97), tokens(2, 97).flip(1)]).tolist()]
         shared = SharedPrefills(model)
         shared.hold([*contexts, contexts[0][:50]])
-        knorm = spec_for("knorm", compression_ratio=0.9)
-        shared.compress(contexts, knorm.build(97))  # what one press does to its clone no other one sees
         groups = [contexts] if spec.batches else [[context] for context in contexts]
         for group in groups:
+            shared.compress(group, spec.build(97))  # what is done to one clone no later one sees
             with torch.random.fork_rng([]):
                 torch.manual_seed(7)
                 alone = prefill(model, torch.tensor(group), spec.build(97), rerotates=spec.rerotates)

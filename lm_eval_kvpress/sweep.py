@@ -1,0 +1,145 @@
+"""`lm-eval-kvpress sweep`: many presses, ratios and protocols in one resumable run.
+
+Each cell ends as a standard lm-eval results file with its samples, as the run of that cell alone would have written it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+
+from lm_eval_kvpress import plugin
+from lm_eval_kvpress.adapter import KVPress, PythiaKVPress, weights_fingerprint
+from lm_eval_kvpress.arguments import UsageError
+from lm_eval_kvpress.sweep_model import CellRun, SweepModel
+from lm_eval_kvpress.sweep_plan import Cell, SweepSettings, parse_settings
+from lm_eval_kvpress.sweep_store import SweepStore, write_whole
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+MODELS: Mapping[str, type[KVPress]] = {"pythia-kvpress": PythiaKVPress, "kvpress": KVPress}
+INTERRUPTED = 130  # what shells report after Ctrl-C
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    settings = parse_settings(arguments)
+    if settings.model not in MODELS:
+        raise UsageError(f"model={settings.model} is not known: choose one of {', '.join(MODELS)}")
+    cells = settings.cells()
+    store = SweepStore(Path(settings.output_path), settings.shared)
+    try:
+        LAUNCHERS[settings.launcher](settings, cells, store)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {settings.output_path}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        store.close()
+    return 0
+
+
+def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> None:
+    """Runs all unfinished cells in this process."""
+    console, start = Console(stderr=True), time.perf_counter()
+    todo = [cell for cell in cells if not store.cell(cell.name).is_finished]
+    console.print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
+    if not todo:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    model = _load(settings)
+    store.check_weights(weights_fingerprint(model.model))
+    with ExitStack() as logs:
+        runs = [model.open(cell, store.cell(cell.name)) for cell in todo]
+        for run in runs:
+            logs.callback(run.log.close)
+        for peers in _that_share(runs):
+            tasks = _tasks(settings, peers[0].cell)
+            if not peers[0].shares:
+                console.print(f"{peers[0].cell.name} runs on prefills of its own")
+            while peers:
+                _evaluate(model, settings, tasks, peers)
+                console.print(f"{peers.pop(0).cell.name} is finished")
+    summary = {
+        "num_cells": len(cells),
+        "num_cells_run": len(todo),
+        "num_tokens_prefilled": model.num_tokens_prefilled,
+        "seconds": time.perf_counter() - start,
+    }
+    write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
+    console.print(
+        f"{len(todo)} cells in {summary['seconds']:.0f} s, {model.num_tokens_prefilled:,} tokens prefilled for all; "
+        f"next: lm-eval-kvpress report {store.folder} -o report.html"
+    )
+
+
+LAUNCHERS: Mapping[str, Callable[[SweepSettings, Sequence[Cell], SweepStore], None]] = {"local": run_local}
+
+
+def _load(settings: SweepSettings) -> SweepModel:
+    arguments = dict(settings.model_args)
+    pretrained = arguments.pop("pretrained", None) or MODELS[settings.model].DEFAULT_PRETRAINED
+    if settings.device is not None:
+        arguments["device"] = settings.device
+    return SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
+
+
+def _that_share(runs: Sequence[CellRun]) -> list[list[CellRun]]:
+    """Cells of one protocol that share their prefills, together; each other one by itself."""
+    groups: dict[Any, list[CellRun]] = {}
+    for run in runs:
+        groups.setdefault(run.cell.protocol if run.shares else run.cell.name, []).append(run)
+    return list(groups.values())
+
+
+def _tasks(settings: SweepSettings, cell: Cell) -> TaskManager:
+    """The tasks, told the model arguments and metadata as lm-eval's command line tells them."""
+    paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
+    metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
+    return TaskManager(include_path=paths, metadata=metadata)
+
+
+def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, peers: Sequence[CellRun]) -> None:
+    """Has lm-eval evaluate the first of the peers, and writes its results."""
+    run = peers[0]
+    model.turn_to(run, peers)
+    tracker = EvaluationTracker(output_path=str(run.store.part()))
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=settings.tasks,
+        task_manager=tasks,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        gen_kwargs=settings.gen_kwargs,
+        torch_random_seed=settings.seed,
+    )
+    assert results is not None
+    model_args = {**settings.model_args, **run.cell.arguments}
+    results["config"] |= {
+        "model": settings.model,
+        "model_args": model_args,
+        "batch_size": settings.batch_size,
+        "device": settings.device,
+    }
+    results["config"]["kvpress"]["sweep"] = {
+        "cell": run.cell.name,
+        "shares_prefill": run.shares,
+        "settings": settings.as_typed(),
+    }
+    tracker.general_config_tracker.log_experiment_args(settings.model, model_args, None, None, False)
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    run.store.finish()

@@ -1,0 +1,134 @@
+"""The lm-eval model of a sweep: one set of weights, every cell's answers, each context prefilled once.
+
+lm-eval evaluates the cells one after the other. When the first of them asks for answers, all cells of the same protocol
+are answered together: batch by batch, one prefill, and then every cell compresses its own clone and scores. What has
+been answered stands on disk, so each later cell finds its answers there, and so does a sweep that was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import Settings, parse_arguments
+from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.runner import Runner
+from lm_eval_kvpress.shared_prefill import SharedPrefills
+from lm_eval_kvpress.sweep_plan import Cell
+from lm_eval_kvpress.sweep_store import CellStore, Outcome
+from lm_eval_kvpress.throughput_log import ThroughputLog
+from lm_eval_kvpress.work import Work, batches, in_halves
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+
+@dataclass
+class CellRun:
+    """A cell while the sweep lasts."""
+
+    cell: Cell
+    settings: Settings
+    store: CellStore
+    log: ThroughputLog
+    runner: Runner
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def shares(self) -> bool:
+        """Whether its prefills are shared with other cells."""
+        return self.runner.compressor.shares
+
+
+class SweepModel(KVPress):
+    """`KVPress` under one cell after the other.
+
+    Args:
+        pretrained, arguments: what all cells share.
+    """
+
+    def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
+        super().__init__(pretrained, **arguments)
+        self._shared_arguments = arguments
+        self._shared_prefills = SharedPrefills(self._press_model)
+        self._peers: list[CellRun] = []
+        self._attention_at_load = self.model.config._attn_implementation
+
+    @property
+    def num_tokens_prefilled(self) -> int:
+        """Tokens that were prefilled for all cells that share, each once."""
+        return self._shared_prefills.num_tokens
+
+    def open(self, cell: Cell, store: CellStore) -> CellRun:
+        """A cell ready to be run, with what an earlier call answered."""
+        settings, _ = parse_arguments({**self._shared_arguments, **cell.arguments})
+        if settings.rolling == "stream":
+            settings = replace(settings, stream_output=str(store.folder / "stream"))
+        store.folder.mkdir(parents=True, exist_ok=True)
+        shares = settings.press.shares_prefill and settings.rolling != "stream"
+        log = ThroughputLog(store.folder / "throughput.jsonl")
+        runner = self._new_runner(settings, [log], self._shared_prefills if shares else None)
+        return CellRun(cell, settings, store, log, runner, store.keys())
+
+    def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
+        """Makes ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
+        self._current, self._peers = run, list(peers)
+        self._settings, self._runner, self._ledger = run.settings, run.runner, Ledger(run.settings.press)
+        self._rolling_window = run.settings.rolling_window(self.max_length)
+        needed = run.settings.press.attn_implementation or self._attention_at_load
+        if self.model.config._attn_implementation != needed:
+            self.model.set_attn_implementation(needed)
+
+    def _check_lengths(self, work: Work[Any]) -> None:
+        for run in self._peers:
+            for segment in work.segments():
+                run.runner.compressor.check_lengths(work.contexts(segment))
+
+    def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        keys = _keys(work)
+        wanting = [run for run in self._peers if not run.done.issuperset(keys)]
+        bar.total += len(keys) * (len(wanting) - 1) if wanting else 0
+        for items in batches(work, self._items_per_batch, self.max_batch_size):
+            missing = [item for item in items if any(keys[item] not in run.done for run in wanting)]
+            bar.update((len(items) - len(missing)) * len(wanting))
+            if missing:
+                in_halves(lambda part: self._answer_all(work, part, keys, wanting, bar), missing)
+        for run in wanting:
+            run.runner.meter.finish(work.request_type)
+        stored = self._current.store.outcomes()
+        outcomes = {item: stored[key] for item, key in enumerate(keys)}
+        work.book(outcomes, self._ledger)
+        yield from work.answers(outcomes).items()
+
+    def _answer_all(
+        self, work: Work[Any], items: Sequence[int], keys: Sequence[str], runs: Sequence[CellRun], bar: tqdm[Any]
+    ) -> list[None]:
+        """One batch for every cell that has not answered it; what is answered is on disk before the next cell."""
+        shared = [run for run in runs if run.shares]
+        if shared:
+            self._shared_prefills.hold(shared[0].runner.compressor.heads(work.contexts(items)))
+        for run in runs:
+            todo = [item for item in items if keys[item] not in run.done]
+            if todo:
+                outcomes: dict[str, Outcome] = {
+                    keys[item]: outcome for item, outcome in zip(todo, work.run(run.runner, todo), strict=True)
+                }
+                if not work.splits_requests:
+                    run.runner.meter.finish(work.request_type)
+                run.store.add(outcomes)
+                run.done.update(outcomes)
+            bar.update(len(items))
+            bar.set_postfix({"cell": run.cell.name, **run.runner.meter.live()}, refresh=False)
+        return [None] * len(items)
+
+
+def _keys(work: Work[Any]) -> list[str]:
+    """A name for each item that says all that its outcome depends on, within the sweep's settings."""
+    num_items = sum(len(segment) for segment in work.segments())
+    texts = (repr((work.request_type, work.identity(item))) for item in range(num_items))
+    return [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]

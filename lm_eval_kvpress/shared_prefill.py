@@ -135,11 +135,8 @@ def _clone(cache: DynamicCache, rows: torch.Tensor | None) -> DynamicCache:
     """A cache of its own for a press, which may change keys and values in place."""
     clone = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        if rows is None:
-            clone.update(layer.keys.clone(), layer.values.clone(), index)
-        else:
-            picked = rows.to(layer.keys.device)
-            clone.update(layer.keys[picked], layer.values[picked], index)
+        picked = slice(None) if rows is None else rows.to(layer.keys.device)
+        clone.update(layer.keys[picked], layer.values[picked], index)  # appends to nothing, which copies
     return clone
 
 

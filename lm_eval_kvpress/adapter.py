@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import native, neox, parity, plan
+from lm_eval_kvpress import answer_cache, native, neox, parity, plan
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -251,18 +252,31 @@ class KVPress(HFLM):
     def _stream_store(self) -> StreamStore | None:
         if self._settings.stream_output is None:
             return None
+        try:
+            return StreamStore(Path(self._settings.stream_output), self._identity())
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is None:
+            return
+        try:
+            answer_cache.claim(cache_hook.dbdict, self._identity())
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        logger.warning("use_cache: what was kept and how long it took is measured for new answers only")
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that an answer depends on besides its request."""
         facts = self.describe()
         keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
-        settings = {key: facts[key] for key in keys} | {
+        return {key: facts[key] for key in keys} | {
             "revision": self.revision,
             "weights": weights_fingerprint(self.model),
             "prefix_token": self.prefix_token_id,
             "seed": torch.initial_seed(),
         }
-        try:
-            return StreamStore(Path(self._settings.stream_output), settings)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
     def _windows(self, tokens: Sequence[int]) -> Iterator[plan.Window]:
         if self._settings.rolling == "one_pass":

@@ -26,7 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, native, neox, parity, plan
+from lm_eval_kvpress import answer_cache, auto_batch, native, neox, parity, plan
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -38,6 +38,7 @@ from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.presses import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
@@ -353,7 +354,7 @@ class KVPress(HFLM):
     def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         """Requests and their answers, as they come; the totals are booked at the end."""
         meter, outcomes = self._runner.meter, dict[int, Any]()
-        for items in batches(work, self._items_per_batch, self.max_batch_size):
+        for items in batches(work, *self._batch_limits(self._settings.press)):
             done = dict(zip(items, in_halves(functools.partial(work.run, self._runner), items), strict=True))
             outcomes |= done
             bar.update(len(items))
@@ -366,9 +367,12 @@ class KVPress(HFLM):
         if work.splits_requests:
             yield from work.answers(outcomes).items()
 
-    @property
-    def _items_per_batch(self) -> int | None:
-        return None if self.batch_size == "auto" else int(self.batch_size)
+    def _batch_limits(self, press: PressSpec) -> tuple[int, int | None]:
+        """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is room for."""
+        if self.batch_size != "auto":
+            return int(self.batch_size), None
+        free = auto_batch.free_bytes(self.device)
+        return self.max_batch_size, auto_batch.tokens_per_batch(self._press_model, press, free)
 
     def _autocast(self) -> Any:
         if self.mixed_precision_dtype is None:

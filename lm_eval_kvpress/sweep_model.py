@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import Settings, parse_arguments
 from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.presses import PressSpec, parse_press
 from lm_eval_kvpress.runner import Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.sweep_plan import Cell
@@ -84,6 +85,11 @@ class SweepModel(KVPress):
         if self.model.config._attn_implementation != needed:
             self.model.set_attn_implementation(needed)
 
+    def _batch_limits(self, press: PressSpec) -> tuple[int, int | None]:
+        """A shared prefill is held whole, with half as much again, and a clone beside it."""
+        max_items, max_tokens = super()._batch_limits(press)
+        return max_items, None if max_tokens is None else max(1, max_tokens // 3)
+
     def _check_lengths(self, work: Work[Any]) -> None:
         for run in self._peers:
             for segment in work.segments():
@@ -93,7 +99,7 @@ class SweepModel(KVPress):
         keys = _keys(work)
         wanting = [run for run in self._peers if not run.done.issuperset(keys)]
         bar.total += len(keys) * (len(wanting) - 1) if wanting else 0
-        for items in batches(work, self._items_per_batch, self.max_batch_size):
+        for items in batches(work, *self._batch_limits(parse_press("none"))):
             missing = [item for item in items if any(keys[item] not in run.done for run in wanting)]
             bar.update((len(items) - len(missing)) * len(wanting))
             if missing:

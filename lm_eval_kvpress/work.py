@@ -26,9 +26,6 @@ logger = logging.getLogger("lm_eval_kvpress")
 Outcome = TypeVar("Outcome")
 Tokens = tuple[int, ...]
 
-AUTO_BATCH_TOKENS = 16_384
-"""Padded tokens per batch with ``batch_size=auto``; halved, again and again, where they do not fit into memory."""
-
 
 class Work(Protocol[Outcome]):
     """One kind of work. Items are counted from 0, in the order in which they are best run.
@@ -194,13 +191,10 @@ class GenerationWork:
             ledger.totals[task].num_tokens_generated += len(outcomes[item].ids)
 
 
-def batches(work: Work[Any], batch_size: int | None, max_batch_size: int) -> Iterator[list[int]]:
-    """Items that run together: ``batch_size`` of them, or None for as many as `AUTO_BATCH_TOKENS` allow."""
+def batches(work: Work[Any], max_items: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Items that run together: at most so many, of at most so many padded tokens."""
     for segment in work.segments():
-        if batch_size is None:
-            yield from plan.batches(segment, max_batch_size, work.length, AUTO_BATCH_TOKENS)
-        else:
-            yield from plan.batches(segment, batch_size, work.length)
+        yield from plan.batches(segment, max_items, work.length, max_tokens)
 
 
 def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int]) -> list[Outcome]:

@@ -62,13 +62,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
-        *("answer_cache", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
+        *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
         *("stream_run", "stream_store"),
         *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "answer_cache": set(),
+    "auto_batch": {"engine", "presses", "torch"},
     "_startup": {"plugin"},
     "sweep_plan": {"arguments", "presses", "lm_eval", "yaml"},
     "sweep_store": {"runner", "scoring", "telemetry"},
@@ -85,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
     "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval", "torch"},
     "sweep_model": {
-        *("adapter", "arguments", "ledger", "runner", "shared_prefill", "sweep_plan", "sweep_store"),
+        *("adapter", "arguments", "ledger", "presses", "runner", "shared_prefill", "sweep_plan", "sweep_store"),
         *("throughput_log", "work", "tqdm"),
     },
     "sweep": {

@@ -1,0 +1,56 @@
+"""``batch_size=auto``: how many tokens of context go into one batch.
+
+A press prunes each layer's cache as soon as that layer has run, so a batch needs room for the *compressed* cache and
+for the activations of one layer. Knows model shapes and a `PressSpec`. Does not know text or lm-eval.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.presses import PressSpec
+
+CPU_TOKENS = 16_384
+"""Where memory is shared with everybody, a size beyond which nothing gets faster."""
+
+SHARE_OF_FREE = 0.8
+ACTIVATIONS_PER_TOKEN = 40
+"""Numbers per token and hidden dimension alive in one layer's forward: residual, fused QKV, attention, the
+feed-forward's inner width before and after its activation, and copies. A batch too large all the same is halved
+(`work.in_halves`)."""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is free on a CUDA device, what PyTorch has reserved and does not use included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None) -> int:
+    """Padded tokens of context per batch.
+
+    Args:
+        free: bytes, or None for `CPU_TOKENS`.
+    """
+    if free is None:
+        return CPU_TOKENS
+    config, weight = model.model.config, model.model.get_input_embeddings().weight
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    full_cache = 2 * config.num_hidden_layers * heads * head_dim * weight.element_size()
+    activations = ACTIVATIONS_PER_TOKEN * config.hidden_size * weight.element_size()
+    return max(1, int(SHARE_OF_FREE * free / (full_cache * kept_share(press, config) + activations)))
+
+
+def kept_share(press: PressSpec, config: object) -> float:
+    """The share of the cache's bytes that a press asks to keep; all of it where it only masks, or the text decides."""
+    if press.masks or press.compression_ratio is None and press.kv_budget is None:
+        return 1.0
+    if press.kv_budget is not None:
+        positions: int = config.max_position_embeddings  # type: ignore[attr-defined]
+        return min(1.0, press.kv_budget / positions)
+    assert press.compression_ratio is not None
+    return 1.0 - press.compression_ratio

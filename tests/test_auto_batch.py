@@ -1,0 +1,45 @@
+"""``batch_size=auto``: sized by the compressed cache, and it changes no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lm_eval_kvpress.auto_batch import ACTIVATIONS_PER_TOKEN, CPU_TOKENS, SHARE_OF_FREE, free_bytes, tokens_per_batch
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.presses import parse_press
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model(make_pressable: Callable[..., PressableModel]) -> PressableModel:
+    return make_pressable()
+
+
+def test_room_is_asked_for_the_compressed_cache(model: PressableModel) -> None:
+    config = model.model.config
+    for name, arguments, kept in [
+        ("none", {}, 1.0),
+        ("knorm", {"compression_ratio": 0.75}, 0.25),
+        ("knorm", {"kv_budget": config.max_position_embeddings // 8}, 0.125),
+        ("adakv:knorm", {"compression_ratio": 0.75}, 1.0),
+    ]:
+        tokens = tokens_per_batch(model, parse_press(name, arguments), GIB)
+        cache = 2 * config.num_hidden_layers * config.hidden_size * 4 * kept
+        assert tokens * (cache + ACTIVATIONS_PER_TOKEN * config.hidden_size * 4) == pytest.approx(
+            SHARE_OF_FREE * GIB, rel=1e-3
+        ), name
+
+
+def test_a_stronger_press_allows_larger_batches(model: PressableModel) -> None:
+    sizes = [tokens_per_batch(model, parse_press("knorm", {"compression_ratio": r}), GIB) for r in (0, 0.5, 0.9)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert tokens_per_batch(model, parse_press("none"), 1) == 1
+
+
+def test_without_a_cuda_device_the_size_is_fixed(model: PressableModel) -> None:
+    assert free_bytes(torch.device("cpu")) is None
+    assert tokens_per_batch(model, parse_press("none"), None) == CPU_TOKENS

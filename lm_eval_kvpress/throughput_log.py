@@ -13,7 +13,7 @@ import io
 import json
 import os
 import stat
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from lm_eval_kvpress.throughput import BatchRecord, RequestRecord
@@ -55,10 +55,10 @@ class ThroughputLog:
 
     def add(self, record: BatchRecord | RequestRecord) -> None:
         if not self._as_csv:
-            self._write(json.dumps(asdict(record)))
+            self._write(json.dumps(vars(record)))
         elif isinstance(record, RequestRecord):
             line = io.StringIO()
-            csv.writer(line, lineterminator="").writerow(asdict(record).values())
+            csv.writer(line, lineterminator="").writerow(vars(record).values())
             self._write(line.getvalue())
 
     def close(self) -> None:

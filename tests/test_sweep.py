@@ -381,17 +381,20 @@ def test_ten_real_kills_at_random_moments(checkpoint_dir: Path, tasks_dir: Path,
         "sweep._tasks = lambda s, c: TaskManager(include_path=s.include_path, include_defaults=False)\n"
         "print('ready', flush=True); sys.exit(sweep.main(sys.argv[1:]))"
     )
-    arguments = [sys.executable, "-c", code, *command(checkpoint_dir, tasks_dir, tmp_path)]
-    draw, kills = random.Random(0), 0
-    while True:
+    draw, kills, folder = random.Random(0), 0, tmp_path / "0"
+    while kills < 10 or not (folder / "summary.json").exists():
+        if (folder / "summary.json").exists():  # done before the tenth kill: once more from the start
+            assert_same(folder, whole)
+            folder = tmp_path / str(kills)
+        arguments = [sys.executable, "-c", code, *command(checkpoint_dir, tasks_dir, folder)]
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout is not None
         process.stdout.readline()
         if kills < 10:
-            time.sleep(draw.uniform(0.2, 2.0))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        if process.wait() == 0:
-            break
-    assert kills == 10
-    assert_same(tmp_path, whole)
+            time.sleep(draw.uniform(0.2, 2.5))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        process.wait()
+        process.stdout.close()
+    assert_same(folder, whole)

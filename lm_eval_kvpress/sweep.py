@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     if settings.model not in MODELS:
         raise UsageError(f"model={settings.model} is not known: choose one of {', '.join(MODELS)}")
     cells = settings.cells()
-    store = SweepStore(Path(settings.output_path), settings.shared)
+    versions = {name: version(name) for name in ("lm-eval-kvpress", "lm_eval", "kvpress", "transformers", "torch")}
+    store = SweepStore(Path(settings.output_path), {**settings.shared, "versions": versions})
     try:
         LAUNCHERS[settings.launcher](settings, cells, store)
     except KeyboardInterrupt:

@@ -74,6 +74,7 @@ class SweepModel(KVPress):
         shares = settings.press.shares_prefill and settings.rolling != "stream"
         log = ThroughputLog(store.folder / "throughput.jsonl")
         runner = self._new_runner(settings, [log], self._shared_prefills if shares else None)
+        runner.meter.restore(log.records())
         return CellRun(cell, settings, store, log, runner, store.keys())
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +143,14 @@ class Meter:
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
         self._itls: list[float] = []
+
+    def restore(self, records: Iterable[BatchRecord | RequestRecord]) -> None:
+        """Takes up the records of an interrupted run; what they were recorded to has them already."""
+        for record in records:
+            if isinstance(record, BatchRecord):
+                self._batches.append(record)
+            else:
+                self._requests.append(record)
 
     def start(self) -> None:
         """Marks the start of a batch; what a batch that failed left on the clock is dropped."""

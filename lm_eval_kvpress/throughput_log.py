@@ -13,6 +13,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,6 +61,14 @@ class ThroughputLog:
             line = io.StringIO()
             csv.writer(line, lineterminator="").writerow(vars(record).values())
             self._write(line.getvalue())
+
+    def records(self) -> Iterator[BatchRecord | RequestRecord]:
+        """What a JSONL file holds so far."""
+        assert not self._as_csv, "a CSV has no batches"
+        kinds = {"batch": BatchRecord, "request": RequestRecord}
+        for line in self._path.read_text().splitlines():
+            values = json.loads(line)
+            yield kinds[values["record"]](**values)
 
     def close(self) -> None:
         self._file.close()

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
-from lm_eval_kvpress.throughput import RequestRecord
+from lm_eval_kvpress.telemetry import Clock
+from lm_eval_kvpress.throughput import Meter, RequestRecord
 from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
 
 
@@ -163,3 +166,17 @@ def test_csv_holds_the_requests_of_jsonl(tmp_path: Path) -> None:
     with (tmp_path / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [{k: str(v) if v is not None else "" for k, v in record.items()} for record in expected] == rows
+
+
+def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(path))
+    requests = [Instance("loglikelihood", {}, ("seven grey geese " * 9, " slept"), 0, ("t", i, 1)) for i in range(3)]
+    lm.loglikelihood(requests, disable_tqdm=True)
+    (log,) = lm._runner.meter._recorders
+    assert isinstance(log, ThroughputLog)
+    records = list(log.records())
+    assert records == [*lm._runner.meter._batches, *lm._runner.meter._requests]
+    restored = Meter(Clock(torch.device("cpu")), {})
+    restored.restore(records)
+    assert restored.summary() == lm._runner.meter.summary()

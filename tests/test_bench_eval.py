@@ -1,0 +1,108 @@
+"""The evaluation benchmark pairs equal work: same requests, same numbers, ratios of what was timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import bench_eval
+import bench_eval_sides
+from bench_eval_memory import peak_extra_bytes
+from bench_eval_requests import WORKLOADS, Text, Workload
+from lm_eval_kvpress.arguments import resolve_pretrained
+
+QUICK = ["--quick", "--models", "pythia-14m", "--batch-sizes", "2", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve_pretrained("builtin"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def run(*arguments: str) -> dict[str, Any]:
+        assert bench_eval.main([*QUICK, *arguments, "--output", str(tmp_path)]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    report = run("--rows", "tiny-choice/*,tiny-generate/*/pipeline", "--repeats", "1")
+    assert json.loads((tmp_path / "bench_eval.json").read_text()) == report
+    rows = {row["row"]: row for row in report["rows"]}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        if name.startswith("tiny-choice"):
+            assert row["largest_difference"] < 1e-4
+        else:
+            assert row["share_of_equal_texts"] == 1
+        ratio = row["their_seconds"]["median"] / row["seconds"]["median"]
+        assert row["times_as_fast"]["median"] == pytest.approx(ratio)
+    table = (tmp_path / "bench_eval.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+
+
+def test_rows_that_are_not_measured_again_stay(run: Callable[..., dict[str, Any]]) -> None:
+    kept = run("--rows", "tiny-choice/none/stock", "--repeats", "1")["rows"]
+    both = run("--rows", "tiny-choice/none/pipeline", "--repeats", "1")["rows"]
+    assert both[0] == kept[0] and both[1]["row"] == "tiny-choice/none/pipeline"
+
+
+def test_a_side_with_other_numbers_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def wrong(models: bench_eval_sides.Models, batch_size: int) -> bench_eval_sides.Side:
+        right = bench_eval_sides.stock(models, batch_size)
+        return lambda workload: [(score + 0.01, flag) for score, flag in right(workload)]
+
+    monkeypatch.setattr(bench_eval, "stock", wrong)
+    settings = ["--rows", "tiny-choice/none/stock", "--repeats", "1", "--output", str(tmp_path)]
+    assert bench_eval.main([*QUICK, *settings]) == 2
+    assert "differ by 0.01 nats" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--models", "pythia-3b"], "there are builtin, pythia-14m"), (["--rows", "chioce*"], "no row matches chioce*")],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert bench_eval.main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def context_lengths(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [len(tokenizer.encode(instance.args[0])) for instance in workload.instances]
+
+
+def total_lengths(workload: Workload, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    return [len(tokenizer.encode("".join(instance.args))) for instance in workload.instances]
+
+
+def test_workloads_have_the_lengths_they_are_named_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = Text(tokenizer)
+    for length in (200, 800, 1600):
+        workload = WORKLOADS[f"choice-{length}"](text)
+        assert set(context_lengths(workload, tokenizer)) == {length}
+        assert len(workload.instances) == 4 * len({instance.args[0] for instance in workload.instances})
+    short = WORKLOADS["qa-short"](text)
+    assert max(context_lengths(short, tokenizer)) < 64, "SnapKV's window: the press must be inert"
+    assert min(total_lengths(short, tokenizer)) >= 27 and max(total_lengths(short, tokenizer)) <= 80
+    for size in (4, 8, 16):
+        lengths = context_lengths(WORKLOADS[f"generate-64x{size}"](text), tokenizer)
+        assert len(set(lengths)) == size and (min(lengths), max(lengths)) == (100, 400)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is reset where Linux can")
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    size = 64 * 2**20
+    assert peak_extra_bytes(lambda: torch.ones(size // 4) + 1) == pytest.approx(2 * size, rel=0.2)
+    assert peak_extra_bytes(lambda: torch.ones(size // 4)) == pytest.approx(size, rel=0.2)

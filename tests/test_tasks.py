@@ -301,3 +301,16 @@ def test_recall_prompts_fit_into_2048_tokens(folder_of: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder_of)
     prompts = [document["prompt"] for document in documents("kvpress_recall", manager())]
     assert max(len(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts) + 12 <= 2048  # max_gen_toks
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"recall_per_cell": 0}, "recall_per_cell=0 must be a whole number of at least 1"),
+        ({"recall_per_cell": 1.5}, "recall_per_cell=1.5"),
+        ({"recall_seed": "one"}, "recall_seed='one' must be a whole number"),
+    ],
+)
+def test_bad_recall_metadata_is_one_line(metadata: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        documents("kvpress_recall", manager(**metadata))

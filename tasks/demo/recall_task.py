@@ -24,7 +24,12 @@ def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str
 
     The names are long because lm-eval merges the model's arguments into a task's metadata: a press's `seed` must not
     choose the documents.
+
+    Raises:
+        UsageError: for a number of documents below one, or a seed that is no whole number.
     """
+    _check("recall_per_cell", recall_per_cell, 1)
+    _check("recall_seed", recall_seed, 0)
     rows = [
         {
             "prompt": document.context + document.question,
@@ -38,6 +43,14 @@ def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str
         for document in recall_documents(recall_seed, per_cell=recall_per_cell, distances=[distance], kinds=KINDS)
     ]
     return {"test": datasets.Dataset.from_list(rows)}
+
+
+def _check(name: str, value: Any, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        # Imported here: it brings kvpress along, which changes transformers, and a stock `hf` run has to stay stock.
+        from lm_eval_kvpress.arguments import UsageError
+
+        raise UsageError(f"{name}={value!r} must be a whole number of at least {lowest}")
 
 
 def process_choice(document: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:

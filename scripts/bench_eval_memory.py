@@ -6,6 +6,7 @@ torch never give all of an earlier peak back, so each measurement belongs into a
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ PROCESS = Path("/proc/self")
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
     """Peak bytes during ``call`` above those in use before it."""
+    gc.collect()  # or what is freed during the call would hide what the call takes
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

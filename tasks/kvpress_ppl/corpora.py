@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 Record = dict[str, Any]
 
 OPTIONS = ("data_dir", "books", "max_tokens")
+MODEL_ARGUMENTS = ("pretrained", "press", "rolling", "stream_budget")  # any of them: the model's arguments are known
 CHARACTERS_PER_TOKEN = 8  # more than prose has, so that one look at the head of a book is mostly enough
 
 
@@ -34,16 +35,23 @@ def load_wikitext(
     local_file: str,
     loaded: dict[str, Any],
     data_dir: str | None = None,
+    needs_rolling: str | None = None,
+    one_document: bool = False,
     **metadata: Any,
 ) -> dict[str, datasets.Dataset]:
     """The pages of the test split, detokenised, with the counts that lm-eval's own `wikitext` divides by.
 
     `loaded` is the task's metadata entry of that name. lm-eval passes it by reference and writes it into the results,
     where the titles and the source of what was scored would otherwise be missing.
+
+    Raises:
+        UsageError: if the model is known to run another protocol than `needs_rolling`.
     """
     _refuse_misspelt(metadata)
+    _refuse_other_rolling(needs_rolling, metadata)
     records, source = read_records(hub_dataset, hub_config, local_file, ("page",), data_dir)
-    return _documents(map(wikitext_document, records), source, loaded)
+    documents = [wikitext_document(record) for record in records]
+    return _documents([joined(documents)] if one_document else documents, source, loaded)
 
 
 def load_pg19(
@@ -54,14 +62,17 @@ def load_pg19(
     data_dir: str | None = None,
     books: Any = None,
     max_tokens: Any = None,
+    needs_rolling: str | None = None,
     **metadata: Any,
 ) -> dict[str, datasets.Dataset]:
     """The books of the test split: those chosen, each cut to its first `max_tokens` tokens of the model's tokenizer.
 
     Raises:
-        UsageError: for a book that is not there, or a limit without a tokenizer to count with. For `loaded` see above.
+        UsageError: for a book that is not there, or a limit without a tokenizer to count with. For `loaded` and
+            `needs_rolling` see above.
     """
     _refuse_misspelt(metadata)
+    _refuse_other_rolling(needs_rolling, metadata)
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
         raise usage_error(f"max_tokens={max_tokens!r} must be a whole number of at least 1")
     fields = ("short_book_title", "url", "text")
@@ -86,6 +97,19 @@ def wikitext_document(record: Record) -> Record:
         "text": text,
         "num_words": weights["word_perplexity"][1],
         "num_bytes": weights["byte_perplexity"][1],
+    }
+
+
+def joined(pages: Sequence[Record]) -> Record:
+    """The test set as one text: its pages were cut out of one file, so nothing stands between them.
+
+    Words and bytes are the sums over the pages, so that figures divide by what `wikitext_kvpress` divides by.
+    """
+    return {
+        "title": f"{len(pages)} pages, from {pages[0]['title']} to {pages[-1]['title']}",
+        "text": "".join(page["text"] for page in pages),
+        "num_words": sum(page["num_words"] for page in pages),
+        "num_bytes": sum(page["num_bytes"] for page in pages),
     }
 
 
@@ -264,6 +288,22 @@ def _refuse_misspelt(metadata: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.85)
         if near and key not in OPTIONS:
             raise usage_error(f"unknown metadata '{key}': did you mean '{near[0]}'?")
+
+
+def _refuse_other_rolling(needed: str | None, metadata: Mapping[str, Any]) -> None:
+    """A task of one protocol is not run under another, as far as lm-eval tells which one it will be.
+
+    It hands on `--model_args` and nothing of a model object, whose protocol stands in the record only.
+    """
+    if needed is None or not any(name in metadata for name in MODEL_ARGUMENTS):
+        return
+    rolling = metadata.get("rolling")
+    if rolling != needed:
+        given = "leave it to its default" if rolling is None else f"say rolling={rolling}"
+        raise usage_error(
+            f"this task is scored with rolling={needed}, and the model arguments {given}: add rolling={needed},"
+            "stream_budget=N, or take the task of the same text without '_stream'"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, reading_cache
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
 
-HEAD_CHUNK_BYTES = 64 * 2**20
-"""At most so many bytes of fp32 logits are alive at once."""
+HEAD_CHUNK_BYTES = 32 * 2**20
+"""At most so many bytes of fp32 logits are alive at once. Up to here glibc hands out the same pages again, not new ones
+that must be zeroed."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,22 @@ def _log_probabilities(
         logits = model.logits(flat[positions[chunk * step : (chunk + 1) * step]])  # (chunk, V)
         members = order[begin:end]
         rows, wanted = (inverse[members] - chunk * step).to(logits.device), targets[members].to(logits.device)
-        normalizer = logits.logsumexp(dim=-1)
+        scores, is_greedy = logits[rows, wanted], _is_greedy(logits, rows, wanted)
         members = members.cpu()
-        logprobs[members] = (logits[rows, wanted] - normalizer[rows]).cpu()
-        greedy[members] = (logits.argmax(dim=-1)[rows] == wanted).cpu()
+        logprobs[members] = (scores - _normalizer_in_place(logits)[rows]).cpu()
+        greedy[members] = is_greedy.cpu()
     return logprobs, greedy
+
+
+def _is_greedy(logits: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Whether ``argmax`` chooses the wanted token of each row; it is run on the rows where it may, since it is slow."""
+    greedy = logits[rows, wanted] == logits.amax(dim=-1)[rows]
+    ties = greedy.nonzero()[:, 0]  # equal maxima occur in 16 bit; argmax decides as it does in stock lm-eval
+    greedy[ties] = logits[rows[ties]].argmax(dim=-1) == wanted[ties]
+    return greedy
+
+
+def _normalizer_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """``logsumexp`` over the vocabulary, ``(rows,)``, without its copies; the logits are gone afterwards."""
+    highest = logits.amax(dim=-1, keepdim=True)
+    return logits.sub_(highest).exp_().sum(dim=-1).log_() + highest[:, 0]

@@ -402,3 +402,15 @@ def test_fault_padding_of_a_ragged_batch_attended(sdpa: Subject) -> None:
     packs = [Pack((5,), ((6, 7, 8),))] * 2
     found = branch_logprobs(scoring.score(sdpa.model, bare, packs)[1:])
     assert largest_difference(found, branch_logprobs(scoring.score(sdpa.model, caches[1], packs[:1]))) > WRONG
+
+
+def test_head_in_place_equals_logsumexp_and_argmax_ties_included() -> None:
+    logits = torch.randn(40, 97, generator=torch.Generator().manual_seed(0)).mul(30).round()  # rounded: maxima tie
+    rows = torch.arange(40).repeat(3)
+    wanted = torch.cat([logits.argmax(dim=-1), logits.flip(-1).argmax(dim=-1).mul(-1).add(96), torch.arange(40)])
+    tied = logits[rows, wanted] == logits.amax(dim=-1)[rows]
+    greedy = scoring._is_greedy(logits, rows, wanted)
+    assert torch.equal(greedy, logits.argmax(dim=-1)[rows] == wanted)
+    assert (tied & ~greedy).any(), "no row has two maxima: the test shows nothing"
+    expected = logits.double().logsumexp(dim=-1).float()
+    assert largest_difference(scoring._normalizer_in_place(logits.clone()).tolist(), expected.tolist()) < 1e-4

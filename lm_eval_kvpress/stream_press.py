@@ -48,3 +48,8 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
             f"{chunk} tokens; raise it, or lower stream_chunk"
         )
     return parse_press(press.name, {**arguments, BUDGET: budget})
+
+
+def num_sinks(press: PressSpec) -> int | None:
+    """How many first entries the press keeps if all others it keeps are the newest; None if it looks at entries."""
+    return int(press.arguments["n_sink"]) if press.name == "streaming_llm" else None

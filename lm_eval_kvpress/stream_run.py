@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lm_eval_kvpress import plan
 from lm_eval_kvpress.arguments import Settings
 from lm_eval_kvpress.engine import PressableModel
-from lm_eval_kvpress.stream_press import SEES_CACHE, STREAMED
+from lm_eval_kvpress.stream_press import SEES_CACHE, STREAMED, num_sinks
 from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.streaming import StreamPlan, stream
 from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
@@ -74,6 +74,7 @@ class StreamRun:
             chunk=settings.stream_chunk,
             rotate=settings.stream_positions == "cache",
             num_hidden=settings.stream_budget + settings.stream_chunk if sees_cache else 0,
+            num_sinks=num_sinks(settings.press),
             row_by_row=not settings.press.batches,
         )
 

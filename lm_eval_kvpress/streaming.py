@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from lm_eval_kvpress.cache import attention_bias
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask
+from lm_eval_kvpress.stream_window import WindowLayer, window_places
 
 
 class Scorer(Protocol):
@@ -44,6 +45,8 @@ class StreamPlan:
         rotate: keys rotated by their place in the cache instead of their place in the document.
         num_hidden: hidden states of the newest tokens that the press sees: the chunk and one before it, or
             ``budget + chunk`` for a press that takes statistics over them.
+        num_sinks: the press keeps so many first entries and else the newest ones, whatever they hold, which is then
+            done in place (`stream_window`); None asks the press.
         row_by_row: whether the press must choose for each document by itself (it draws random numbers).
     """
 
@@ -51,6 +54,7 @@ class StreamPlan:
     chunk: int
     rotate: bool = True
     num_hidden: int = 0
+    num_sinks: int | None = None
     row_by_row: bool = False
 
 
@@ -75,6 +79,9 @@ class ChunkLosses:
 
 class StreamLayer(DynamicLayer):
     """The kept entries of one layer; keys before rotation if ``rotate``."""
+
+    begin = 0
+    """The place of the first entry."""
 
     def __init__(self, rotate: bool) -> None:
         super().__init__()
@@ -111,6 +118,10 @@ class StreamLayer(DynamicLayer):
         """The keys as attention just saw them, ``(B, H, T + C, D)``."""
         return self.keys if self._rotated is None else self._rotated
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values))
+
     def keep(self, indices: torch.Tensor) -> None:
         """Evicts all but the given entries, ``(B, H, kept)`` in ascending order."""
         places = indices[..., None].expand(-1, -1, -1, self.keys.shape[3])
@@ -138,9 +149,9 @@ def stream(
     """
     order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
     inputs = [torch.tensor([prefix_token, *documents[index][:-1]]) for index in order]
-    cache = Cache(layers=[StreamLayer(plan.rotate) for _ in model.attentions])
+    angles = _Angles(model, window_places(plan.budget, plan.chunk)) if plan.rotate else None
+    cache = Cache(layers=[_new_layer(plan, angles) for _ in model.attentions])
     chooser = _Chooser(model, cache, plan, press_for, [zlib.crc32(repr(documents[index]).encode()) for index in order])
-    angles = _Angles(model, plan.budget + plan.chunk) if plan.rotate else None
     with ExitStack() as context:
         context.enter_context(model.presented())
         context.enter_context(_after_attention(model.attentions, chooser))
@@ -155,9 +166,9 @@ def stream(
             chunk = _chunk(inputs, start, plan.chunk).to(model.device)
             chooser.enabled = start + plan.chunk < len(inputs[0])  # nothing reads the cache after the last chunk
             num_cached = _num_entries(cache)
-            first = num_cached if plan.rotate else start
+            first = cache.layers[0].begin + num_cached if plan.rotate else start
             positions = torch.arange(first, first + chunk.shape[1], device=model.device).expand(running, -1)
-            if angles is not None:
+            if angles is not None and plan.num_sinks is None:
                 angles.set(cache, num_cached)
             biases[:] = [_causal_bias(model, chunk, num_cached)] * len(biases)
             hidden = model.hidden_states(
@@ -170,6 +181,12 @@ def stream(
             losses = _losses(model, hidden, [documents[index][start : start + plan.chunk] for index in order])
             yield ChunkLosses(list(order), start, losses, num_cached, _num_bytes(cache))
             start += plan.chunk
+
+
+def _new_layer(plan: StreamPlan, angles: _Angles | None) -> StreamLayer | WindowLayer:
+    if plan.num_sinks is None:
+        return StreamLayer(plan.rotate)
+    return WindowLayer(plan.num_sinks, plan.budget, plan.chunk, None if angles is None else angles.of_places)
 
 
 class _Angles:
@@ -185,6 +202,11 @@ class _Angles:
                 "rolling=stream with stream_positions=cache needs plain RoPE"
             )
         self._cos, self._sin = rotary(like, places)
+
+    @property
+    def of_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, ``(1, 1, places, D)``, in fp32."""
+        return self._cos[:, None].float(), self._sin[:, None].float()
 
     def set(self, cache: Cache, num_cached: int) -> None:
         for layer in cache.layers:
@@ -215,12 +237,15 @@ class _Chooser:
         self._seeds = self._seeds[: len(rows)]
 
     def __call__(self, index: int, module: nn.Module, kwargs: dict[str, Any], attentions: torch.Tensor | None) -> None:
+        layer = self._cache.layers[index]
+        if isinstance(layer, WindowLayer):
+            layer.evict()
+            return
         hidden = kwargs["hidden_states"]
         if index in self._hidden:
             hidden = torch.cat([self._hidden[index], hidden], dim=1)
         self._hidden[index] = hidden[:, -self._num_hidden :]
         self._step[index] += 1
-        layer = self._cache.layers[index]
         if not self.enabled or layer.keys.shape[2] <= self._plan.budget:
             return
         kwargs = {**kwargs, "past_key_values": self._cache}
@@ -301,4 +326,4 @@ def _num_entries(cache: Cache) -> int:
 
 
 def _num_bytes(cache: Cache) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(layer.num_bytes for layer in cache.layers)

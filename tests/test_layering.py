@@ -31,14 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"torch", "transformers"},
     "telemetry": {"torch"},
     "recall": set(),
-    "results": {"matplotlib"},
+    "results": set(),
     "dense": {"torch", "transformers"},
     "press_formulas": {"torch"},
     "plugin": {"lm_eval"},
     # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
     "engine": {"cache", "torch", "transformers"},
     "scoring": {"engine", "cache", "torch", "transformers"},
-    "decoding": {"engine", "cache", "torch", "transformers"},
+    "decode_steps": {"engine", "cache", "torch"},
+    "decode_graph": {"decode_steps", "engine", "torch"},
+    "decoding": {"decode_graph", "decode_steps", "engine", "cache", "torch", "transformers"},
     "generation": {"decoding", "torch", "transformers"},
     "compression": {"engine", "cache", "presses", "shared_prefill", "telemetry", "torch"},
     "shared_prefill": {"cache", "engine", "telemetry", "torch", "transformers"},
@@ -48,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("torch",),
     },
     "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
-    "streaming": {"engine", "cache", "torch", "transformers"},
+    "stream_window": {"torch", "transformers"},
+    "streaming": {"engine", "cache", "stream_window", "torch", "transformers"},
     "stream_store": set(),
     "throughput": {"telemetry", "numpy"},
     "throughput_log": {"throughput"},
@@ -92,7 +95,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweep": {
         *("adapter", "arguments", "plugin", "sweep_model", "sweep_plan", "sweep_store", "lm_eval", "rich"),
     },
-    "cli": {"sweep", "adapter", "presses", "results", "plugin", "lm_eval"},
+    # layer 3, over result files alone: neither torch nor lm-eval
+    "report_samples": {"results", "numpy"},
+    "report_bootstrap": {"numpy"},
+    "report_table": {"report_bootstrap", "report_samples", "results", "numpy"},
+    "report_trust": {"report_table", "results"},
+    "report_columns": {"report_table", "results"},
+    "report_text": {"report_columns", "report_table", "results"},
+    "report": {"report_columns", "report_table", "report_text", "report_trust", "results"},
+    "cli": {"report", "sweep", "adapter", "presses", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }
 
@@ -103,8 +114,7 @@ OWNERS = {
         *("adapter", "arguments", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),
         *("sweep", "sweep_plan"),
     },
-    "matplotlib": {"results"},
-    "transformers.models": {"neox", "streaming"},
+    "transformers.models": {"neox", "stream_window", "streaming"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -34,10 +34,15 @@ def documents(*lengths: int) -> list[list[int]]:
 
 
 def losses(
-    model: PressableModel, texts: Sequence[list[int]], chunk: int, press_for: Callable[[int], Any], rotate: bool = True
+    model: PressableModel,
+    texts: Sequence[list[int]],
+    chunk: int,
+    press_for: Callable[[int], Any],
+    rotate: bool = True,
+    num_sinks: int | None = None,
 ) -> list[list[float]]:
     out: list[list[float]] = [[] for _ in texts]
-    for step in stream(model, texts, 0, StreamPlan(BUDGET, chunk, rotate), press_for):
+    for step in stream(model, texts, 0, StreamPlan(BUDGET, chunk, rotate, num_sinks=num_sinks), press_for):
         assert step.num_entries <= BUDGET
         for index, row in zip(step.documents, step.losses, strict=True):
             out[index] += row
@@ -70,14 +75,35 @@ def reference(model: GPTNeoXForCausalLM, text: list[int]) -> list[float]:
     return out
 
 
+@pytest.mark.parametrize("num_sinks", [None, 4], ids=["press", "in place"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_chunk_one_equals_the_reference_token_by_token(
-    make_neox: Callable[..., GPTNeoXForCausalLM], make_pressable: Callable[..., PressableModel], attn: str
+    make_neox: Callable[..., GPTNeoXForCausalLM],
+    make_pressable: Callable[..., PressableModel],
+    attn: str,
+    num_sinks: int | None,
 ) -> None:
     texts = documents(90, 60, 61)
     untouched = make_neox(attn)
     expected = [reference(untouched, text) for text in texts]
-    found = losses(make_pressable(attn), texts, 1, streaming_llm)
+    found = losses(make_pressable(attn), texts, 1, streaming_llm, num_sinks=num_sinks)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(("chunk", "num_sinks"), [(1, 4), (7, 4), (16, 4), (7, 0), (20, 0)])
+def test_the_window_in_place_is_what_the_press_keeps(
+    make_pressable: Callable[..., PressableModel], chunk: int, num_sinks: int, rotate: bool
+) -> None:
+    """Documents many times the buffer, so that the window is moved to its front again and again."""
+    model, texts = make_pressable("sdpa"), documents(300, 1, 130, 19)
+
+    def press_for(num_entries: int) -> StreamingLLMPress:
+        return StreamingLLMPress(1 - (BUDGET + 0.5) / num_entries, n_sink=num_sinks)
+
+    expected = losses(model, texts, chunk, press_for, rotate)
+    found = losses(model, texts, chunk, lambda _: pytest.fail("asked the press"), rotate, num_sinks=num_sinks)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
 

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+ALIGNMENT = 16
+"""Entries by which the buffers of a growing cache are rounded up."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
@@ -189,16 +192,32 @@ class ReadingLayer(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Appends in place to buffers of a fixed capacity, so that decoding never copies the cache."""
+    """Appends in place to buffers of a fixed capacity, so that decoding never copies the cache.
+
+    Attention is given what is there, until `repeat_at` fixes the place: from then on it is given whole buffers, which
+    keep their address and shape, and a mask must hide what is not written.
+    """
 
     def __init__(self, layer: LayerKV, num_new: int) -> None:
         super().__init__()
         batch, heads, self.length, dim = layer.keys.shape
-        shape = (batch, heads, self.length + num_new, dim)
-        self._keys, self._values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
+        capacity = -(-(self.length + num_new) // ALIGNMENT) * ALIGNMENT
+        shape = (batch, heads, capacity, dim)
+        self._keys, self._values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)  # 0 * NaN would be NaN
         self._keys[:, :, : self.length], self._values[:, :, : self.length] = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self._place: torch.Tensor | None = None
         self._expose()
+
+    @property
+    def capacity(self) -> int:
+        """Entries that the buffers can hold: rows of a mask over them are aligned as attention kernels want them."""
+        return self._keys.shape[2]
+
+    def repeat_at(self, place: torch.Tensor) -> None:
+        """Makes every later update write one entry at ``place``, ``(1,)``, and return the whole buffers."""
+        self._place = place
+        self.keys, self.values = self._keys, self._values
 
     def _expose(self) -> None:
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
@@ -206,8 +225,12 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._place is not None:
+            self._keys.index_copy_(2, self._place, key_states)
+            self._values.index_copy_(2, self._place, value_states)
+            return self.keys, self.values
         end = self.length + key_states.shape[2]
-        assert end <= self._keys.shape[2], f"{end} entries in a buffer of {self._keys.shape[2]}"
+        assert end <= self.capacity, f"{end} entries in a buffer of {self.capacity}"
         self._keys[:, :, self.length : end], self._values[:, :, self.length : end] = key_states, value_states
         self.length = end
         self._expose()

@@ -195,6 +195,6 @@ def test_growing_appends_to_a_copy() -> None:
             expected[index] = [torch.cat([old, more], dim=2) for old, more in zip(expected[index], new, strict=True)]
             assert all(torch.equal(a, b) for a, b in zip(found, expected[index], strict=True))
     with pytest.raises(AssertionError, match="buffer"):
-        grown.update(*new_entries(1, 9), 0)
+        grown.update(*new_entries(7, 9), 0)  # 5 + 5 entries, rounded up to 16
     for found, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(found.keys, keys) and torch.equal(found.values, values)

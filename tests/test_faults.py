@@ -24,6 +24,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decode_steps import Steps
 from lm_eval_kvpress.plugin import tasks_path
 from lm_eval_kvpress.presses import PressSpec, parse_press
 from lm_eval_kvpress.scoring import _Layout
@@ -220,14 +221,14 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")
 def _(patch: MonkeyPatch) -> None:
-    first = decoding._Steps.first
+    first = Steps.first
 
-    def then_physical(self: decoding._Steps, queries: Sequence[Sequence[int]]) -> torch.Tensor:
+    def then_physical(self: Steps, queries: Sequence[Sequence[int]]) -> torch.Tensor:
         hidden = first(self, queries)
-        self._positions = torch.full_like(self._positions, self._reader.layers[0].keys.shape[2])
+        self.positions = torch.full_like(self.positions, self.layers[0].length)
         return hidden
 
-    patch.setattr(decoding._Steps, "first", then_physical)
+    patch.setattr(Steps, "first", then_physical)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -1,0 +1,140 @@
+"""Decoding as one step that can be recorded and repeated: a CUDA graph, so that no token waits for Python.
+
+A captured graph repeats its kernels on the same addresses and shapes. So the step here is a function over tensors that
+stay where they are: whole buffers of a known size, whose unwritten end a mask hides, and counters on the device that
+the step itself moves on. Nothing in it comes from the host or goes there. The first steps run as they are, which warms
+up what libraries make at their first call; the record runs nothing; what follows are replays.
+
+Knows torch and `decode_steps`. Does not know text or presses.
+
+Letters in shape comments: B rows, C capacity of a layer's buffers, N tokens of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.engine import PressableModel
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+NUM_WARM_UP = 2
+LEAST_REPLAYS = 8
+"""A record costs about as much as a few steps: shorter generations are not worth one."""
+
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Records what a function does, without doing it, and returns what does it."""
+
+
+class Chooses(Protocol):
+    """`decoding.Sampler`, whose uniforms are on the device."""
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor: ...
+
+
+class StaticStep:
+    """Feeds the newest token of each row, chooses the next one and writes it behind it.
+
+    From here on `steps` is this object's: its buffers are attended whole, its masks open one entry per call.
+
+    Args:
+        steps: the cache, after the first token has been chosen.
+        sampler: chooses tokens.
+        ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and room for those to come.
+        column: where the newest tokens stand.
+        step: how many tokens have been chosen.
+    """
+
+    def __init__(self, steps: Steps, sampler: Chooses, ids: torch.Tensor, column: int, step: int) -> None:
+        self._steps, self._sampler, self._ids = steps, sampler, ids
+        self._tokens, self._positions = ids[:, column, None].clone(), steps.positions[:, None].clone()
+        self._column, self._step = (torch.tensor([count], device=ids.device) for count in (column + 1, step))
+        lengths = {layer.length for layer in steps.layers}
+        self._places = {length: torch.tensor([length], device=ids.device) for length in lengths}
+        self._masks: list[tuple[torch.Tensor, int]] = []
+        for index, layer in enumerate(steps.layers):
+            steps.biases[index] = self._mask(index)
+            layer.repeat_at(self._places[layer.length])
+
+    def _mask(self, index: int) -> torch.Tensor:
+        """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
+        layer, mask = self._steps.layers[index], self._steps.masks[index]
+        mask = layer.keys.new_zeros(1, 1, 1, layer.capacity) if mask is None else mask.clone()
+        mask[..., layer.length :] = torch.finfo(mask.dtype).min
+        for other, length in self._masks:
+            if length == layer.length and torch.equal(other, mask):
+                return other
+        self._masks.append((mask, layer.length))
+        return mask
+
+    def __call__(self) -> None:
+        for mask, length in self._masks:
+            mask.index_fill_(3, self._places[length], 0)
+        hidden = self._steps.run(self._tokens, self._positions)
+        chosen = self._sampler.choose(self._ids, self._steps.model.logits(hidden), self._step)
+        self._tokens.copy_(chosen[:, None])
+        self._ids.index_copy_(1, self._column, self._tokens)
+        torch._foreach_add_([self._positions, self._column, self._step, *self._places.values()], 1)
+
+
+class Repeated:
+    """Runs a step a few times, then records it and replays the record; where it cannot be recorded, goes on running."""
+
+    def __init__(self, step: Callable[[], None], record: Recorder) -> None:
+        self._run, self._step, self._record = step, step, record
+        self._num_run = 0
+
+    def __call__(self) -> None:
+        if self._num_run == NUM_WARM_UP:
+            try:
+                self._run = self._record(self._step)
+            except torch.OutOfMemoryError:
+                raise  # a smaller batch is the answer
+            except RuntimeError as error:  # whatever a kernel or a driver has against being captured
+                _say_once(str(error).strip().splitlines()[0])
+        self._num_run += 1
+        self._run()
+
+
+def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Records a step as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def recorder_for(model: PressableModel, num_steps: int) -> Recorder | None:
+    """How steps of this model are recorded, or None where the growing cache is used: everywhere but on a GPU, where
+    attending to whole buffers costs more than it saves."""
+    if model.device.type != "cuda" or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
+        return None
+    reason = why_not_recorded(model)
+    if not reason:
+        return cuda_graph
+    _say_once(reason)
+    return None
+
+
+def why_not_recorded(model: PressableModel) -> str:
+    """Why the steps of a model on a GPU cannot be captured, as far as it can be known; nothing if they can."""
+    if len({parameter.device for parameter in model.model.parameters()}) > 1:
+        return "the model is spread over several devices"
+    rope_type = getattr(getattr(model.model.base_model, "rotary_emb", None), "rope_type", "default")
+    if "dynamic" in rope_type or rope_type == "longrope":
+        return f"rope_type '{rope_type}' looks at the positions on the host"
+    if torch.is_autocast_enabled("cuda"):
+        return "mixed precision casts the weights at every step"
+    return ""
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("decoding runs step by step, without a CUDA graph: %s", reason)

@@ -1,0 +1,257 @@
+"""A step that a CUDA graph can repeat: recorded here by a recorder that keeps a graph's rules on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from references import PRESSES, REROTATES, distinct_tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lm_eval_kvpress import decode_graph, decoding, engine
+from lm_eval_kvpress.cache import stack
+from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import PressableModel
+
+CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 41))]
+NUM_NEW = 20
+GREEDY = Sampler(LogitsProcessorList())
+SAMPLING = Sampler(
+    LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(1.7),
+            TopKLogitsWarper(50),
+            TopPLogitsWarper(0.95),
+            MinPLogitsWarper(0.01),
+        ]
+    ),
+    torch.rand(len(CONTEXTS), NUM_NEW, generator=torch.Generator().manual_seed(3)),
+)
+FROM_DEVICE_TO_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item"}
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph keeps of a step: its operations with the very tensors and numbers that they had.
+
+    `replay` does them again and writes each result where it stood; views need nothing done. A number that should have
+    moved on, a tensor made anew, a look at a value: each gives other tokens, or is refused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in FROM_DEVICE_TO_HOST, f"{name} waits for the device"
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        storages = {t.untyped_storage().data_ptr() for t in tensors([args, kwargs])}
+        made = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in storages]
+        if func._schema.is_mutable or made:
+            self.calls.append((func, args, kwargs, made))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, made in self.calls:
+            again = func(*args, **kwargs)
+            if made:
+                for old, new in zip(made, tensors(again), strict=True):
+                    old.copy_(new)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def tape(step: Callable[[], None]) -> Callable[[], None]:
+    """A recorder that, unlike a GPU's, must run the step to see it: what the step changed is put back."""
+    recorder = Tape()
+    moved = [t for t in tensors(list(vars(step).values())) if not t.is_floating_point()]
+    moved += [place for place in step._places.values()]  # type: ignore[attr-defined]
+    before = [t.clone() for t in moved]
+    with recorder:
+        step()
+    for tensor, value in zip(moved, before, strict=True):
+        tensor.copy_(value)
+    return recorder.replay
+
+
+def decoded(model: PressableModel, name: str, held: list[int], sampler: Sampler = GREEDY, **options: Any) -> Any:
+    caches = [
+        engine.prefill(
+            model, torch.tensor([context[: len(context) - count]]), PRESSES[name](), rerotates=name in REROTATES
+        )
+        for context, count in zip(CONTEXTS, held, strict=True)
+    ]
+    arguments = {"stop_ids": frozenset(), "stopped": lambda new: [False] * len(new), **options}
+    return decoding.decode(
+        model,
+        stack(caches),
+        CONTEXTS,
+        num_held_back=held,
+        max_new_tokens=NUM_NEW,
+        sampler=sampler,
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(make_pressable: Callable[..., PressableModel]) -> PressableModel:
+    return make_pressable()
+
+
+def run_as_it_is(step: Callable[[], None]) -> Callable[[], None]:
+    return step
+
+
+@pytest.mark.parametrize("record", [run_as_it_is, tape], ids=["static", "recorded"])
+@pytest.mark.parametrize("held", [[0] * 5, [1] * 5, [1, 3, 2, 1, 3]], ids=str)
+@pytest.mark.parametrize("name", PRESSES)
+def test_tokens_are_those_of_the_growing_cache(model: PressableModel, name: str, held: list[int], record: Any) -> None:
+    assert decoded(model, name, held, record=record) == decoded(model, name, held)
+
+
+@pytest.mark.parametrize("record", [run_as_it_is, tape], ids=["static", "recorded"])
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv:snapkv"])
+def test_sampled_tokens_are_those_of_the_growing_cache(model: PressableModel, name: str, record: Any) -> None:
+    held = [1] * len(CONTEXTS)
+    expected = decoded(model, name, held, SAMPLING)
+    assert decoded(model, name, held, SAMPLING, record=record) == expected != decoded(model, name, held)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv:snapkv"])
+def test_grouped_query_attention_too(make_pressable_llama: Callable[..., PressableModel], name: str) -> None:
+    llama, held = make_pressable_llama(), [1] * len(CONTEXTS)
+    assert decoded(llama, name, held, record=tape) == decoded(llama, name, held)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_too(make_pressable: Callable[..., PressableModel], dtype: torch.dtype) -> None:
+    half, held = make_pressable(dtype=dtype), [1, 3, 2, 1, 3]
+    assert decoded(half, "snapkv", held, record=tape) == decoded(half, "snapkv", held, record=run_as_it_is)
+
+
+def test_stop_ids_end_rows_of_a_recorded_run(model: PressableModel) -> None:
+    held = [1] * len(CONTEXTS)
+    free = decoded(model, "snapkv", held)
+    stop = frozenset({free[1][6]})
+    expected = [next((row[: i + 1] for i, token in enumerate(row) if token in stop), row) for row in free]
+    assert decoded(model, "snapkv", held, record=tape, stop_ids=stop) == expected != free
+
+
+def test_no_tensor_of_a_step_moves(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses and shapes of all that attention, embedding and head are given, step by step."""
+    seen: list[list[tuple[int, Any]]] = []
+    call = decode_graph.StaticStep.__call__
+
+    def watched(self: decode_graph.StaticStep) -> None:
+        call(self)
+        steps = self._steps
+        held = [self._tokens, self._positions, self._column, self._step, self._ids, *self._places.values()]
+        held += [t for layer in steps.layers for t in (layer.keys, layer.values)]
+        held += [bias for bias in steps.biases if bias is not None]
+        seen.append([(t.data_ptr(), t.shape) for t in held])
+
+    monkeypatch.setattr(decode_graph.StaticStep, "__call__", watched)
+    decoded(model, "pyramidkv", [1] * len(CONTEXTS), record=run_as_it_is)
+    assert len(seen) == NUM_NEW - 1 and all(step == seen[0] for step in seen)
+
+
+def test_the_tape_sees_a_number_that_should_have_moved(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [1] * len(CONTEXTS)
+    expected = decoded(model, "snapkv", held, SAMPLING)
+    choose = Sampler.choose
+    monkeypatch.setattr(Sampler, "choose", lambda self, ids, logits, step: choose(self, ids, logits, int(step)))
+    assert decoded(model, "snapkv", held, SAMPLING) == expected
+    with pytest.raises(AssertionError, match="waits for the device"):
+        decoded(model, "snapkv", held, SAMPLING, record=tape)
+
+
+# ---------------------------------------------------------------------------------------------- control flow
+
+
+def test_warms_up_then_records_once_then_replays() -> None:
+    log: list[str] = []
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        log.append("record")
+        return lambda: log.append("replay")
+
+    repeated = decode_graph.Repeated(lambda: log.append("run"), record)
+    for _ in range(5):
+        repeated()
+    assert log == ["run", "run", "record", "replay", "replay", "replay"]
+
+
+@pytest.fixture
+def _says_again() -> Iterator[None]:
+    decode_graph._say_once.cache_clear()
+    yield
+    decode_graph._say_once.cache_clear()
+
+
+@pytest.mark.usefixtures("_says_again")
+def test_a_refused_record_is_said_once_and_changes_no_token(
+    model: PressableModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    held = [1] * len(CONTEXTS)
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        found = [decoded(model, "snapkv", held, record=refuse) for _ in range(2)]
+    assert found == [decoded(model, "snapkv", held)] * 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("without a CUDA graph: operation not permitted when stream is capturing")
+
+
+def test_out_of_memory_is_left_to_the_caller(model: PressableModel) -> None:
+    def full(step: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        decoded(model, "snapkv", [1] * len(CONTEXTS), record=full)
+
+
+def test_on_a_cpu_the_growing_cache_is_used_and_nothing_is_said(
+    model: PressableModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert decode_graph.recorder_for(model, 1000) is None
+    assert not caplog.records
+
+
+def test_rotary_embeddings_that_look_at_the_host_are_not_recorded(
+    make_pressable: Callable[..., PressableModel],
+) -> None:
+    model = make_pressable()
+    assert decode_graph.why_not_recorded(model) == ""
+    model.model.base_model.rotary_emb.rope_type = "dynamic"
+    assert "positions on the host" in decode_graph.why_not_recorded(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a real CUDA graph")
+@pytest.mark.parametrize("name", ["none", "snapkv", "pyramidkv", "adakv:snapkv"])
+def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
+    make_pressable: Callable[..., PressableModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_pressable()
+    model.model.to("cuda")
+    for sampler in (GREEDY, SAMPLING):
+        found = decoded(model, name, [1] * 5, sampler, record=decode_graph.cuda_graph)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "recorder_for", lambda *_: None)
+            assert found == decoded(model, name, [1] * 5, sampler)

@@ -16,6 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress import plugin
 from lm_eval_kvpress.arguments import Settings, parse_arguments
+from lm_eval_kvpress.sweep_plan import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,6 +66,13 @@ def test_offline_commands_of_the_readme_run(command: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|" in done.stdout
+
+
+def test_sweeps_of_the_readme_have_cells() -> None:
+    sweeps = [command for command in commands() if command[:2] == ["lm-eval-kvpress", "sweep"]]
+    assert sweeps
+    for command in sweeps:
+        assert len(parse_settings(command[2:]).cells()) > 1
 
 
 def test_every_model_argument_stands_in_the_table() -> None:

@@ -1,0 +1,145 @@
+"""Which rows must not be taken at face value, and why, in words for the reader.
+
+Every mark names a mistake that was seen in published figures. Knows tables; not how they look.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lm_eval_kvpress.report_table import Mark, Row, Table
+from lm_eval_kvpress.results import Cell
+
+FEW_DOCUMENTS = 10
+
+
+def mark(tables: Sequence[Table]) -> list[Table]:
+    """The tables, their rows marked."""
+    return [
+        replace(table, rows=tuple(replace(row, marks=tuple(_marks(row, table, tables))) for row in table.rows))
+        for table in tables
+    ]
+
+
+def notices(table: Table, tables: Sequence[Table]) -> list[str]:
+    """What is to be said of a table as a whole."""
+    cells = [row.cell for row in table.rows if row.cell is not None]
+    found = []
+    if table.setting.is_stock:
+        found.append(
+            "Stock lm-eval scores each window in one forward, in which no press can change a figure. This is another "
+            "protocol than those above: do not compare across tables."
+        )
+    limited = [
+        f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
+        for task in (cells[0].tasks if cells else ())
+        if (task.num_documents or 0) < (task.num_documents_available or 0)
+    ]
+    if limited:
+        found.append(f"Run with --limit: {', '.join(limited)}.")
+    few = [f"{name} ({count})" for name, count in table.documents if count is not None and count < FEW_DOCUMENTS]
+    if few and len(cells) > 1:
+        found.append(f"Few documents, so intervals are rough: {', '.join(few)}.")
+    unlogged = sum(any(task.samples is None for task in cell.tasks if task.num_documents) for cell in cells)
+    if unlogged:
+        found.append(f"{unlogged} of {len(cells)} runs did not log samples (--log_samples): no intervals for them.")
+    older = sum(row.num_older for row in table.rows)
+    if older:
+        found.append(f"{older} older results of settings that were run again are left out: the newest file counts.")
+    return found
+
+
+def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
+    cell, baseline = row.cell, table.baseline.cell
+    if cell is None:
+        yield _missing_baseline(table, tables)
+        return
+    if not cell.press.is_none:
+        yield from _of_the_press(row, cell)
+    if baseline is not None and cell is not baseline:
+        yield from _against(cell, baseline)
+    if cell.parity is False:
+        yield Mark("parity", "parity off", "At ratio 0 this run does not give what stock lm-eval gives.", True)
+    yield from _fewer_documents(cell, table, tables)
+
+
+def _missing_baseline(table: Table, tables: Sequence[Table]) -> Mark:
+    elsewhere = any(
+        other is not table and other.setting.checkpoint == table.setting.checkpoint and other.baseline.cell
+        for other in tables
+    )
+    text = "Nobody ran press=none in this setting, so there is nothing to compare with."
+    if elsewhere:
+        text += " The baseline of another table was run under another protocol or on other documents."
+    return Mark("baseline", "not run", text)
+
+
+def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
+    kept = [task.kept for task in cell.tasks if task.kept is not None]
+    num_pressed = sum(one.num_contexts_pressed for one in kept)
+    num_contexts = num_pressed + sum(one.num_contexts_unpressed for one in kept)
+    num_short = sum(one.num_short_contexts for one in kept)
+    is_stream = "stream_budget" in dict(cell.press.arguments)
+    if cell.press_acts_on_rolling is False:
+        text = "rolling=one_pass scores each window in one forward, which no press can act on: perplexities are those "
+        yield Mark("one_pass", "one pass", text + "of the full cache.", True)
+    if is_stream and not any(one.num_tokens_scored_pressed for one in kept):
+        yield Mark("inert", "kept everything", "No document outgrew the stream's budget: nothing was evicted.", True)
+    elif not is_stream and kept and not num_pressed:
+        yield Mark("inert", "never ran", "No context went through the press: all were too short for it.", True)
+    elif num_pressed and all(one.share == 1 for one in kept if one.num_contexts_pressed):
+        yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
+    if row.answers_are_the_baselines:
+        text = "Every logged answer equals the baseline's to the last digit: the press acted on nothing."
+        yield Mark("identical", "identical", text, True)
+    elif _figures_are_the_baselines(row):
+        text = "All figures equal the baseline's: the press acted on nothing, or the task does not resolve it."
+        yield Mark("identical", "identical", text, True)
+    if num_short and num_pressed:
+        text = f"{num_short} of {num_contexts} contexts were too short for the press and stayed uncompressed."
+        yield Mark("short", "short contexts", text)
+    notes: Counter[str] = Counter()
+    for task in cell.tasks:
+        notes.update(dict(task.notes))
+    for note, count in notes.items():
+        fell_back = "fell back" in note
+        label = "fell back" if fell_back else "press note"
+        yield Mark("note", label, f"{_capital(note)} ({count} of {num_pressed} contexts).", fell_back)
+
+
+def _figures_are_the_baselines(row: Row) -> bool:
+    return bool(row.differences) and all(difference.value == 0 for difference in row.differences.values())
+
+
+def _against(cell: Cell, baseline: Cell) -> Iterator[Mark]:
+    own, other = dict(cell.versions), dict(baseline.versions)
+    changed = [
+        f"{name} {own[name]} (baseline {other[name]})" for name in own if other.get(name, own[name]) != own[name]
+    ]
+    if changed:
+        yield Mark("versions", "versions", f"Run with other versions than the baseline: {', '.join(changed)}.")
+    if (cell.device, cell.batch_size) != (baseline.device, baseline.batch_size):
+        text = f"Run on {cell.device} in batches of {cell.batch_size}, the baseline on {baseline.device} in batches of "
+        yield Mark("speed", "other speed", f"{text}{baseline.batch_size}: speeds do not compare.")
+
+
+def _fewer_documents(cell: Cell, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
+    most = dict(table.documents)
+    for other in tables:
+        if other.setting == table.setting:
+            for name, count in other.documents:
+                if name in most and count is not None:
+                    most[name] = max(most[name] or 0, count)
+    fewer = [
+        f"{task.num_documents} of {task.name}, where another table has {most[task.name]}"
+        for task in cell.tasks
+        if task.num_documents is not None and task.num_documents < (most[task.name] or 0)
+    ]
+    if fewer:
+        yield Mark("documents", "fewer documents", f"Fewer documents: {'; '.join(fewer)}.")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

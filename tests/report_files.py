@@ -1,0 +1,129 @@
+"""Made-up result files, laid out as lm-eval 0.4.13 writes them; `tests/test_report*.py` read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NUM_DOCUMENTS = 20
+
+
+def results_file(
+    press: str,
+    ratio: float,
+    *,
+    acc: Any = 0.5,
+    kept: float | None = None,
+    stock: bool = False,
+    checkpoint: str = "tiny",
+    query_tokens: int = 1,
+    notes: dict[str, int] | None = None,
+    version: str = "0.5.5",
+    num_documents: int = NUM_DOCUMENTS,
+    date: float = 1.0,
+) -> dict[str, Any]:
+    """The content of one file: the task `recall` with `acc` and one distance."""
+    figures = {"alias": "recall", "acc,none": acc, "acc_stderr,none": "N/A", "acc_at_100,none": acc}
+    content: dict[str, Any] = {
+        "results": {"recall": figures},
+        "higher_is_better": {"recall": {"acc": True, "acc_at_100": True}},
+        "n-samples": {"recall": {"original": NUM_DOCUMENTS, "effective": num_documents}},
+        "versions": {"recall": 1.0},
+        "n-shot": {"recall": 0},
+        "config": {"model": "hf", "model_args": {"pretrained": checkpoint}, "batch_size": "1", "device": "cpu"},
+        "date": date,
+    }
+    if not stock:
+        content["config"] |= {"model": "kvpress", "model_dtype": "torch.float32"}
+        content["config"]["kvpress"] = _facts(press, ratio, kept, checkpoint, query_tokens, notes or {}, version)
+    return content
+
+
+def _facts(
+    press: str,
+    ratio: float,
+    kept: float | None,
+    checkpoint: str,
+    query_tokens: int,
+    notes: dict[str, int],
+    version: str,
+) -> dict[str, Any]:
+    share = None if press == "none" else (1 - ratio if kept is None else kept)
+    full, left = (0, 4096) if share is None else (4096, 0)
+    return {
+        "pretrained": checkpoint,
+        "press": {
+            "name": press,
+            "arguments": {"compression_ratio": ratio, "window_size": 64},
+            "compression_ratio": ratio,
+        },
+        "protocol": {"query_tokens": query_tokens, "rolling": "prefix", "press_acts_on_rolling": press != "none"},
+        "attn_implementation": "sdpa",
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 1,
+        "parity": None,
+        "tasks": {
+            "recall": {
+                "contexts_pressed": _contexts(full, share),
+                "contexts_unpressed": _contexts(left, None),
+                "num_short_contexts": 0,
+                "tokens_scored_under_press": 10,
+                "notes": notes,
+            }
+        },
+        "throughput": {
+            "prefill": {"tokens_per_sec": 1000.0},
+            "decode": {"tokens_per_sec": 20.0},
+            "ttft_sec": {"p50": 0.25},
+            "tpot_sec": None,
+            "peak_memory_bytes": None,
+        },
+        "versions": {"kvpress": version},
+    }
+
+
+def _contexts(size: int, share: float | None) -> dict[str, Any]:
+    return {
+        "num_contexts": 4 if size else 0,
+        "num_tokens": size,
+        "kept_share": share,
+        "kept_share_min_layer": share,
+        "kept_share_max_layer": share,
+        "kv_bytes_before": size * 8,
+        "kv_bytes_allocated": round(size * 8 * (1.0 if share is None else share)),
+        "kv_bytes_effective": round(size * 8 * (1.0 if share is None else share)),
+    }
+
+
+def write_results(
+    folder: Path, press: str, ratio: float, *, scores: Sequence[float] | None = None, name: str = "", **facts: Any
+) -> Path:
+    """Writes a file, and with `scores` the samples beside it; `acc` is then their mean."""
+    if scores is not None:
+        facts |= {"acc": sum(scores) / len(scores), "num_documents": len(scores)}
+    place = folder / (name or f"{press}-{ratio}")
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "results_2026.json"
+    file.write_text(json.dumps(results_file(press, ratio, **facts)))
+    if scores is not None:
+        lines = [sample_line(index, score) for index, score in enumerate(scores)]
+        (place / "samples_recall_2026.jsonl").write_text("\n".join(lines) + "\n")
+    return file
+
+
+def sample_line(index: int, score: float) -> str:
+    """A sample in the order of keys that lm-eval writes; the text tries to look like the keys behind it."""
+    sample = {
+        "doc_id": index,
+        "doc": {"prompt": '", "resps": [], "acc": 7'},
+        "resps": [[[str(-score), "False"]]],
+        "filter": "none",
+        "metrics": ["acc", "acc_at_100"],
+        "doc_hash": f"hash{index}",
+        "acc": score,
+        "acc_at_100": [score, index % 2 == 0],
+    }
+    return json.dumps(sample)

@@ -1,0 +1,143 @@
+"""The report: tables never mix, differences are paired and equal scipy's, marks say what cannot be trusted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_files import NUM_DOCUMENTS, sample_line, write_results
+from scipy.stats import bootstrap
+
+from lm_eval_kvpress import cli
+from lm_eval_kvpress.report import make_report
+from lm_eval_kvpress.report_bootstrap import NUM_RESAMPLES, intervals
+from lm_eval_kvpress.report_samples import _parse, read_samples
+from lm_eval_kvpress.report_text import as_csv, as_json, markdown
+
+EVIL = "<script>alert(1)</script>|{{ x }}"
+
+
+def labels(folder: Path) -> dict[str, list[str]]:
+    rows = [row for table in make_report([folder]).tables for row in table.rows]
+    return {row.cell.press.name if row.cell else "missing": [mark.label for mark in row.marks] for row in rows}
+
+
+def test_interval_equals_scipys_paired_bootstrap() -> None:
+    draws = np.random.default_rng(0)
+    base, other = draws.random(60), draws.random(60)
+    ours = intervals(np.stack([base, other], 1), np.ones((60, 2)), 0, lambda ratio: ratio)
+    theirs = bootstrap(
+        (other, base),
+        lambda x, y, axis: x.mean(axis) - y.mean(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=20 * NUM_RESAMPLES,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(ours[0][1] - theirs.low) < 0.06 * width and abs(ours[1][1] - theirs.high) < 0.06 * width
+    assert ours[0][0] == ours[1][0] == 0
+
+
+def test_a_sample_is_the_same_with_and_without_its_texts() -> None:
+    line = sample_line(3, 1.0)
+    key, short = _parse(line.encode())
+    whole = json.loads(line)
+    assert key == (whole["doc_id"], whole["doc_hash"])
+    assert short == {name: value for name, value in whole.items() if name not in ("doc_id", "doc")}
+
+
+def test_a_metric_about_some_documents_is_a_share_of_these(tmp_path: Path) -> None:
+    file = write_results(tmp_path, "none", 0.0, scores=[1, 0, 0, 1])
+    scores = read_samples(file.with_name("samples_recall_2026.jsonl"))["none"].scores["acc_at_100"]
+    assert scores.numerators.tolist() == [1, 0, 0, 0] and scores.denominators.tolist() == [1, 0, 1, 0]
+
+
+def test_difference_is_to_the_baseline_of_the_same_table(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    write_results(tmp_path, "snapkv", 0.5, scores=[1, 0] * (NUM_DOCUMENTS // 2))
+    (table,) = make_report([tmp_path]).tables
+    difference = table.rows[1].difference(table.metrics[0])
+    assert table.rows[0].is_baseline and difference is not None and difference.value == -0.5
+    assert difference.low is not None and difference.low < -0.5 < (difference.high or 0)
+
+
+def test_protocols_checkpoints_and_documents_are_never_mixed(tmp_path: Path) -> None:
+    for index, facts in enumerate(
+        [{}, {"query_tokens": 0}, {"checkpoint": "other"}, {"num_documents": 3}, {"stock": True}]
+    ):
+        write_results(tmp_path, "none", 0.0, name=str(index), **facts)
+    assert [len(table.rows) for table in make_report([tmp_path]).tables] == [1] * 5
+
+
+def test_a_baseline_that_nobody_ran_is_a_row_that_says_so(tmp_path: Path) -> None:
+    write_results(tmp_path, "snapkv", 0.5)
+    assert labels(tmp_path) == {"missing": ["not run"], "snapkv": []}
+
+
+@pytest.mark.parametrize(
+    "facts, label",
+    [
+        ({"acc": 0.4, "kept": 1.0}, "kept everything"),
+        ({"acc": 0.5}, "identical"),
+        ({"acc": 0.4, "notes": {"pyramidkv fell back to snapkv": 4}}, "fell back"),
+        ({"acc": 0.4, "version": "0.5.4"}, "versions"),
+        ({"acc": 0.4, "num_documents": 3}, "fewer documents"),
+    ],
+)
+def test_rows_that_cannot_be_trusted_are_marked(tmp_path: Path, facts: dict[str, object], label: str) -> None:
+    write_results(tmp_path, "none", 0.0)
+    write_results(tmp_path, "snapkv", 0.5, **facts)
+    assert labels(tmp_path)["snapkv"] == [label]
+
+
+def test_the_newest_of_several_files_of_one_setting_counts(tmp_path: Path) -> None:
+    for date, acc in ((1.0, 0.1), (3.0, 0.3), (2.0, 0.2)):
+        write_results(tmp_path, "none", 0.0, name=str(date), date=date, acc=acc)
+    report = make_report([tmp_path])
+    (row,) = report.tables[0].rows
+    assert row.cell is not None and row.cell.date == 3.0
+    assert any("2 older results" in notice for notice in report.notices[0])
+
+
+def test_ranking_keeps_the_baseline_on_top_and_the_missing_last(tmp_path: Path) -> None:
+    for press, acc in (("none", 0.9), ("a", 0.2), ("b", None), ("c", 0.7)):
+        write_results(tmp_path, press, 0.5, acc=acc)
+    (table,) = make_report([tmp_path], sort=["recall.acc"]).tables
+    assert [row.cell.press.name for row in table.rows if row.cell] == ["none", "c", "a", "b"]
+    with pytest.raises(ValueError, match=r"did you mean 'recall\.acc'"):
+        make_report([tmp_path], sort=["recall.ac"])
+
+
+def test_missing_and_nan_are_shown_as_such(tmp_path: Path) -> None:
+    for press, acc in (("none", 0.5), ("a", float("nan")), ("b", None)):
+        write_results(tmp_path, press, 0.5, acc=acc)
+    report = make_report([tmp_path])
+    rows = {row["press"]: row for row in csv.DictReader(io.StringIO(as_csv(report)))}
+    assert (rows["a"]["recall.acc"], rows["b"]["recall.acc"]) == ("NaN", "")
+    parsed = {row["press"]: row["recall.acc"] for row in json.loads(as_json(report))["rows"]}
+    assert parsed == {"none": 0.5, "a": "nan", "b": None}
+    assert "| NaN |" in markdown(report)
+
+
+def test_markdown_holds_no_markup_from_a_file(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0, checkpoint=EVIL)
+    text = markdown(make_report([tmp_path]))
+    body = text.split("---\n", 2)[2]
+    assert "<script" not in body and "{{" not in body and "alert(1)" in body
+
+
+@pytest.mark.parametrize("text", [None, '{"results": {'])
+def test_bad_input_is_one_line_and_not_a_page(
+    tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "results_x.json").write_text(text)
+    assert cli.main(["report", str(tmp_path)]) != 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.strip().splitlines()) == 1

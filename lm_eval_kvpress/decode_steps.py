@@ -46,6 +46,12 @@ class Steps:
         self.positions = torch.tensor(cache.next_position, device=model.device)
         self._placeholder = placeholder_mask(model)
 
+    def over(self, cache: CompressedCache, num_new: int) -> Steps:
+        """Steps that go on over another cache, under the masks that were given away."""
+        steps = Steps(self.model, cache, [0] * len(cache.num_seen), num_new)
+        steps.biases = self.biases
+        return steps
+
     def first(self, queries: Sequence[Sequence[int]]) -> torch.Tensor:
         """Feeds the held-back tokens; the hidden state after the last, ``(B, E)``."""
         device, width = self.model.device, max(len(query) for query in queries)

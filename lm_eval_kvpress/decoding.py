@@ -8,6 +8,7 @@ Letters in shape comments: B rows, N tokens of a row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep, recorder_for
+from lm_eval_kvpress.decode_press import Keeper
 from lm_eval_kvpress.decode_steps import Steps
 from lm_eval_kvpress.engine import PressableModel, masked, prefill_hidden
 
@@ -67,6 +69,7 @@ def decode(
     stopped: Callable[[torch.Tensor], Sequence[bool]],
     on_token: Callable[[], None] = lambda: None,
     record: Recorder | None = None,
+    keeper: Keeper | None = None,
 ) -> list[list[int]]:
     """Generates for each row from its compressed cache, one forward per token for the whole ragged batch.
 
@@ -78,6 +81,7 @@ def decode(
         on_token: called when the tokens of a step have reached the host.
         record: how steps are recorded and repeated; None for a CUDA graph where there can be one, and the growing
             cache elsewhere.
+        keeper: compresses the growing cache as it is due; steps are not recorded then.
 
     Returns:
         the new tokens of each row, up to and including the one that ended it.
@@ -87,6 +91,7 @@ def decode(
     )
     prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
     sampler, record = sampler.on(model.device), record or recorder_for(model, max_new_tokens - 1)
+    record = record if keeper is None else None
     steps = Steps(model, cache, num_held_back, max_new_tokens)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)
@@ -94,7 +99,7 @@ def decode(
     def choose(hidden: torch.Tensor, step: int) -> None:
         ids[:, prompt + step] = sampler.choose(ids, model.logits(hidden).to(ids.device), step)
 
-    with masked(model.attentions, steps.biases):
+    with masked(model.attentions, steps.biases), nullcontext() if keeper is None else keeper.watching():
         queries = [list(context[len(context) - held :]) for context, held in zip(contexts, num_held_back, strict=True)]
         choose(steps.first(queries) if max(num_held_back) else prefill_hidden(cache), 0)
         repeated = record and Repeated(StaticStep(steps, sampler, ids, prompt, 1), record)
@@ -102,6 +107,8 @@ def decode(
             if step and repeated:
                 repeated()
             elif step:
+                if keeper is not None and keeper.is_due(step - (max(num_held_back) == 0)):
+                    steps = steps.over(keeper.compress(steps.standing()), max_new_tokens - step)
                 choose(steps.next(ids[:, prompt + step - 1]), step)
             arrivals.send(ids[:, prompt + step])
             if ends.see(arrivals.take()):

@@ -103,7 +103,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_trust": {"report_table", "results"},
     "report_columns": {"report_table", "results"},
     "report_text": {"report_columns", "report_table", "results"},
-    "report": {"report_columns", "report_table", "report_text", "report_trust", "results"},
+    "report_html": {"report_columns", "report_table", "report_text", "results", "itables", "jinja2", "plotly"},
+    "report": {"report_columns", "report_html", "report_table", "report_text", "report_trust", "results"},
     "cli": {"report", "sweep", "adapter", "presses", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,128 @@
+"""Holds a budget while tokens are decoded: every so many forwards a press chooses what stays of each row's cache.
+
+The rule is that of kvpress's ``DecodingPress``, for ragged batches: rows are scored in groups of equal length, so that
+no padding enters a press, and each keeps ``target_size`` entries. Two things differ from kvpress's: what is kept stays
+in the order of its tokens, which presses that go by place rely on the next time; and each query of an observation
+window is rotated to its own position. Knows the engine. Does not know press names or text.
+
+Letters in shape comments: B rows, G rows of equal length, H key-value heads, T cached entries, D head_dim, W newest
+tokens whose hidden states are kept, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.streaming import Scorer
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """When a press acts on what is decoded, and how much it leaves.
+
+    Attributes:
+        interval: forwards between two compressions.
+        target_size: entries that every layer of every row keeps.
+        num_hidden: hidden states of the newest tokens that the press looks at.
+        press_for: a press for a standing cache of so many entries, set to keep ``target_size`` of them.
+    """
+
+    interval: int
+    target_size: int
+    num_hidden: int
+    press_for: Callable[[int], Scorer]
+
+
+class Keeper:
+    """Compresses the cache of one batch while it is decoded.
+
+    Attributes:
+        num_compressions: how often the press acted.
+    """
+
+    def __init__(self, model: PressableModel, plan: DecodingPlan) -> None:
+        self._model, self._plan = model, plan
+        self._hidden: dict[int, torch.Tensor] = {}
+        self.num_compressions = 0
+
+    def is_due(self, num_forwards: int) -> bool:
+        """Whether the cache is compressed after so many forwards."""
+        return num_forwards > 0 and num_forwards % self._plan.interval == 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keeps what goes into each attention: the newest ``(B, W, E)``."""
+
+        def hook_for(index: int) -> Callable[..., None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                newest = (args[0] if args else kwargs["hidden_states"])[:, -1:]
+                before = [self._hidden[index]] if index in self._hidden else []
+                self._hidden[index] = torch.cat([*before, newest], dim=1)[:, -self._plan.num_hidden :]
+
+            return keep
+
+        with ExitStack() as hooks:
+            for index, attention in enumerate(self._model.attentions):
+                hooks.callback(attention.register_forward_pre_hook(hook_for(index), with_kwargs=True).remove)
+            yield
+
+    def compress(self, cache: CompressedCache) -> CompressedCache:
+        """What stays of a standing cache, rows of which may be padded anywhere."""
+        positions = torch.tensor(cache.next_position, device=self._model.device)
+        with self._model.presented():
+            layers = [self._compress_layer(index, layer, positions) for index, layer in enumerate(cache.layers)]
+        self._hidden.clear()
+        self.num_compressions += 1
+        return CompressedCache(tuple(layers), cache.num_seen, cache.next_position)
+
+    def _compress_layer(self, index: int, layer: LayerKV, positions: torch.Tensor) -> LayerKV:
+        groups: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        for row in range(layer.keys.shape[0]):
+            places = _visible(layer, row)
+            groups[len(places)].append((row, places))
+        kept: dict[int, LayerKV] = {}
+        for length, members in groups.items():
+            rows = torch.tensor([row for row, _ in members], device=layer.keys.device)
+            places = torch.stack([places for _, places in members])[:, None, :, None]  # (G, 1, T, 1)
+            keys, values = (
+                entries[rows].gather(2, places.expand(-1, entries.shape[1], -1, entries.shape[3]))
+                for entries in (layer.keys, layer.values)
+            )
+            if length > self._plan.target_size:
+                keys, values = self._best(index, rows, keys, values, positions)
+            for place, (row, _) in enumerate(members):
+                kept[row] = LayerKV(keys[place : place + 1], values[place : place + 1])
+        return _stacked([kept[row] for row in range(len(kept))])
+
+    def _best(
+        self, index: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        module, hidden = self._model.attentions[index], self._hidden[index][rows]
+        back = torch.arange(-hidden.shape[1], 0, device=positions.device)
+        angles = self._model.model.base_model.rotary_emb(hidden, positions[rows, None] + back)
+        kwargs = {"hidden_states": hidden, "position_embeddings": angles}
+        press = self._plan.press_for(keys.shape[2])
+        scores = press.score(module, hidden, keys, values, None, kwargs)  # (G, H, T)
+        stay = scores.topk(self._plan.target_size, dim=-1).indices.sort(dim=-1).values[..., None]
+        stay = stay.expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, stay), values.gather(2, stay)
+
+
+def _visible(layer: LayerKV, row: int) -> torch.Tensor:
+    if layer.hidden is None:
+        return torch.arange(layer.num_entries, device=layer.keys.device)
+    assert layer.hidden.shape[1] == 1, "entries hidden head by head cannot be evicted row by row"
+    return (~layer.hidden[row, 0]).nonzero()[:, 0]
+
+
+def _stacked(rows: Sequence[LayerKV]) -> LayerKV:
+    return stack([CompressedCache((row,), (0,), (0,)) for row in rows]).layers[0]

@@ -1,0 +1,109 @@
+"""A budget held while decoding: the tokens of kvpress's own DecodingPress, in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import kvpress
+import pytest
+import torch
+from references import PRESSES, distinct_tokens
+from transformers import DynamicCache, LogitsProcessorList
+
+from lm_eval_kvpress import decoding, engine
+from lm_eval_kvpress.cache import CompressedCache, stack
+from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
+from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.presses import ratio_that_keeps
+
+CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 12))]
+NUM_NEW, INTERVAL, TARGET = 40, 6, 20
+BASES: dict[str, Callable[[float], Any]] = {
+    "knorm": kvpress.KnormPress,
+    "keydiff": kvpress.KeyDiffPress,
+    "tova": kvpress.TOVAPress,
+}
+"""Presses that do not go by the place of an entry, in which kvpress's own cache is out of order."""
+
+
+@pytest.fixture(scope="module")
+def model(make_pressable: Callable[..., PressableModel]) -> PressableModel:
+    return make_pressable()
+
+
+def decoded(
+    model: PressableModel, contexts: Sequence[Sequence[int]], base: str, held: int, prefill: str = "none"
+) -> tuple[list[list[int]], Keeper]:
+    plan = DecodingPlan(INTERVAL, TARGET, 8, lambda length: BASES[base](ratio_that_keeps(TARGET, length)))
+    keeper = Keeper(model, plan)
+    caches = [engine.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
+    rows = decoding.decode(
+        model,
+        stack(caches),
+        contexts,
+        num_held_back=[held] * len(contexts),
+        max_new_tokens=NUM_NEW,
+        sampler=Sampler(LogitsProcessorList()),
+        stop_ids=frozenset(),
+        stopped=lambda new: [False] * len(new),
+        keeper=keeper,
+    )
+    return rows, keeper
+
+
+@torch.inference_mode()
+def by_kvpress(model: PressableModel, context: Sequence[int], base: str, held: int) -> list[int]:
+    """kvpress's hook, token by token, batch 1."""
+    press = kvpress.DecodingPress(BASES[base](0.0), INTERVAL, TARGET)
+    cache, ids = DynamicCache(), list(context)
+    with model.presented(), press(model.model):
+        out = model.model(torch.tensor([ids[: len(ids) - held]]), past_key_values=cache)
+        place = len(ids) - held
+        if held == 0:
+            ids.append(int(out.logits[0, -1].argmax()))
+        while len(ids) < len(context) + NUM_NEW:
+            out = model.model(
+                torch.tensor([[ids[place]]]),
+                past_key_values=cache,
+                position_ids=torch.tensor([[place]]),
+                cache_position=torch.tensor([place]),
+                attention_mask=torch.zeros(1, 1, 1, 1),
+            )
+            place += 1
+            ids.append(int(out.logits[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("base", BASES)
+def test_tokens_are_those_of_kvpress_one_by_one(model: PressableModel, base: str, held: int) -> None:
+    expected = [by_kvpress(model, context, base, held) for context in CONTEXTS]
+    found, keeper = decoded(model, CONTEXTS, base, held)
+    assert found == expected
+    assert not any(attention._forward_pre_hooks for attention in model.attentions)
+    assert keeper.num_compressions == (NUM_NEW - 1 - (held == 0)) // INTERVAL
+
+
+@pytest.mark.parametrize("prefill", ["snapkv", "pyramidkv"])
+def test_a_batch_equals_batches_of_one(model: PressableModel, prefill: str) -> None:
+    contexts = CONTEXTS[:4]
+    found, _ = decoded(model, contexts, "knorm", 2, prefill)
+    assert found == [decoded(model, [context], "knorm", 2, prefill)[0][0] for context in contexts]
+
+
+def test_the_budget_is_held_and_changes_the_tokens(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+    compress = Keeper.compress
+
+    def measured(self: Keeper, cache: CompressedCache) -> CompressedCache:
+        kept = compress(self, cache)
+        sizes.extend(count for row in kept.kept() for count in row)
+        return kept
+
+    monkeypatch.setattr(Keeper, "compress", measured)
+    found, _ = decoded(model, CONTEXTS[:4], "knorm", 1)
+    assert sizes and set(sizes) == {TARGET}
+    monkeypatch.setattr(Keeper, "is_due", lambda *_: False)
+    assert decoded(model, CONTEXTS[:4], "knorm", 1)[0] != found

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.report_columns import find, ranked
+from lm_eval_kvpress.report_html import html
 from lm_eval_kvpress.report_table import build_tables
 from lm_eval_kvpress.report_text import Report, as_csv, as_json, markdown
 from lm_eval_kvpress.report_trust import mark, notices
@@ -63,7 +64,7 @@ def make_report(
     return Report(title, date, __version__, tuple(tables), said, all_metrics)
 
 
-WRITERS: dict[str, Callable[[Report], str]] = {".md": markdown, ".csv": as_csv, ".json": as_json}
+WRITERS: dict[str, Callable[[Report], str]] = {".md": markdown, ".html": html, ".csv": as_csv, ".json": as_json}
 
 
 def _parser() -> argparse.ArgumentParser:

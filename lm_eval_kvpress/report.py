@@ -14,7 +14,9 @@ from pathlib import Path
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.report_columns import find, ranked
+from lm_eval_kvpress.report_figures import write_figures
 from lm_eval_kvpress.report_html import html
+from lm_eval_kvpress.report_latex import latex
 from lm_eval_kvpress.report_table import build_tables
 from lm_eval_kvpress.report_text import Report, as_csv, as_json, markdown
 from lm_eval_kvpress.report_trust import mark, notices
@@ -36,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
         print(f"{output}: {sum(len(table.rows) for table in report.tables)} rows in {len(report.tables)} tables")
-    if not outputs:
+    if args.figures is not None:
+        print(f"{args.figures}: {len(write_figures(report, args.figures))} files")
+    if not outputs and args.figures is None:
         sys.stdout.write(markdown(report))
     return 0
 
@@ -64,7 +68,13 @@ def make_report(
     return Report(title, date, __version__, tuple(tables), said, all_metrics)
 
 
-WRITERS: dict[str, Callable[[Report], str]] = {".md": markdown, ".html": html, ".csv": as_csv, ".json": as_json}
+WRITERS: dict[str, Callable[[Report], str]] = {
+    ".md": markdown,
+    ".html": html,
+    ".tex": latex,
+    ".csv": as_csv,
+    ".json": as_json,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sort", action="append", metavar="COLUMN", help="rank by a column, best first; -COLUMN: worst"
     )
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder for PNG and SVG figures")
     parser.add_argument("--title", default=TITLE, help="of the page (default: %(default)s)")
     parser.add_argument(
         "--all-metrics", action="store_true", help="every metric of each task, not the leading one only"

@@ -104,13 +104,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_columns": {"report_table", "results"},
     "report_text": {"report_columns", "report_table", "results"},
     "report_html": {"report_columns", "report_table", "report_text", "results", "itables", "jinja2", "plotly"},
-    "report": {"report_columns", "report_html", "report_table", "report_text", "report_trust", "results"},
+    "report_latex": {"report_columns", "report_table", "report_text"},
+    "report_figures": {"report_columns", "report_table", "report_text", "results", "matplotlib"},
+    "report": {
+        *("report_columns", "report_figures", "report_html", "report_latex", "report_table", "report_text"),
+        *("report_trust", "results"),
+    },
     "cli": {"report", "sweep", "adapter", "presses", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }
 
 # Library (or part of one) -> the only rooms that import it.
 OWNERS = {
+    "itables": {"report_html"},
+    "matplotlib": {"report_figures"},
+    "plotly": {"report_html"},
     "kvpress": {"presses", "press_catalog"},
     "lm_eval": {
         *("adapter", "arguments", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),

@@ -132,6 +132,14 @@ def test_markdown_holds_no_markup_from_a_file(tmp_path: Path) -> None:
     assert "<script" not in body and "{{" not in body and "alert(1)" in body
 
 
+def test_latex_and_figures_are_written_with_names_escaped(tmp_path: Path) -> None:
+    for press, acc in (("none", 0.9), ("a_$b", 0.2)):
+        write_results(tmp_path, press, 0.5, acc=acc)
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "t.tex"), "--figures", str(tmp_path / "f")]) == 0
+    assert r"a\_\$b" in (tmp_path / "t.tex").read_text()
+    assert {file.suffix for file in (tmp_path / "f").iterdir()} == {".png", ".svg"}
+
+
 @pytest.mark.parametrize("text", [None, '{"results": {'])
 def test_bad_input_is_one_line_and_not_a_page(
     tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]

@@ -106,7 +106,9 @@ def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
     for note, count in notes.items():
         fell_back = "fell back" in note
         label = "fell back" if fell_back else "press note"
-        yield Mark("note", label, f"{_capital(note)} ({count} of {num_pressed} contexts).", fell_back)
+        yield Mark(
+            "note", label, f"{_capital(note)} ({count} of {num_pressed} contexts).", fell_back and count >= num_pressed
+        )
 
 
 def _figures_are_the_baselines(row: Row) -> bool:

@@ -170,7 +170,16 @@ class KVPress(HFLM):
 
     # ------------------------------------------------------------------------------------------- request types
 
+    def _refuse_decoding_alone(self) -> None:
+        """A press that acts while text is generated changes no likelihood: figures would be the uncompressed ones."""
+        if self._settings.decoding is not None and self._settings.press.is_none:
+            raise UsageError(
+                f"press={self._settings.press_name} acts while text is generated and cannot change a log-likelihood: "
+                "choose tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
+            )
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._refuse_decoding_alone()
         if self.enable_thinking:
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         strings = [request.args for request in requests]
@@ -223,6 +232,7 @@ class KVPress(HFLM):
         return truncated
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        self._refuse_decoding_alone()
         if self._settings.rolling == "stream":
             return self._stream(requests, disable_tqdm)
         windows = [list(self._windows(self.tok_encode(request.args[0]))) for request in requests]
@@ -380,7 +390,7 @@ class KVPress(HFLM):
         return torch.autocast(device_type=self.device.type, dtype=self.mixed_precision_dtype)
 
     def _progress(self, what: str, total: int, disable_tqdm: bool) -> tqdm[Any]:
-        label = f"{what} (press={self._settings.press.name})"
+        label = f"{what} (press={self._settings.press_name})"
         return tqdm(total=total, desc=label, disable=disable_tqdm or self.rank != 0)
 
     def _new_runner(
@@ -389,7 +399,7 @@ class KVPress(HFLM):
         labels = {
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "press": settings.press.name,
+            "press": settings.press_name,
             "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
         }
         clock = Clock(self.device)
@@ -401,7 +411,9 @@ class KVPress(HFLM):
             clock=clock,
             shared=shared,
         )
-        return Runner(self._press_model, compressor, clock, Meter(clock, labels, recorders), self._autocast)
+        return Runner(
+            self._press_model, compressor, clock, Meter(clock, labels, recorders), self._autocast, settings.decoding
+        )
 
     def _recorders(self) -> Iterator[Recorder]:
         """Where records go: a file, the metrics endpoint, both or neither. Both last as long as the process."""
@@ -433,7 +445,7 @@ class KVPress(HFLM):
 
     def _log_summary(self) -> None:
         """Says on the screen what was kept, and warns where the press acted on nothing."""
-        name = self._settings.press.name
+        name = self._settings.press_name
         for task, totals in self._ledger.totals.items():
             pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
             if pressed["num_contexts"]:
@@ -448,7 +460,12 @@ class KVPress(HFLM):
                     "%s: press=%s held every layer to %d entries; %d of %d tokens were scored after an eviction",
                     *(task, name, self._settings.stream_budget, totals.num_tokens_pressed, totals.num_tokens),
                 )
-            elif not self._settings.press.is_none:
+            elif self._settings.decoding is not None and totals.num_decode_compressions:
+                logger.info(
+                    "%s: press=%s compressed %d times while decoding, from at most %d entries per layer",
+                    *(task, name, totals.num_decode_compressions, totals.max_decode_entries),
+                )
+            elif not self._settings.press.is_none or self._settings.decoding is not None:
                 logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
             for note, count in totals.notes.items():
                 logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
@@ -463,7 +480,7 @@ class KVPress(HFLM):
         context, score_tokens = self._rolling_window
         return {
             "pretrained": self._pretrained_name,
-            "press": settings.press.describe(),
+            "press": settings.describe_press(),
             "protocol": {
                 "query_tokens": settings.query_tokens,
                 "rolling": settings.rolling,

@@ -18,6 +18,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_kvpress.decoding_spec import DecodingSpec, parse_decoding, split_arguments, split_name
 from lm_eval_kvpress.presses import PressSpec, parse_press, press_argument_names
 from lm_eval_kvpress.stream_press import for_stream
 
@@ -76,6 +77,9 @@ class Settings:
             document.
         stream_output: folder for the losses by token position; a run that was killed continues from it.
         throughput_log: ``FILE.jsonl`` for a record per batch and request, or ``FILE.csv`` for requests only.
+        target_size, compression_interval: with ``press=decoding:PRESS`` or ``prefill_decoding:PREFILL+PRESS``, entries
+            that every layer keeps while text is generated, and tokens produced between two compressions.
+        decoding: these three, checked.
         metrics_port: port on 127.0.0.1 that serves the figures to Prometheus while the run lasts.
     """
 
@@ -93,6 +97,26 @@ class Settings:
     stream_output: str | None = None
     throughput_log: str | None = None
     metrics_port: int | None = None
+    target_size: int | None = None
+    compression_interval: int | None = None
+    decoding: DecodingSpec | None = None
+
+    @property
+    def press_name(self) -> str:
+        """As the user would type it, the press that acts while decoding included."""
+        if self.decoding is None:
+            return self.press.name
+        if self.press.is_none:
+            return f"decoding:{self.decoding.press.name}"
+        return f"prefill_decoding:{self.press.name}+{self.decoding.press.name}"
+
+    def describe_press(self) -> dict[str, Any]:
+        """For the record: all that was asked for; JSON can hold it."""
+        facts = self.press.describe()
+        if self.decoding is None:
+            return facts
+        of_decoding = {f"decoding.{key}": value for key, value in self.decoding.describe().items()}
+        return {**facts, "name": self.press_name, "arguments": {**facts["arguments"], **of_decoding}}
 
     def rolling_window(self, max_length: int) -> tuple[int, int]:
         """``(context, score)`` tokens of the ``prefix`` protocol.
@@ -139,6 +163,10 @@ class Settings:
             )
 
 
+ARGUMENTS = tuple(field for field in Settings.__dataclass_fields__ if field != "decoding")
+"""The fields of `Settings` that are typed as such."""
+
+
 def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """Splits model arguments into `Settings` and what goes on to ``HFLM``.
 
@@ -147,13 +175,17 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     """
     rest = dict(arguments)
     try:
-        name = str(rest.pop("press", None) or "none")  # lm-eval reads "none" as None
+        name, decoding = split_name(str(rest.pop("press", None) or "none"))  # lm-eval reads "none" as None
+        of_decoding: dict[str, Any] = {}
+        if decoding is not None:
+            rest, of_decoding = split_arguments(rest)
         of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
         press = parse_press(name, of_press)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    own = {field: rest.pop(field) for field in Settings.__dataclass_fields__ if field != "press" and field in rest}
+    own = {field: rest.pop(field) for field in ARGUMENTS if field != "press" and field in rest}
     settings = _with_stream(Settings(press, **{key: _checked(key, value) for key, value in own.items()}), of_press)
+    settings = _with_decoding(settings, decoding, of_decoding)
     _refuse_unknown(rest, press_argument_names(name), name)
     _settle_attention(settings.press, rest)
     return settings, rest
@@ -200,12 +232,28 @@ def _with_stream(settings: Settings, of_press: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(settings, press=press)
 
 
+def _with_decoding(settings: Settings, name: str | None, of_decoding: Mapping[str, Any]) -> Settings:
+    size, interval = settings.target_size, settings.compression_interval
+    if name is None:
+        for key, value in (("target_size", size), ("compression_interval", interval)):
+            if value is not None:
+                raise UsageError(f"{key} belongs to press=decoding:PRESS or prefill_decoding:PREFILL+PRESS")
+        return settings
+    if settings.rolling == "stream":
+        raise UsageError("rolling=stream compresses as it goes: name the press itself, without decoding")
+    try:
+        decoding = parse_decoding(settings.press, name, of_decoding, size, interval)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return dataclasses.replace(settings, decoding=decoding)
+
+
 def _hflm_arguments() -> set[str]:
     return {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 
 def _refuse_unknown(rest: Mapping[str, Any], of_press: frozenset[str], press: str) -> None:
-    own = set(Settings.__dataclass_fields__)
+    own = set(ARGUMENTS)
     known = own | of_press | _hflm_arguments() | LOADING_ARGUMENTS
     for key in rest:
         if key in known:

@@ -46,17 +46,25 @@ class Keeper:
     """Compresses the cache of one batch while it is decoded.
 
     Attributes:
-        num_compressions: how often the press acted.
+        acts: per compression, the forwards before it, and the entries per row, in the fullest layer, that it found.
     """
 
     def __init__(self, model: PressableModel, plan: DecodingPlan) -> None:
         self._model, self._plan = model, plan
         self._hidden: dict[int, torch.Tensor] = {}
-        self.num_compressions = 0
+        self._num_forwards = 0
+        self.acts: list[tuple[int, list[int]]] = []
 
     def is_due(self, num_forwards: int) -> bool:
         """Whether the cache is compressed after so many forwards."""
+        self._num_forwards = num_forwards
         return num_forwards > 0 and num_forwards % self._plan.interval == 0
+
+    def held(self, row: int, num_new_tokens: int) -> tuple[int, int]:
+        """How often a row was compressed before its last token, and the most entries that were then found of it."""
+        target = self._plan.target_size
+        found = [entries[row] for after, entries in self.acts if after < num_new_tokens and entries[row] > target]
+        return len(found), max(found, default=0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -78,10 +86,10 @@ class Keeper:
     def compress(self, cache: CompressedCache) -> CompressedCache:
         """What stays of a standing cache, rows of which may be padded anywhere."""
         positions = torch.tensor(cache.next_position, device=self._model.device)
+        self.acts.append((self._num_forwards, [round(max(entries)) for entries in cache.kept()]))
         with self._model.presented():
             layers = [self._compress_layer(index, layer, positions) for index, layer in enumerate(cache.layers)]
         self._hidden.clear()
-        self.num_compressions += 1
         return CompressedCache(tuple(layers), cache.num_seen, cache.next_position)
 
     def _compress_layer(self, index: int, layer: LayerKV, positions: torch.Tensor) -> LayerKV:

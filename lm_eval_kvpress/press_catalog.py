@@ -368,7 +368,15 @@ class Unsupported:
 
 
 _TRAINED = "it needs {} trained for the one model"
-_DECODES = "it acts only while decoding; this model compresses after prefill"
+_DECODES = "it acts while text is generated: decoding:PRESS holds a budget there, as in decoding:knorm"
+
+STANDING = ("knorm", "keydiff", "tova", "streaming_llm", "snapkv")
+"""Presses that can choose again and again on a cache whose tokens are long gone, from the newest tokens' hidden
+states. Not among them: expected_attention, which takes the number of hidden states for a position; lagkv, which falls
+back below its partitions; random, whose draws would depend on the batch."""
+
+DEFAULT_INTERVAL = 128
+"""Tokens produced between two compressions of a decoding press."""
 
 UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
     {
@@ -441,7 +449,7 @@ UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
         "compression_ratio_decoding": Unsupported(kvpress.CompressionRatioDecodingPress, _DECODES),
         "prefill_decoding": Unsupported(
             kvpress.PrefillDecodingPress,
-            "half of it acts only while decoding: give its prefill press by itself",
+            "it names two presses: prefill_decoding:PREFILL+PRESS, as in prefill_decoding:snapkv+knorm",
         ),
     }
 )

@@ -19,7 +19,16 @@ from typing import Any
 from kvpress import BasePress
 
 from lm_eval_kvpress.press_arguments import BOUNDS, arguments_of, parse_number
-from lm_eval_kvpress.press_catalog import REQUIRED, ROWS, UNSUPPORTED, PerLayerPress, Row, check_number_of_ratios
+from lm_eval_kvpress.press_catalog import (
+    DEFAULT_INTERVAL,
+    REQUIRED,
+    ROWS,
+    STANDING,
+    UNSUPPORTED,
+    PerLayerPress,
+    Row,
+    check_number_of_ratios,
+)
 from lm_eval_kvpress.press_grammar import NONE, Part, parse_name, resolve, why_not_wrapped
 
 RATIO, BUDGET, RATIOS = "compression_ratio", "kv_budget", "compression_ratios"
@@ -270,8 +279,16 @@ def list_presses() -> list[PressInfo]:
     """Every press of kvpress: those that run here, then those that do not, with the reason."""
     none = PressInfo(NONE, {}, "", "", True)
     supported = [_info(row) for row in ROWS.values()]
-    unsupported = [PressInfo(name, {}, row.reason, row.paper, False) for name, row in UNSUPPORTED.items()]
-    return [none, *supported, *unsupported]
+    budget = {"target_size": REQUIRED, "compression_interval": DEFAULT_INTERVAL}
+    needs = f"acts while text is generated; PRESS is one of {', '.join(STANDING)}"
+    decoding = [
+        PressInfo(name, budget, needs, "", True) for name in ("decoding:PRESS", "prefill_decoding:PREFILL+PRESS")
+    ]
+    here = {press.name.partition(":")[0] for press in decoding}
+    unsupported = [
+        PressInfo(name, {}, row.reason, row.paper, False) for name, row in UNSUPPORTED.items() if name not in here
+    ]
+    return [none, *supported, *decoding, *unsupported]
 
 
 def ratio_that_keeps(num_tokens: int, context_tokens: int) -> float:

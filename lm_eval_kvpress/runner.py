@@ -18,7 +18,9 @@ import torch
 from lm_eval_kvpress import plan
 from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import decode
+from lm_eval_kvpress.decoding_spec import DecodingSpec
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import sampler_for
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
@@ -46,10 +48,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a prompt: the new token ids, and what was kept of the prompt."""
+    """What came of a prompt.
+
+    Attributes:
+        ids: the new token ids.
+        context: what was kept of the prompt.
+        num_compressions: how often a decoding press evicted entries before the last of them.
+        max_entries: the most entries per layer that it found.
+    """
 
     ids: tuple[int, ...]
     context: ContextRecord
+    num_compressions: int = 0
+    max_entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Runner:
         compressor: prefills contexts under the press.
         clock, meter: of this press's run.
         autocast: makes the context in which forwards run.
+        decoding: the press that acts while tokens are produced, if there is one.
     """
 
     def __init__(
@@ -101,9 +113,10 @@ class Runner:
         clock: Clock,
         meter: Meter,
         autocast: Callable[[], AbstractContextManager[Any]],
+        decoding: DecodingSpec | None = None,
     ) -> None:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
-        self._autocast = autocast
+        self._autocast, self._decoding = autocast, decoding
 
     def score_groups(self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores all continuations of each context, which is prefilled once.
@@ -159,7 +172,7 @@ class Runner:
     def generate(self, jobs: Sequence[Job], generation: Generation) -> list[Generated]:
         """Continues prompts from their compressed caches."""
         self.meter.start()
-        contexts = [job.context for job in jobs]
+        contexts, keeper = [job.context for job in jobs], self._keeper()
         start, times = time.perf_counter(), list[float]()
         with self._autocast():
             batch = self.compressor.compress(contexts)
@@ -175,6 +188,7 @@ class Runner:
                     stop_ids=generation.stop_ids,
                     stopped=generation.stopped,
                     on_token=lambda: times.append(time.perf_counter() - start),
+                    keeper=keeper,
                 )
                 produced["tokens"] += sum(len(row) for row in rows)
         shares = [
@@ -182,7 +196,20 @@ class Runner:
             for job, row, record in zip(jobs, rows, batch.records, strict=True)
         ]
         self.meter.batch("generate_until", len(jobs), shares)
-        return [Generated(tuple(row), record) for row, record in zip(rows, batch.records, strict=True)]
+        held = [(0, 0) if keeper is None else keeper.held(index, len(row)) for index, row in enumerate(rows)]
+        return [
+            Generated(tuple(row), record, *facts) for row, record, facts in zip(rows, batch.records, held, strict=True)
+        ]
+
+    def _keeper(self) -> Keeper | None:
+        decoding = self._decoding
+        if decoding is None:
+            return None
+
+        def press_for(num_entries: int) -> Any:
+            return decoding.press.build(num_entries)
+
+        return Keeper(self.model, DecodingPlan(decoding.interval, decoding.target_size, decoding.interval, press_for))
 
     def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
         num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)

@@ -18,6 +18,7 @@ import yaml
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.decoding_spec import split_name
 from lm_eval_kvpress.presses import BUDGET, RATIO, parse_press, press_argument_names
 
 SWEPT = {"press": "presses", RATIO: "ratios", BUDGET: "budgets", "stream_budget": "budgets"}
@@ -114,8 +115,9 @@ class SweepSettings:
             raise UsageError(f"presses: {json.dumps(press)} has no key 'press'")
         name = str(own["press"])
         try:
-            press_arguments = press_argument_names(name) & own.keys()
-            spec = parse_press(name, {key: own[key] for key in press_arguments})
+            prefill, _ = split_name(name)
+            press_arguments = press_argument_names(prefill) & own.keys()
+            spec = parse_press(prefill, {key: own[key] for key in press_arguments})
         except ValueError as error:
             raise UsageError(f"presses: {error}") from error
         sizes: list[dict[str, Any]]

@@ -156,7 +156,8 @@ def write_whole(file: Path, text: str) -> None:
 def _encode(key: str, outcome: Outcome) -> dict[str, Any]:
     context = None if outcome.context is None else asdict(outcome.context)
     if isinstance(outcome, Generated):
-        return {"key": key, "context": context, "ids": outcome.ids}
+        held = [outcome.num_compressions, outcome.max_entries]
+        return {"key": key, "context": context, "ids": outcome.ids, "held": held}
     branches = [[branch.logprobs, branch.is_greedy] for branch in outcome.branches]
     return {"key": key, "context": context, "branches": branches, "pressed": outcome.pressed}
 
@@ -166,6 +167,6 @@ def _decode(line: Mapping[str, Any]) -> tuple[str, Outcome]:
     if context is not None:
         context = ContextRecord(**{**context, "kept_per_layer": tuple(context["kept_per_layer"])})
     if "ids" in line:
-        return line["key"], Generated(tuple(line["ids"]), context)
+        return line["key"], Generated(tuple(line["ids"]), context, *line["held"])
     branches = tuple(BranchScore(tuple(logprobs), is_greedy) for logprobs, is_greedy in line["branches"])
     return line["key"], Scored(branches, line["pressed"], context)

@@ -186,9 +186,12 @@ class GenerationWork:
 
     def book(self, outcomes: Mapping[int, Generated], ledger: Ledger) -> None:
         for item in range(len(self._members)):
-            task = self._job(item).id.task
-            ledger.context(task, outcomes[item].context)
-            ledger.totals[task].num_tokens_generated += len(outcomes[item].ids)
+            outcome, task = outcomes[item], self._job(item).id.task
+            ledger.context(task, outcome.context)
+            totals = ledger.totals[task]
+            totals.num_tokens_generated += len(outcome.ids)
+            totals.num_decode_compressions += outcome.num_compressions
+            totals.max_decode_entries = max(totals.max_decode_entries, outcome.max_entries)
 
 
 def batches(work: Work[Any], max_items: int, max_tokens: int | None) -> Iterator[list[int]]:

@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_prefill": {"cache", "engine", "telemetry", "torch", "transformers"},
     "ledger": {"presses", "telemetry"},
     "runner": {
-        *("cache", "compression", "decoding", "engine", "generation", "plan", "scoring", "telemetry", "throughput"),
-        *("torch",),
+        *("cache", "compression", "decode_press", "decoding", "decoding_spec", "engine", "generation", "plan"),
+        *("scoring", "telemetry", "throughput", "torch"),
     },
     "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
     "stream_window": {"torch", "transformers"},
@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"throughput", "prometheus_client"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "stream_press": {"presses"},
-    "arguments": {"presses", "stream_press", "lm_eval"},
+    "arguments": {"decoding_spec", "presses", "stream_press", "lm_eval"},
     "stream_run": {
         *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
         *("throughput", "tqdm"),
@@ -73,9 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "answer_cache": set(),
+    "decoding_spec": {"press_catalog", "press_grammar", "presses"},
     "auto_batch": {"engine", "presses", "torch"},
     "_startup": {"plugin"},
-    "sweep_plan": {"arguments", "presses", "lm_eval", "yaml"},
+    "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
     "sweep_store": {"runner", "scoring", "telemetry"},
     # layer 3
     "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},

@@ -363,7 +363,7 @@ def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
     outcomes = {
         "a": Scored((BranchScore((-1 / 3, -1e-17), True), BranchScore((-2.0,), False)), True, record),
         "b": Scored((BranchScore((-0.1,), False),), False, None),
-        "c": Generated((5, 6), record),
+        "c": Generated((5, 6), record, 2, 99),
     }
     store.add(outcomes)
     assert store.outcomes() == outcomes

@@ -274,7 +274,26 @@ class _Chooser:
         press = self._press_for(keys.shape[2])
         assert press is not None, "a stream needs a press"
         scores = press.score(module, hidden, keys, values, attentions, kwargs)
-        return scores.topk(self._plan.budget, dim=-1).indices.sort(dim=-1).values
+        return highest(scores, self._plan.budget)
+
+
+ROUNDING = 2.0**-18
+"""Relative difference of two scores that may be rounding: some thirty units in the last place of fp32."""
+
+
+def highest(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Places of the highest scores, ascending; of those that equal the lowest kept one to rounding the newest stay.
+
+    The keys of a repeated token have equal norms in the first layer, up to a rounding that depends on how many rows
+    share the batch. `topk` would let that rounding decide, and rows side by side would keep other entries than alone.
+    """
+    cut = scores.topk(num_kept, dim=-1).values[..., -1:]
+    slack = torch.where(cut.isfinite(), ROUNDING * cut.abs(), 0.0)
+    num_cached = scores.shape[-1]
+    place = torch.arange(num_cached, device=scores.device).expand_as(scores)
+    order = torch.where(scores > cut + slack, place + num_cached, place)
+    order = order.masked_fill(scores < cut - slack, -1)
+    return order.topk(num_kept, dim=-1).indices.sort(dim=-1).values
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class Compressor:
         """Prefills all but the held-back end of each context, under the press wherever it runs."""
         heads = self.heads(contexts)
         ends = [len(head) for head in heads]
-        borrowed_sec = self._borrow(heads)
+        borrowed_sec = self._borrow(contexts, heads)
         order: list[int] = []
         caches: list[CompressedCache] = []
         records: dict[int, ContextRecord] = {}
@@ -124,10 +124,20 @@ class Compressor:
         """What is prefilled: all but the held-back end of each context."""
         return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]
 
-    def _borrow(self, heads: Sequence[Tokens]) -> float:
+    def hold(self, contexts: Sequence[Tokens]) -> None:
+        """Has the shared prefills run these contexts, if they have not yet."""
+        assert self._shared is not None
+        self._shared.hold(self.heads(contexts), for_cache_only=self._for_cache_only)
+
+    @property
+    def _for_cache_only(self) -> bool:
+        """The prefill's hidden states are needed only where it predicts a token itself."""
+        return self._query_tokens > 0
+
+    def _borrow(self, contexts: Sequence[Tokens], heads: Sequence[Tokens]) -> float:
         if self._shared is None:
             return 0.0
-        self._shared.hold(heads)
+        self.hold(contexts)
         timing = self._shared.share_of(heads)
         self._clock.borrow(timing)
         return timing.seconds
@@ -145,13 +155,16 @@ class Compressor:
         if empty:
             yield empty, self._model.empty_cache(len(empty)), False
         if self._shared is None and plain:
-            yield plain, prefill_padded(self._model, [heads[row] for row in plain]), False
+            yield plain, self._prefill_padded([heads[row] for row in plain]), False
         elif self._shared is not None:
             for rows in _by_length(plain, heads):
                 yield rows, self._shared.compress([heads[row] for row in rows], None), False
         for rows in _by_length(pressed, heads):
             for group in [rows] if self.press.batches else [[row] for row in rows]:
                 yield group, self._prefill([heads[row] for row in group]), True
+
+    def _prefill_padded(self, heads: Sequence[Tokens]) -> CompressedCache:
+        return prefill_padded(self._model, heads, for_cache_only=self._for_cache_only)
 
     def _prefill(self, heads: Sequence[Tokens]) -> CompressedCache:
         length = len(heads[0])
@@ -161,7 +174,8 @@ class Compressor:
         with nullcontext() if self.press.batches else _seeded_by(heads[0]):
             if self._shared is not None:
                 return self._shared.compress(heads, press, rerotates=self.press.rerotates)
-            return prefill(self._model, torch.tensor(heads), press, rerotates=self.press.rerotates)
+            tokens, rerotates, cache_only = torch.tensor(heads), self.press.rerotates, self._for_cache_only
+            return prefill(self._model, tokens, press, rerotates=rerotates, for_cache_only=cache_only)
 
 
 def _by_length(rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:

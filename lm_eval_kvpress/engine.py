@@ -56,6 +56,11 @@ class PressableModel:
     def num_query_heads(self) -> int:
         return self.model.config.num_attention_heads
 
+    @property
+    def last_feed_forward(self) -> nn.Module:
+        """The part of the last layer that comes after, or beside, its attention."""
+        return self.model.base_model.layers[-1].mlp
+
     def empty_cache(self, batch: int) -> CompressedCache:
         """A cache of ``batch`` contexts of which nothing has been prefilled."""
         config = self.model.config
@@ -75,7 +80,12 @@ class PressableModel:
 
 @torch.inference_mode()
 def prefill(
-    model: PressableModel, tokens: torch.Tensor, press: Press | None, *, rerotates: bool = False
+    model: PressableModel,
+    tokens: torch.Tensor,
+    press: Press | None,
+    *,
+    rerotates: bool = False,
+    for_cache_only: bool = False,
 ) -> CompressedCache:
     """Runs contexts of equal length through the model under a press.
 
@@ -83,23 +93,52 @@ def prefill(
         tokens: ``(B, T)``, T >= 1; no padding, since no press knows about padding.
         press: a kvpress press built for this length, or None.
         rerotates: whether the press moves its keys to positions ``0..kept-1``.
+        for_cache_only: leaves out what no cache entry depends on; ``last_hidden`` is None then.
     """
     cache = DynamicCache()
     with marks_taken_off(model.attentions):
         with model.presented(), press(model.model) if press is not None else nullcontext():
-            hidden = model.hidden_states(tokens.to(model.device), past_key_values=cache, use_cache=True)
-        return compressed_cache(model, cache, tokens.shape[1], hidden[:, -1].clone(), rerotates=rerotates)
+            hidden = run_prefill(model, tokens.to(model.device), cache, for_cache_only=for_cache_only)
+        last_hidden = None if hidden is None else hidden[:, -1].clone()
+        return compressed_cache(model, cache, tokens.shape, last_hidden, rerotates=rerotates)
+
+
+def run_prefill(
+    model: PressableModel, tokens: torch.Tensor, cache: DynamicCache, *, for_cache_only: bool
+) -> torch.Tensor | None:
+    """Fills the cache; the hidden states ``(B, T, E)``, or None for the cache only.
+
+    What comes after the last attention makes hidden states and no cache entry, so for the cache only the last
+    feed-forward hands its input on: a share of a prefill that a model of few layers feels.
+    """
+    if not for_cache_only:
+        return model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+    last = model.last_feed_forward
+    before = last.__dict__.get("forward")  # accelerate's hooks stand there
+    last.__dict__["forward"] = lambda hidden: hidden
+    try:
+        model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+    finally:
+        del last.__dict__["forward"]
+        if before is not None:
+            last.__dict__["forward"] = before
+    return None
 
 
 def compressed_cache(
-    model: PressableModel, cache: DynamicCache, length: int, last_hidden: torch.Tensor, *, rerotates: bool
+    model: PressableModel,
+    cache: DynamicCache,
+    shape: Sequence[int],
+    last_hidden: torch.Tensor | None,
+    *,
+    rerotates: bool,
 ) -> CompressedCache:
-    """What a press left of contexts of one length: shortened layers, and marks on the modules where it only masks."""
+    """What a press left of ``(B, T)`` tokens: shortened layers, and marks on the modules where it only masks."""
     layers = tuple(
         LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
         for attention, layer in zip(model.attentions, cache.layers, strict=True)
     )
-    batch = last_hidden.shape[0]
+    batch, length = shape
     next_position = max(layer.num_entries for layer in layers) if rerotates else length
     return CompressedCache(layers, (length,) * batch, (next_position,) * batch, last_hidden)
 
@@ -118,21 +157,24 @@ def marks_taken_off(attentions: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def prefill_padded(model: PressableModel, contexts: Sequence[Sequence[int]]) -> CompressedCache:
+def prefill_padded(
+    model: PressableModel, contexts: Sequence[Sequence[int]], *, for_cache_only: bool = False
+) -> CompressedCache:
     """Runs contexts of any lengths through the model in one forward, without a press.
 
-    The padding stands on the right, where causal attention never sees it, and is hidden in the cache.
+    The padding stands on the right, where causal attention never sees it, and is hidden in the cache. For
+    ``for_cache_only`` see `prefill`.
     """
     lengths = tuple(len(context) for context in contexts)
     tokens = _right_padded(contexts).to(model.device)
     cache = DynamicCache()
-    hidden = model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-    ends = torch.tensor(lengths, device=hidden.device)
+    hidden = run_prefill(model, tokens, cache, for_cache_only=for_cache_only)
+    ends = torch.tensor(lengths, device=tokens.device)
     hidden_entries = None
     if min(lengths) != max(lengths):
-        hidden_entries = (torch.arange(tokens.shape[1], device=hidden.device) >= ends[:, None])[:, None]  # (B, 1, T)
+        hidden_entries = (torch.arange(tokens.shape[1], device=tokens.device) >= ends[:, None])[:, None]  # (B, 1, T)
     layers = tuple(LayerKV(layer.keys, layer.values, _on(hidden_entries, layer.keys)) for layer in cache.layers)
-    last_hidden = hidden[torch.arange(len(lengths), device=hidden.device), ends - 1]
+    last_hidden = None if hidden is None else hidden[torch.arange(len(lengths)), (ends - 1).to(hidden.device)]
     return CompressedCache(layers, lengths, lengths, last_hidden)
 
 

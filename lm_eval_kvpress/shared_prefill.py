@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache import CompressedCache
-from lm_eval_kvpress.engine import Press, PressableModel, compressed_cache, marks_taken_off
+from lm_eval_kvpress.engine import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
 from lm_eval_kvpress.telemetry import Clock, PhaseTiming
 
 Tokens = tuple[int, ...]
@@ -56,7 +56,7 @@ class _Prefill:
     contexts: list[Tokens]
     cache: DynamicCache
     calls: list[_Call]
-    last_hidden: torch.Tensor
+    last_hidden: torch.Tensor | None
 
 
 class SharedPrefills:
@@ -75,8 +75,11 @@ class SharedPrefills:
         self._latest = PhaseTiming("prefill", 0.0, 0)
         self.num_tokens = 0
 
-    def hold(self, contexts: Sequence[Tokens]) -> None:
-        """Runs contexts in groups of equal length, unless all are held already, and forgets those held before."""
+    def hold(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
+        """Runs contexts in groups of equal length, unless all are held already, and forgets those held before.
+
+        For ``for_cache_only`` see `engine.prefill`; it must be the same for all presses.
+        """
         wanted = [context for context in dict.fromkeys(contexts) if context]
         if all(context in self._places for context in wanted):
             return
@@ -87,7 +90,7 @@ class SharedPrefills:
         num_tokens = sum(map(len, wanted))
         with self._clock.phase("prefill", num_tokens=num_tokens):
             for group in by_length.values():
-                prefill = self._run(group)
+                prefill = self._run(group, for_cache_only)
                 self._places.update({context: (prefill, row) for row, context in enumerate(group)})
         (self._latest,) = self._clock.take()
         self.num_tokens += num_tokens
@@ -106,17 +109,18 @@ class SharedPrefills:
         everything = places == list(range(len(prefill.contexts)))
         rows = None if everything else torch.tensor(places)
         cache = _clone(prefill.cache, rows)
-        last_hidden = prefill.last_hidden.clone() if rows is None else prefill.last_hidden[rows]
-        model = self._model
+        last_hidden, model = prefill.last_hidden, self._model
+        if last_hidden is not None:
+            last_hidden = last_hidden.clone() if rows is None else last_hidden[rows]
         with marks_taken_off(model.attentions):
             if press is not None:
                 with model.presented(), press(model.model):
                     for attention, call in zip(model.attentions, prefill.calls, strict=True):
                         _replay(press, attention, call if rows is None else call.of_rows(rows), cache)
-            return compressed_cache(model, cache, len(contexts[0]), last_hidden, rerotates=rerotates)
+            return compressed_cache(model, cache, (len(contexts), len(contexts[0])), last_hidden, rerotates=rerotates)
 
     @torch.inference_mode()
-    def _run(self, contexts: list[Tokens]) -> _Prefill:
+    def _run(self, contexts: list[Tokens], for_cache_only: bool) -> _Prefill:
         cache, calls = DynamicCache(), list[_Call]()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -127,8 +131,8 @@ class SharedPrefills:
             for attention in self._model.attentions:
                 hooks.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
             tokens = torch.tensor(contexts, device=self._model.device)
-            hidden = self._model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-        return _Prefill(contexts, cache, calls, hidden[:, -1].clone())
+            hidden = run_prefill(self._model, tokens, cache, for_cache_only=for_cache_only)
+        return _Prefill(contexts, cache, calls, None if hidden is None else hidden[:, -1].clone())
 
 
 def _clone(cache: DynamicCache, rows: torch.Tensor | None) -> DynamicCache:

@@ -118,7 +118,7 @@ class SweepModel(KVPress):
         """One batch for every cell that has not answered it; what is answered is on disk before the next cell."""
         shared = [run for run in runs if run.shares]
         if shared:
-            self._shared_prefills.hold(shared[0].runner.compressor.heads(work.contexts(items)))
+            shared[0].runner.compressor.hold(work.contexts(items))
         for run in runs:
             todo = [item for item in items if keys[item] not in run.done]
             if todo:

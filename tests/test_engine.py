@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lm_eval_kvpress import engine, scoring
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
+from lm_eval_kvpress.presses import parse_press
 from lm_eval_kvpress.scoring import Pack
 
 MakePressable = Callable[..., PressableModel]
@@ -261,3 +262,22 @@ def test_an_empty_cache_has_the_shape_of_a_prefilled_one(
         for nothing, found in zip(empty.layers, full.layers, strict=True):
             assert nothing.keys.shape == (*found.keys.shape[:2], 0, found.keys.shape[3])
             assert nothing.keys.dtype is found.keys.dtype
+
+
+@pytest.mark.parametrize("press", ["none", "snapkv", "adakv:knorm"])
+def test_a_prefill_for_the_cache_only_makes_the_same_cache(
+    make_pressable: Callable[..., PressableModel], make_pressable_llama: Callable[..., PressableModel], press: str
+) -> None:
+    for model in (make_pressable(), make_pressable_llama()):
+        spec = parse_press(press, {"window_size": 8} if press == "snapkv" else {})
+        tokens = torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(3))
+        whole = prefill(model, tokens, spec.build(40))
+        lean = prefill(model, tokens, spec.build(40), for_cache_only=True)
+        assert lean.last_hidden is None and "forward" not in model.last_feed_forward.__dict__
+        assert (lean.num_seen, lean.next_position, lean.kept()) == (whole.num_seen, whole.next_position, whole.kept())
+        for one, other in zip(lean.layers, whole.layers, strict=True):
+            assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        padded = prefill_padded(model, [[1, 2, 3], [4, 5, 6, 7]], for_cache_only=True)
+        for one, other in zip(padded.layers, prefill_padded(model, [[1, 2, 3], [4, 5, 6, 7]]).layers, strict=True):
+            assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        assert torch.equal(prefill(model, tokens, None).last_hidden, whole.last_hidden), "nothing is left behind"

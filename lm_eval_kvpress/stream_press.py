@@ -31,12 +31,18 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
     """The press, set to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
 
     Raises:
-        ValueError: if the press is not defined on a standing cache, or the budget is below what it must keep.
+        ValueError: if the press is not defined on a standing cache, draws the same numbers again at every step, or
+            must keep more than the budget.
     """
     if press.name not in STREAMED:
         raise ValueError(
             f"press={press.name} is not defined on a standing cache, which rolling=stream compresses again and again: "
             f"use one of {', '.join(STREAMED)}"
+        )
+    if press.name == "random" and press.arguments["seed"] is not None:
+        raise ValueError(
+            f"press=random,seed={press.arguments['seed']} would evict the same places of the cache at every step of a "
+            "stream: leave seed out, and lm-eval's own seed decides"
         )
     arguments = {name: value for name, value in press.arguments.items() if name != "compression_ratio"}
     if "window_size" in arguments:

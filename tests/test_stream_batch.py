@@ -16,16 +16,16 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.stream_press import STREAMED
 from lm_eval_kvpress.streaming import highest
 
-WORDS = "the mill , a river and seven grey geese slept ; nobody asked who owned them . In 1871 it burnt down".split()
+SENTENCE = "the mill , a river and seven grey geese slept ; nobody asked who owned them . In 1871 it burnt down"
 BUDGET = {1: 24, 64: 80}
 LENGTHS = {1: (60, 1, 41, 40), 64: (250, 1, 90, 150)}
 """Words of the documents: one ends at once, others within a chunk and in different steps."""
 
 
 def texts(lengths: Sequence[int]) -> list[str]:
-    generator = torch.Generator().manual_seed(8)
-    picks = [torch.randint(len(WORDS), (length,), generator=generator).tolist() for length in lengths]
-    return [" ".join(WORDS[pick] for pick in row) for row in picks]
+    words, generator = SENTENCE.split(), torch.Generator().manual_seed(8)
+    picks = [torch.randint(len(words), (length,), generator=generator).tolist() for length in lengths]
+    return [" ".join(words[pick] for pick in row) for row in picks]
 
 
 def requests(documents: Sequence[str]) -> list[Instance]:

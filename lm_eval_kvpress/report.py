@@ -17,6 +17,7 @@ from lm_eval_kvpress.report_columns import find, ranked
 from lm_eval_kvpress.report_figures import write_figures
 from lm_eval_kvpress.report_html import html
 from lm_eval_kvpress.report_latex import latex
+from lm_eval_kvpress.report_streams import with_curves
 from lm_eval_kvpress.report_table import build_tables
 from lm_eval_kvpress.report_text import Report, as_csv, as_json, markdown
 from lm_eval_kvpress.report_trust import mark, notices
@@ -59,7 +60,7 @@ def make_report(
     Raises:
         ResultsError: for files that cannot be read and columns that do not exist.
     """
-    tables = mark(build_tables(read_results(places)))
+    tables = with_curves(mark(build_tables(read_results(places))), places)
     for key in reversed(sort):  # sorting is stable: the least important first
         find(key, tables)
         tables = [replace(table, rows=tuple(ranked(table, key))) for table in tables]

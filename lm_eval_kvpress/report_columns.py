@@ -154,6 +154,14 @@ def arguments(row: Row) -> str:
     return "" if row.cell is None else ", ".join(f"{name}={value}" for name, value in row.cell.press.arguments)
 
 
+def series(row: Row) -> str:
+    """What one line of a curve over the kept share joins: a press with its arguments but for how much it keeps."""
+    budgets = ("kv_budget", "stream_budget")
+    pairs = () if row.cell is None else row.cell.press.arguments
+    rest = ", ".join(f"{name}={value}" for name, value in pairs if name not in budgets)
+    return f"{press_name(row)} {rest}".strip()
+
+
 def kept_share(row: Row) -> float | None:
     """Of the tokens that went through the press, over all tasks; everything where there was no press to go through."""
     kept = [one for one in _kept(row) if one.share is not None]
@@ -188,7 +196,7 @@ def _kept(row: Row) -> list[Kept]:
 
 
 def _is_stream(row: Row) -> bool:
-    return row.cell is not None and "stream_budget" in dict(row.cell.press.arguments)
+    return row.cell is not None and row.cell.is_stream
 
 
 def _speed(name: str) -> Callable[[Row], Value]:

@@ -21,6 +21,7 @@ from lm_eval_kvpress.report_columns import (
     interval,
     kept_share,
     press_name,
+    series,
     shown,
     signed,
 )
@@ -28,6 +29,14 @@ from lm_eval_kvpress.report_table import Row, Table
 from lm_eval_kvpress.report_text import Report, all_marks, documents_words, heading, protocol_words
 from lm_eval_kvpress.results import ResultsError
 
+# Of each plot: its name in the script, its title and its horizontal axis.
+PLOTS = (
+    ("bytes", "Quality against KV bytes", "KV allocated per context in MiB"),
+    ("decode", "Quality against decode speed", "decode tokens per second"),
+    ("kept", "Quality over the kept share", "measured kept share"),
+    ("distance", "Recall over the distance", "distance in tokens"),
+    ("position", "Perplexity over the position in the stream", "position in tokens"),
+)
 UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
 
 
@@ -50,6 +59,7 @@ def html(report: Report) -> str:
     return template.render(
         report=report,
         tables=[_table(table, list(said)) for table, said in zip(report.tables, report.notices, strict=True)],
+        plots=PLOTS,
         presses=list(dict.fromkeys(press_name(row) for table in report.tables for row in table.rows)),
         style=(assets / "page.css").read_text(encoding="utf-8"),
         script=(assets / "page.js").read_text(encoding="utf-8"),
@@ -79,7 +89,7 @@ def _table(table: Table, said: list[str]) -> dict[str, Any]:
                 "press": press_name(row),
                 "arguments": arguments(row),
                 "is_baseline": row.is_baseline,
-                "is_void": any(mark.is_void for mark in row.marks),
+                "is_void": row.is_void,
                 "marks": [(marks.index(mark) + 1, mark) for mark in row.marks],
                 "cells": [_cell(column, row) for column in of_table],
             }
@@ -106,7 +116,7 @@ def _cell(column: Column, row: Row) -> dict[str, Any]:
     is_number = isinstance(value, float) and math.isfinite(value)
     return {
         "text": shown(value, column.kind),
-        "order": value if is_number or isinstance(value, str) else "",
+        "order": value if is_number or isinstance(value, str) else "",  # "" is missing: last in both directions
         "is_number": is_number,
         "is_main": column.is_main,
         "difference": "" if difference is None else signed(difference.value),
@@ -122,20 +132,36 @@ def _points(table: Table) -> dict[str, Any]:
     metrics.sort(key=lambda column: not column.is_main)
     return {
         "metrics": [
-            {"name": one.key, "better": one.higher_is_better, "distance": one.metric and one.metric.distance}
+            {
+                "name": one.key,
+                "task": one.group,
+                "better": one.higher_is_better,
+                "distance": one.metric and one.metric.distance,
+            }
             for one in metrics
         ],
         "rows": [
             {
                 "press": press_name(row),
                 "arguments": arguments(row),
+                "series": series(row),
                 "is_baseline": row.is_baseline,
+                "void": ", ".join(mark.label for mark in row.marks if mark.is_void),
                 "removed": row.cell.press.removed_asked,
                 "kept": kept_share(row),
                 "bytes": bytes_per_context(row, "bytes_allocated"),
                 "decode": row.cell.speed.decode_tokens_per_sec,
                 "values": [_finite(one.value(row)) for one in metrics],
                 "bounds": [_bounds(one, row) for one in metrics],
+                "curves": {
+                    one.task: [
+                        {"position": end, "perplexity": _finite(perplexity), "num_documents": num_documents}
+                        for end, perplexity, num_documents in zip(
+                            one.ends, one.perplexities, one.num_documents, strict=True
+                        )
+                    ]
+                    for one in row.curves
+                },
             }
             for row in table.rows
             if row.cell is not None

@@ -57,6 +57,16 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Perplexity over the position in one task's documents: each bin's last position, figure and documents in it."""
+
+    task: str
+    ends: tuple[int, ...]
+    perplexities: tuple[float, ...]
+    num_documents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Mark:
     """Why a row needs care; ``is_void`` where its figures are not those of the press that it names."""
 
@@ -76,6 +86,11 @@ class Row:
     differences: Mapping[tuple[str, str, str], Difference] = field(default_factory=dict)
     answers_are_the_baselines: bool = False
     marks: tuple[Mark, ...] = ()
+    curves: tuple[Curve, ...] = ()
+
+    @property
+    def is_void(self) -> bool:
+        return any(mark.is_void for mark in self.marks)
 
     def metric(self, key: MetricKey) -> Metric | None:
         return None if self.cell is None else key.of(self.cell)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lm_eval_kvpress.report_columns import MISSING, Column, Kind, arguments, columns, interval, shown, signed
-from lm_eval_kvpress.report_table import Mark, Row, Setting, Table
+from lm_eval_kvpress.report_table import Curve, Mark, Row, Setting, Table
 from lm_eval_kvpress.results import Kept
 
 
@@ -191,14 +191,22 @@ def _csv(value: Any) -> Any:
 
 
 def as_json(report: Report) -> str:
-    """The records under ``rows``, with what is said of each table under ``tables``."""
+    """The records under ``rows``, with the curves of streams and what is said of each table under ``tables``."""
     tables = [
         {"table": number, "notices": list(notices), "documents": dict(table.documents), **asdict(table.setting)}
         for number, (table, notices) in enumerate(zip(report.tables, report.notices, strict=True), start=1)
     ]
     content = {"title": report.title, "date": report.date, "version": report.version, "tables": tables}
-    rows = [{key: _json(value) for key, value in row.items()} for row in records(report)]
+    runs = [row for table in report.tables for row in table.rows]
+    rows = [
+        {**{key: _json(value) for key, value in record.items()}, "curves": [_curve(one) for one in row.curves]}
+        for record, row in zip(records(report), runs, strict=True)
+    ]
     return json.dumps({**content, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {**asdict(curve), "perplexities": [_json(one) for one in curve.perplexities]}
 
 
 def _json(value: Any) -> Any:

@@ -45,6 +45,13 @@ def notices(table: Table, tables: Sequence[Table]) -> list[str]:
     unlogged = sum(any(task.samples is None for task in cell.tasks if task.num_documents) for cell in cells)
     if unlogged:
         found.append(f"{unlogged} of {len(cells)} runs did not log samples (--log_samples): no intervals for them.")
+    streams = [row for row in table.rows if row.cell is not None and row.cell.is_stream]
+    curveless = sum(not row.curves for row in streams)
+    if curveless:
+        found.append(
+            f"No losses by position for {curveless} of {len(streams)} runs (stream_output): absent, unfinished, or of "
+            "other documents or another setting than the results."
+        )
     older = sum(row.num_older for row in table.rows)
     if older:
         found.append(f"{older} older results of settings that were run again are left out: the newest file counts.")

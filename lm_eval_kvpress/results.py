@@ -23,6 +23,9 @@ PROTOCOL = (
     *("query_tokens", "rolling", "rolling_context", "rolling_score", "short_context"),
     *("stream_chunk", "stream_positions", "max_length"),
 )
+# What a folder of losses (stream_output) and a results file both say of what ran.
+IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+Identity = tuple[str, ...]
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 
 
@@ -111,7 +114,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """One results file. ``parity`` is None where the certificate was not asked for."""
+    """One results file. ``parity`` is None where the certificate was not asked for, ``identity`` for stock lm-eval."""
 
     file: Path
     date: float
@@ -129,10 +132,15 @@ class Cell:
     speed: Speed
     parity: bool | None
     versions: tuple[tuple[str, str], ...]
+    identity: Identity | None = None
 
     @property
     def is_stock(self) -> bool:
         return self.protocol == STOCK_PROTOCOL
+
+    @property
+    def is_stream(self) -> bool:
+        return dict(self.protocol).get("rolling") == "stream"
 
     def task(self, name: str) -> Task | None:
         return next((task for task in self.tasks if task.name == name), None)
@@ -200,7 +208,14 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         speed=_speed(throughput),
         parity=None if parity is None else bool(parity["passed"]),
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
+        identity=identity(facts, arguments.get("revision")) if facts else None,
     )
+
+
+def identity(facts: Mapping[str, Any], revision: str | None) -> Identity:
+    """What ran, for comparison. The revision is not in the facts of a results file but in its arguments."""
+    recorded = (json.dumps(facts.get(key), sort_keys=True) for key in IDENTITY)
+    return (*recorded, str(revision or "main"))
 
 
 def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Press:

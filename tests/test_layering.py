@@ -101,6 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_samples": {"results", "numpy"},
     "report_bootstrap": {"numpy"},
     "report_table": {"report_bootstrap", "report_samples", "results", "numpy"},
+    "report_streams": {"report_table", "results", "numpy"},
     "report_trust": {"report_table", "results"},
     "report_columns": {"report_table", "results"},
     "report_text": {"report_columns", "report_table", "results"},
@@ -109,7 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_figures": {"report_columns", "report_table", "report_text", "results", "matplotlib"},
     "report": {
         *("report_columns", "report_figures", "report_html", "report_latex", "report_table", "report_text"),
-        *("report_trust", "results"),
+        *("report_streams", "report_trust", "results"),
     },
     "cli": {"report", "sweep", "adapter", "presses", "plugin", "lm_eval"},
     "__main__": {"cli"},

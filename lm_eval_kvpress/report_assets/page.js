@@ -2,6 +2,7 @@
 const all = JSON.parse(document.getElementById("points").textContent);
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a63d2", "#7f7f7f"];
 const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star"];
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const chips = [...document.querySelectorAll(".press")];
 const names = chips.map(chip => chip.dataset.press);
 const color = press => (press === "none" ? css("--ink") : COLORS[names.indexOf(press) % COLORS.length]);
@@ -11,50 +12,85 @@ const css = name => getComputedStyle(document.documentElement).getPropertyValue(
 // Plotly reads a subset of HTML in names and hover texts.
 const plain = text => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const percent = share => (share === null ? "-" : `${(100 * share).toFixed(1)} %`);
-const stage = { bytes: "KV bytes allocated per context", decode: "decode tokens per second", removed: "removed share asked", distance: "distance in tokens" };
+const stem = name => name.replace(/_at_\d+/, "");
+
+// What is missing is last in both directions. A cell's order is its number, or nothing.
+const order = sign => (a, b) => (a === "") - (b === "") || (a === "" ? 0 : sign * (a - b));
+Object.assign(DataTable.ext.type.order, { "figure-asc": order(1), "figure-desc": order(-1) });
 
 const tables = [...document.querySelectorAll("table")].map(element => {
   const pinned = element.rows[0].cells.length - 1;
   const extra = [...element.rows[0].cells].flatMap((cell, index) => (cell.dataset.main === "false" ? [index] : []));
+  const figures = [...element.rows[0].cells].flatMap((cell, index) => (cell.dataset.text === "false" ? [index] : []));
   const table = new DataTable(element, {
     paging: false, info: false, autoWidth: false, order: [], orderFixed: { pre: [[pinned, "asc"]] },
     layout: { topStart: null, topEnd: element.tBodies[0].rows.length > 8 ? "search" : null },
-    columnDefs: [{ targets: [pinned, ...extra], visible: false }], language: { search: "Search" },
+    columnDefs: [{ targets: figures, type: "figure" }, { targets: [pinned, ...extra], visible: false }], language: { search: "Search" },
   });
   table.search.fixed("press", (text, data, index) => isOn(table.row(index).node().dataset.press));
   return { table, extra };
 });
 
-function hover(row, metric, value) {
-  const bounds = row.bounds[metric];
+function hover(row, value, bounds) {
   const range = bounds ? `<br>to baseline: ${bounds.map(one => one.toPrecision(3)).join(" to ")}` : "";
-  return `<b>${plain(row.press)}</b> ${plain(row.arguments)}<br>${value.toPrecision(4)}${range}<br>removed ${percent(row.removed)}, kept ${percent(row.kept)}<extra></extra>`;
+  const doubt = row.void ? `<br>not to be trusted: ${plain(row.void)}` : "";
+  return `<b>${plain(row.press)}</b> ${plain(row.arguments)}<br>${value.toPrecision(4)}${range}<br>removed ${percent(row.removed)}, kept ${percent(row.kept)}${doubt}<extra></extra>`;
 }
 
-function trace(press, points, mode) {
+function trace(points, mode, dash = "solid") {
+  const press = points[0].row.press;
   return { type: "scatter", mode, name: plain(press), showlegend: false, x: points.map(one => one.x), y: points.map(one => one.y),
-    hovertemplate: points.map(one => one.hover), line: { color: color(press), width: 1.5 },
-    marker: { color: color(press), symbol: shape(press), size: press === "none" ? 12 : 9 } };
+    hovertemplate: points.map(one => one.hover), line: { color: color(press), width: 1.5, dash },
+    marker: { color: color(press), symbol: points.map(one => shape(press) + (one.row.void ? "-open" : "")), size: press === "none" ? 12 : 9 } };
 }
 
-function front(points, better, moreIsBetter) {
-  const sorted = [...points].sort((a, b) => (moreIsBetter ? b.x - a.x : a.x - b.x));
+// The interval of the difference, around the figure.
+function bars(points) {
+  const reach = points.map(one => one.range ?? [one.y, one.y]);
+  return { type: "data", symmetric: false, array: points.map((one, index) => Math.max(0, reach[index][1] - one.y)),
+    arrayminus: points.map((one, index) => Math.max(0, one.y - reach[index][0])), thickness: 1, width: 0, color: color(points[0].row.press) + "66" };
+}
+
+function front(all, better, moreIsBetter) {
+  const sorted = all.filter(one => !one.row.void).sort((a, b) => (moreIsBetter ? b.x - a.x : a.x - b.x));
   const best = [];
   for (const one of sorted) if (!best.length || (better ? one.y > best.at(-1).y : one.y < best.at(-1).y)) best.push(one);
   return { type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip", x: best.map(one => one.x), y: best.map(one => one.y), line: { color: css("--quiet"), width: 1, dash: "dot" } };
 }
 
+function distances(row, data, metric) {
+  const steps = data.metrics.flatMap((one, index) => (one.distance !== null && stem(one.name) === stem(data.metrics[metric].name) && row.values[index] !== null ? [{ x: one.distance, index }] : []));
+  return steps.map(({ x, index }) => ({ row, x, y: row.values[index], hover: `${x} tokens<br>` + hover(row, row.values[index], row.bounds[index]) }));
+}
+
+function positions(row, data, metric) {
+  const known = (row.curves[data.metrics[metric].task] ?? []).filter(one => one.perplexity !== null);
+  return known.map(one => ({ row, x: one.position, y: one.perplexity, hover: `up to token ${one.position}, ${one.num_documents} documents<br>` + hover(row, one.perplexity, null) }));
+}
+
+// A line per run; the runs of one press share its colour and differ in their dashes.
+function lines(rows, points) {
+  const seen = {};
+  return rows.map(points).filter(one => one.length).map(one => {
+    const press = one[0].row.press;
+    seen[press] = (seen[press] ?? -1) + 1;
+    return trace(one, "lines+markers", DASHES[seen[press] % DASHES.length]);
+  });
+}
+
 function traces(kind, data, metric) {
   const rows = data.rows.filter(row => isOn(row.press));
-  const presses = [...new Set(rows.map(row => row.press))];
-  if (kind === "distance") {
-    const steps = data.metrics.map((one, index) => ({ ...one, index })).filter(one => one.distance !== null && one.name.startsWith(data.metrics[metric].name + "_at_"));
-    return rows.map(row => trace(row.press, steps.filter(one => row.values[one.index] !== null).map(one => ({ x: one.distance, y: row.values[one.index], hover: hover(row, one.index, row.values[one.index]) })), "lines+markers")).filter(one => one.x.length);
-  }
-  const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null)
-    .map(row => ({ press: row.press, x: row[kind], y: row.values[metric], hover: hover(row, metric, row.values[metric]) }));
-  const made = presses.map(press => trace(press, points.filter(one => one.press === press).sort((a, b) => a.x - b.x), kind === "removed" ? "lines+markers" : "markers")).filter(one => one.x.length);
-  return kind === "removed" || !made.length ? made : [front(points, data.metrics[metric].better, kind === "decode"), ...made];
+  if (kind === "distance") return lines(rows, row => distances(row, data, metric));
+  if (kind === "position") return lines(rows, row => positions(row, data, metric));
+  const base = data.rows.find(row => row.is_baseline)?.values[metric];
+  const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null).map(row => ({ row, x: kind === "bytes" ? row.bytes / 2 ** 20 : row[kind], y: row.values[metric],
+    range: row.bounds[metric]?.map(one => base + one), hover: hover(row, row.values[metric], row.bounds[metric]) }));
+  const group = kind === "kept" ? "series" : "press";
+  const made = [...new Set(points.map(one => one.row[group]))].map(name => {
+    const own = points.filter(one => one.row[group] === name).sort((a, b) => a.x - b.x);
+    return { ...trace(own, kind === "kept" ? "lines+markers" : "markers"), error_y: bars(own) };
+  });
+  return kind === "kept" || !made.length ? made : [front(points, data.metrics[metric].better, kind === "decode"), ...made];
 }
 
 function draw() {
@@ -69,8 +105,8 @@ function draw() {
     Plotly.react(element, made, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 },
       margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "closest",
-      xaxis: { ...axis, title: { text: stage[kind] }, ...(kind === "bytes" ? { exponentformat: "SI" } : kind === "removed" ? { tickformat: ".0%" } : {}) },
-      yaxis: { ...axis, title: { text: better } },
+      xaxis: { ...axis, title: { text: element.dataset.axis }, ...(kind === "kept" ? { tickformat: ".0%" } : kind === "position" ? { type: "log", dtick: 1 } : {}) },
+      yaxis: { ...axis, title: { text: kind === "position" ? "lower is better" : better } },
     }, { displayModeBar: false, responsive: true });
   }
 }

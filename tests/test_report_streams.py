@@ -1,0 +1,116 @@
+"""Losses over the position: the right losses for a run or none, and figures that equal the definition."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_files import write_results
+
+from lm_eval_kvpress.report import make_report
+from lm_eval_kvpress.report_html import html
+from lm_eval_kvpress.report_streams import curve
+from lm_eval_kvpress.report_table import Curve
+from lm_eval_kvpress.report_text import as_json
+from lm_eval_kvpress.results import ResultsError
+from lm_eval_kvpress.stream_store import StreamStore
+
+DOCUMENTS = [[3.0] * 20 + [2.0] * 30, [1.0] * 40]
+
+
+def write_stream(cell: Path, press: str, losses: list[list[float]] = DOCUMENTS, **changed: Any) -> Path:
+    """A run of a stream as a sweep lays it out: `results/MODEL/results_*.json`, with `stream` beside `results`."""
+    file = write_results(cell, press, 0.0, name="results/tiny", num_documents=len(DOCUMENTS))
+    content = json.loads(file.read_text())
+    facts = content["config"]["kvpress"]
+    facts["protocol"] |= {"rolling": "stream", "stream_budget": 8, "stream_chunk": 4}
+    facts["press"]["arguments"] = {"kv_budget": 8}
+    file.write_text(json.dumps(content))
+    keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+    settings = {key: facts[key] for key in keys} | {"revision": "main", "weights": "1234abcd"} | changed
+    store = StreamStore(cell / "stream", settings)
+    for index, document in enumerate(losses):
+        store.save("recall", list(range(len(document))), str(index), document)
+    return file
+
+
+def curves(*places: Path) -> dict[str, tuple[Curve, ...]]:
+    rows = [row for table in make_report(places).tables for row in table.rows]
+    return {row.cell.press.name: row.curves for row in rows if row.cell is not None}
+
+
+def test_a_figure_is_the_perplexity_of_all_tokens_between_two_ends() -> None:
+    draws = np.random.default_rng(0)
+    documents = [draws.random(length) * 5 for length in (700, 90, 3)]
+    found = curve("task", documents)
+    assert found.ends[:5] == (16, 22, 32, 45, 64) and found.ends[-1] == 700
+    for start, end, perplexity, count in zip(
+        (0, *found.ends), found.ends, found.perplexities, found.num_documents, strict=False
+    ):
+        tokens = [loss for losses in documents for loss in losses[start:end]]
+        assert math.isclose(perplexity, math.exp(sum(tokens) / len(tokens)), rel_tol=1e-12)
+        assert count == sum(len(losses) > start for losses in documents)
+
+
+def test_losses_beside_a_sweeps_results_are_found_whichever_folder_is_named(tmp_path: Path) -> None:
+    file = write_stream(tmp_path / "cells" / "snapkv", "snapkv")
+    expected = (curve("recall", [np.array(losses) for losses in DOCUMENTS]),)
+    for place in (tmp_path, file.parents[1], file):
+        assert curves(place) == {"snapkv": expected}
+
+
+def test_each_press_has_its_own_losses_and_of_two_runs_the_nearest_count(tmp_path: Path) -> None:
+    write_stream(tmp_path / "a", "knorm")
+    write_stream(tmp_path / "b", "snapkv", [[2.0] * 50, [2.0] * 40])
+    write_stream(tmp_path / "z", "snapkv", [[9.0] * 50, [9.0] * 40]).unlink()
+    found = curves(tmp_path)
+    assert found["knorm"][0].perplexities[0] == pytest.approx(math.exp(2))
+    assert set(np.round(found["snapkv"][0].perplexities, 6)) == {round(math.exp(2), 6)}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"dtype": "float16"}, {"revision": "step1"}, {"versions": {}}, {"pretrained": "x"}]
+)
+def test_losses_of_another_run_are_not_shown(tmp_path: Path, changed: dict[str, Any]) -> None:
+    write_stream(tmp_path, "snapkv", **changed)
+    assert curves(tmp_path) == {"snapkv": ()}
+
+
+def test_losses_of_other_than_the_rows_documents_are_not_shown_and_it_is_said(tmp_path: Path) -> None:
+    write_stream(tmp_path, "snapkv", DOCUMENTS[:1])
+    assert curves(tmp_path) == {"snapkv": ()}
+    notices = make_report([tmp_path]).notices[0]
+    assert any("No losses by position" in notice for notice in notices), notices
+
+
+@pytest.mark.parametrize(
+    "text", ["position,loss_nats\n0,1.0\n2,1.0\n", "position,loss_nats\n0,x\n", "position,loss\n0,1.0\n", ""]
+)
+def test_a_file_that_is_not_losses_is_one_line_that_names_it(tmp_path: Path, text: str) -> None:
+    write_stream(tmp_path, "snapkv")
+    file = next((tmp_path / "stream" / "recall").glob("0-*.csv"))
+    file.write_text(text)
+    with pytest.raises(ResultsError, match=file.name) as error:
+        make_report([tmp_path])
+    assert "\n" not in str(error.value)
+
+
+def test_a_page_and_data_hold_the_curve_and_a_page_without_streams_none(tmp_path: Path) -> None:
+    write_stream(tmp_path / "a", "snapkv")
+    write_results(tmp_path / "b", "none", 0.0)
+    report = make_report([tmp_path / "a"])
+    (row,) = [row for row in json.loads(as_json(report))["rows"] if row["press"] == "snapkv"]
+    assert row["curves"][0]["ends"][-1] == 50 and '"position": 50' in html(report)
+    assert '"position":' not in html(make_report([tmp_path / "b"]))
+
+
+def test_losses_are_written_by_the_store_in_the_layout_that_is_read(tmp_path: Path) -> None:
+    write_stream(tmp_path, "snapkv")
+    file = next((tmp_path / "stream" / "recall").glob("1-*.csv"))
+    with file.open(newline="") as lines:
+        assert [float(row["loss_nats"]) for row in csv.DictReader(lines)] == DOCUMENTS[1]

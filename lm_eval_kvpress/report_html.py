@@ -145,6 +145,7 @@ def _points(table: Table) -> dict[str, Any]:
                 "press": press_name(row),
                 "arguments": arguments(row),
                 "series": series(row),
+                "amount": _amount(row),
                 "is_baseline": row.is_baseline,
                 "void": ", ".join(mark.label for mark in row.marks if mark.is_void),
                 "removed": row.cell.press.removed_asked,
@@ -167,6 +168,17 @@ def _points(table: Table) -> dict[str, Any]:
             if row.cell is not None
         ],
     }
+
+
+def _amount(row: Row) -> str:
+    """How much the press was asked to keep, in words: what runs have in common that a reader compares."""
+    if row.cell is None or row.cell.press.is_none:
+        return ""
+    if row.cell.press.removed_asked is not None:
+        return f"{100 * row.cell.press.removed_asked:g} % removed"
+    facts = dict(row.cell.press.arguments)
+    entries = facts.get("stream_budget", facts.get("kv_budget"))
+    return "" if entries is None else f"{entries} entries kept"
 
 
 def _bounds(column: Column, row: Row) -> list[float] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lm_eval_kvpress.report_columns import MISSING, Kind, columns, press_name, shown, signed
+from lm_eval_kvpress.report_columns import MISSING, Kind, columns, shown, signed
 from lm_eval_kvpress.report_table import Table
-from lm_eval_kvpress.report_text import Report, all_marks, heading, protocol_words
+from lm_eval_kvpress.report_text import Report, all_marks, cell_text, heading, protocol_words
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -44,7 +44,10 @@ def _lines(table: Table, all_metrics: bool) -> Iterator[str]:
         cells = []
         for column in of_table:
             difference = row.difference(column.metric) if column.metric else None
-            text = press_name(row) if column.key == "press" else shown(column.value(row), column.kind)
+            if column.key == "press":
+                cells.append(cell_text(column, row, escaped))
+                continue
+            text = shown(column.value(row), column.kind)
             cells.append(escaped(text if difference is None else f"{text} ({signed(difference.value)})"))
         numbers = ", ".join(str(marks.index(mark) + 1) for mark in row.marks) or MISSING
         yield " & ".join([*cells, numbers]) + r" \\"

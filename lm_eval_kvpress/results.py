@@ -222,8 +222,9 @@ def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Pres
     if press is None:
         return Press("none")
     budget = {key: value for key, value in protocol.items() if key == "stream_budget"}
-    arguments = {key: value for key, value in press["arguments"].items() if key != "compression_ratio"}
-    if press.get("kv_budget") is not None:
+    told_apart = {"compression_ratio"} | ({"kv_budget"} if budget else set())  # of a stream it repeats stream_budget
+    arguments = {key: value for key, value in press["arguments"].items() if key not in told_apart}
+    if press.get("kv_budget") is not None and not budget:
         arguments["kv_budget"] = press["kv_budget"]
     ratio = None if budget else _number(press.get("compression_ratio"))
     return Press(press["name"], _pairs(arguments | budget), ratio)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.stream_store import StreamStore
+
 NUM_DOCUMENTS = 20
+STREAMED = ([3.0] * 20 + [2.0] * 30, [1.0] * 40)  # losses of two documents
 
 
 def results_file(
@@ -24,11 +27,17 @@ def results_file(
     num_documents: int = NUM_DOCUMENTS,
     date: float = 1.0,
 ) -> dict[str, Any]:
-    """The content of one file: the task `recall` with `acc` and one distance."""
-    figures = {"alias": "recall", "acc,none": acc, "acc_stderr,none": "N/A", "acc_at_100,none": acc}
+    """The content of one file: the task `recall` with `acc` and two distances, of which samples hold one."""
+    figures = {
+        "alias": "recall",
+        "acc,none": acc,
+        "acc_stderr,none": "N/A",
+        "acc_at_100,none": acc,
+        "acc_at_800,none": acc,
+    }
     content: dict[str, Any] = {
         "results": {"recall": figures},
-        "higher_is_better": {"recall": {"acc": True, "acc_at_100": True}},
+        "higher_is_better": {"recall": {"acc": True, "acc_at_100": True, "acc_at_800": True}},
         "n-samples": {"recall": {"original": NUM_DOCUMENTS, "effective": num_documents}},
         "versions": {"recall": 1.0},
         "n-shot": {"recall": 0},
@@ -127,3 +136,19 @@ def sample_line(index: int, score: float) -> str:
         "acc_at_100": [score, index % 2 == 0],
     }
     return json.dumps(sample)
+
+
+def write_stream(cell: Path, press: str, losses: Sequence[list[float]] = STREAMED, **changed: Any) -> Path:
+    """A run of a stream as a sweep lays it out: `results/MODEL/results_*.json`, with `stream` beside `results`."""
+    file = write_results(cell, press, 0.0, name="results/tiny", num_documents=len(STREAMED))
+    content = json.loads(file.read_text())
+    facts = content["config"]["kvpress"]
+    facts["protocol"] |= {"rolling": "stream", "stream_budget": 8, "stream_chunk": 4}
+    facts["press"]["arguments"] = {"kv_budget": 8}
+    file.write_text(json.dumps(content))
+    keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+    settings = {key: facts[key] for key in keys} | {"revision": "main", "weights": "1234abcd"} | changed
+    store = StreamStore(cell / "stream", settings)
+    for index, document in enumerate(losses):
+        store.save("recall", list(range(len(document))), str(index), document)
+    return file

@@ -15,6 +15,8 @@ from scipy.stats import bootstrap
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_bootstrap import NUM_RESAMPLES, intervals
+from lm_eval_kvpress.report_figures import write_figures
+from lm_eval_kvpress.report_latex import latex
 from lm_eval_kvpress.report_samples import _parse, read_samples
 from lm_eval_kvpress.report_text import as_csv, as_json, markdown
 
@@ -136,8 +138,43 @@ def test_latex_and_figures_are_written_with_names_escaped(tmp_path: Path) -> Non
     for press, acc in (("none", 0.9), ("a_$b", 0.2)):
         write_results(tmp_path, press, 0.5, acc=acc)
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "t.tex"), "--figures", str(tmp_path / "f")]) == 0
-    assert r"a\_\$b" in (tmp_path / "t.tex").read_text()
+    assert r"a\_\$b (window\_size=64) &" in (tmp_path / "t.tex").read_text()
     assert {file.suffix for file in (tmp_path / "f").iterdir()} == {".png", ".svg"}
+
+
+def test_figures_have_points_at_the_measured_share_their_intervals_and_hollow_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    write_results(tmp_path, "snapkv", 0.5, scores=[1, 0] * (NUM_DOCUMENTS // 2), kept=0.6)
+    write_results(tmp_path, "inert", 0.5, acc=0.4, kept=1.0)
+    report = make_report([tmp_path])
+    write_figures(report, tmp_path / "f")
+    (kept,) = [one.axes[0] for one in drawn if one.axes[0].get_xlabel() == "measured kept share"]
+    bars = {one.get_label(): one for one in kept.containers}
+    assert bars["snapkv"].lines[0].get_xydata().tolist() == [[pytest.approx(0.6), 0.5]]
+    found = next(row for row in report.tables[0].rows if row.cell and row.cell.press.name == "snapkv")
+    difference = found.difference(report.tables[0].metrics[0])
+    assert difference is not None
+    (segment,) = bars["snapkv"].lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([1 + (difference.low or 0), 1 + (difference.high or 0)])
+    hollow = [line.get_xydata().tolist() for line in kept.lines if line.get_markerfacecolor() == "white"]
+    assert hollow == [[[1.0, 0.4]]]
+    for figure in drawn:
+        figure.clear()
+
+
+def test_500_rows_are_in_every_format(tmp_path: Path) -> None:
+    for index in range(500):
+        write_results(tmp_path, f"press{index}" if index else "none", 0.5, acc=index / 500, name=str(index))
+    report = make_report([tmp_path], sort=["recall.acc"])
+    assert [len(table.rows) for table in report.tables] == [500]
+    assert markdown(report).count("\n| press") == latex(report).count("\npress") == 499
+    assert len(list(csv.DictReader(io.StringIO(as_csv(report))))) == 500
+    assert len(json.loads(as_json(report))["rows"]) == 500
 
 
 @pytest.mark.parametrize("text", [None, '{"results": {'])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import NUM_DOCUMENTS, write_results
+from report_files import NUM_DOCUMENTS, write_results, write_stream
 
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_html import html, safe_json
@@ -31,13 +32,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for press, ratio, good in (("snapkv", 0.5, 15), ("snapkv", 0.75, 9), ("knorm", 0.5, 12), (EVIL, 0.5, 4)):
         scores = [1] * good + [0] * (NUM_DOCUMENTS - good)
         write_results(folder, press, ratio, scores=scores, checkpoint=EVIL, name=f"{press[:1].strip('<')}{good}")
+    write_results(folder, "tova", 0.5, acc=float("nan"), checkpoint=EVIL)
+    write_results(folder, "keyrot", 0.5, acc=None, checkpoint=EVIL)
+    write_results(folder, "inert", 0.5, acc=0.1, kept=1.0, checkpoint=EVIL)
     file = folder / "page.html"
     file.write_text(html(make_report([folder])), encoding="utf-8")
     return file
 
 
-@pytest.fixture
-def browser(page: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver")
     from selenium import webdriver
@@ -48,16 +52,26 @@ def browser(page: Path) -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.get(page.as_uri())
-        _wait(driver, "return document.documentElement.dataset.ready === 'true'")
-        yield driver
-        assert driver.get_log("browser") == []
-        asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-        urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
-        assert urls and all(url.startswith(("file:", "data:", "blob:")) for url in urls), urls
-    finally:
-        driver.quit()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any, page: Path) -> Iterator[Any]:
+    with opened(chromium, page):
+        yield chromium
+
+
+@contextmanager
+def opened(driver: Any, page: Path) -> Iterator[None]:
+    """The page, loaded anew; afterwards, that there was no console error and that nothing outside was asked for."""
+    driver.get(page.as_uri())
+    _wait(driver, "return document.documentElement.dataset.ready === 'true'")
+    yield
+    assert driver.get_log("browser") == []
+    asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    assert urls and all(url.startswith(("file:", "data:", "blob:")) for url in urls), urls
 
 
 def _wait(driver: Any, script: str) -> None:
@@ -70,25 +84,29 @@ def _column(driver: Any, number: int) -> list[str]:
     return [row.text.split("\n")[0] for row in driver.find_elements("css selector", f"tbody td:nth-child({number})")]
 
 
-def test_sorting_by_pointer_and_by_keyboard_keeps_the_baseline_on_top(browser: Any) -> None:
+def test_sorting_by_pointer_and_by_keyboard_keeps_the_baseline_on_top_and_the_missing_last(browser: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     heads = browser.find_elements("css selector", "thead th")
     number = next(index for index, head in enumerate(heads, start=1) if "acc" in head.text)
     heads[number - 1].click()
-    assert _column(browser, number) == ["1.000", "0.200", "0.450", "0.600", "0.750"]
+    _wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
+    figures = ["0.100", "0.200", "0.450", "0.600", "0.750"]
+    rest = _column(browser, number)[6:]
+    assert sorted(rest) == ["-", "NaN"] and _column(browser, number) == ["1.000", *figures, *rest]
     control = heads[number - 1].find_element("css selector", "[tabindex='0'], button")
     browser.execute_script("arguments[0].focus()", control)
     ActionChains(browser).send_keys(Keys.ENTER).perform()
-    assert _column(browser, number) == ["1.000", "0.750", "0.600", "0.450", "0.200"]
+    _wait(browser, "return document.querySelector('th[aria-sort=descending]') !== null")
+    assert _column(browser, number) == ["1.000", *reversed(figures), *rest], "what is missing is last both ways"
 
 
 def test_filter_by_press_hides_its_rows_and_never_the_baseline(browser: Any) -> None:
     browser.find_element("css selector", "[data-press='snapkv'].press").click()
     presses = _column(browser, 1)
     assert presses[0].startswith("none") and not any(name.startswith("snapkv") for name in presses)
-    assert len(presses) == 3
+    assert len(presses) == 6
 
 
 def test_pointing_at_a_run_tells_its_press(browser: Any) -> None:
@@ -117,3 +135,73 @@ def test_theme_changes_the_paper(browser: Any) -> None:
 def test_a_name_that_is_a_script_is_shown_as_text(browser: Any) -> None:
     assert EVIL in browser.find_element("css selector", "h2").text
     assert any(name.startswith(EVIL) for name in _column(browser, 1))
+
+
+def _traces(driver: Any, plot: str) -> list[dict[str, Any]]:
+    """What a plot was given."""
+    keys = "x: Array.from(one.x), y: Array.from(one.y), name: one.name, marker: one.marker, hover: one.hovertemplate"
+    bars = "bars: one.error_y && [Array.from(one.error_y.arrayminus ?? []), Array.from(one.error_y.array ?? [])]"
+    script = f"return document.querySelector(`[data-plot='{plot}']`).data.map(one => ({{{keys}, {bars}}}))"
+    return list(driver.execute_script(script))
+
+
+def test_bars_are_the_intervals_and_points_stand_at_the_measured_share(browser: Any, page: Path) -> None:
+    (table,) = make_report([page.parent]).tables
+    rows = {(row.cell.press.name, row.cell.press.removed_asked): row for row in table.rows if row.cell}
+    snapkv = next(one for one in _traces(browser, "kept") if one["name"] == "snapkv")
+    assert snapkv["x"] == [0.25, 0.5] and snapkv["y"] == [0.45, 0.75]
+    for index, ratio in enumerate((0.75, 0.5)):
+        found = rows["snapkv", ratio].difference(table.metrics[0])
+        assert found is not None and found.low is not None and found.high is not None
+        expected = (found.value - found.low, found.high - found.value)
+        assert (snapkv["bars"][0][index], snapkv["bars"][1][index]) == pytest.approx(expected)
+
+
+def test_a_row_that_cannot_be_trusted_is_hollow_named_and_no_part_of_the_front(browser: Any) -> None:
+    front, *traces = _traces(browser, "bytes")
+    inert = next(one for one in traces if one["name"] == "inert")
+    assert inert["marker"]["symbol"][0].endswith("-open") and "kept everything" in inert["hover"][0]
+    assert not any(symbol.endswith("-open") for symbol in traces[0]["marker"]["symbol"])
+    assert front["y"] == [0.45, 0.75, 1.0]
+
+
+def test_recall_over_the_distance_has_a_line_per_run_and_can_show_one_share(browser: Any) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    lines = _traces(browser, "distance")
+    assert len(lines) == 6 and {tuple(line["x"]) for line in lines} == {(100, 800)}
+    snapkv = [line["y"] for line in lines if line["name"] == "snapkv"]
+    assert snapkv == [[0.75, 0.75], [0.45, 0.45]]
+    Select(browser.find_element("css selector", "[data-choice='amount']")).select_by_value("75 % removed")
+    assert [line["name"] for line in _traces(browser, "distance")] == ["none", "snapkv"]
+
+
+def test_a_plot_without_figures_is_not_there(browser: Any) -> None:
+    assert not browser.find_element("css selector", "[data-plot='position']").is_displayed()
+
+
+def test_perplexity_over_the_position_is_plotted_where_streams_were_run(chromium: Any, tmp_path: Path) -> None:
+    for press in ("snapkv", "knorm"):
+        write_stream(tmp_path / press, press)
+    file = tmp_path / "page.html"
+    file.write_text(html(make_report([tmp_path])), encoding="utf-8")
+    with opened(chromium, file):
+        assert chromium.find_element("css selector", "[data-plot='position']").is_displayed()
+        lines = _traces(chromium, "position")
+        assert [line["name"] for line in lines] == ["knorm", "snapkv"] and lines[0]["x"][-1] == 50
+
+
+def test_500_rows_are_shown_sorted_and_searched(chromium: Any, tmp_path: Path) -> None:
+    for index in range(500):
+        write_results(tmp_path, f"press{index}" if index else "none", 0.5, acc=(index * 7 % 500) / 500, name=str(index))
+    file = tmp_path / "page.html"
+    file.write_text(html(make_report([tmp_path])), encoding="utf-8")
+    script = "return [...document.querySelectorAll('tbody tr')].map(row => row.cells[5].firstChild.data)"
+    with opened(chromium, file):
+        heads = chromium.find_elements("css selector", "thead th")
+        next(head for head in heads if "acc" in head.text).click()
+        _wait(chromium, "return document.querySelector('th[aria-sort=ascending]') !== null")
+        figures = [float(text) for text in chromium.execute_script(script)]
+        assert len(figures) == 500 and figures[1:] == sorted(figures[1:])
+        chromium.find_element("css selector", ".dt-search input").send_keys("press77")
+        _wait(chromium, "return document.querySelectorAll('tbody tr').length === 1")

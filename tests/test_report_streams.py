@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_files import write_results
+from report_files import STREAMED, write_results, write_stream
 
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_html import html
@@ -18,25 +18,6 @@ from lm_eval_kvpress.report_streams import curve
 from lm_eval_kvpress.report_table import Curve
 from lm_eval_kvpress.report_text import as_json
 from lm_eval_kvpress.results import ResultsError
-from lm_eval_kvpress.stream_store import StreamStore
-
-DOCUMENTS = [[3.0] * 20 + [2.0] * 30, [1.0] * 40]
-
-
-def write_stream(cell: Path, press: str, losses: list[list[float]] = DOCUMENTS, **changed: Any) -> Path:
-    """A run of a stream as a sweep lays it out: `results/MODEL/results_*.json`, with `stream` beside `results`."""
-    file = write_results(cell, press, 0.0, name="results/tiny", num_documents=len(DOCUMENTS))
-    content = json.loads(file.read_text())
-    facts = content["config"]["kvpress"]
-    facts["protocol"] |= {"rolling": "stream", "stream_budget": 8, "stream_chunk": 4}
-    facts["press"]["arguments"] = {"kv_budget": 8}
-    file.write_text(json.dumps(content))
-    keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
-    settings = {key: facts[key] for key in keys} | {"revision": "main", "weights": "1234abcd"} | changed
-    store = StreamStore(cell / "stream", settings)
-    for index, document in enumerate(losses):
-        store.save("recall", list(range(len(document))), str(index), document)
-    return file
 
 
 def curves(*places: Path) -> dict[str, tuple[Curve, ...]]:
@@ -59,7 +40,7 @@ def test_a_figure_is_the_perplexity_of_all_tokens_between_two_ends() -> None:
 
 def test_losses_beside_a_sweeps_results_are_found_whichever_folder_is_named(tmp_path: Path) -> None:
     file = write_stream(tmp_path / "cells" / "snapkv", "snapkv")
-    expected = (curve("recall", [np.array(losses) for losses in DOCUMENTS]),)
+    expected = (curve("recall", [np.array(losses) for losses in STREAMED]),)
     for place in (tmp_path, file.parents[1], file):
         assert curves(place) == {"snapkv": expected}
 
@@ -82,7 +63,7 @@ def test_losses_of_another_run_are_not_shown(tmp_path: Path, changed: dict[str, 
 
 
 def test_losses_of_other_than_the_rows_documents_are_not_shown_and_it_is_said(tmp_path: Path) -> None:
-    write_stream(tmp_path, "snapkv", DOCUMENTS[:1])
+    write_stream(tmp_path, "snapkv", STREAMED[:1])
     assert curves(tmp_path) == {"snapkv": ()}
     notices = make_report([tmp_path]).notices[0]
     assert any("No losses by position" in notice for notice in notices), notices
@@ -113,4 +94,4 @@ def test_losses_are_written_by_the_store_in_the_layout_that_is_read(tmp_path: Pa
     write_stream(tmp_path, "snapkv")
     file = next((tmp_path / "stream" / "recall").glob("1-*.csv"))
     with file.open(newline="") as lines:
-        assert [float(row["loss_nats"]) for row in csv.DictReader(lines)] == DOCUMENTS[1]
+        assert [float(row["loss_nats"]) for row in csv.DictReader(lines)] == STREAMED[1]

@@ -3,6 +3,7 @@ const all = JSON.parse(document.getElementById("points").textContent);
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a63d2", "#7f7f7f"];
 const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const LINES = ["distance", "position"]; // plots with a line per run
 const chips = [...document.querySelectorAll(".press")];
 const names = chips.map(chip => chip.dataset.press);
 const color = press => (press === "none" ? css("--ink") : COLORS[names.indexOf(press) % COLORS.length]);
@@ -27,6 +28,12 @@ const tables = [...document.querySelectorAll("table")].map(element => {
     layout: { topStart: null, topEnd: element.tBodies[0].rows.length > 8 ? "search" : null },
     columnDefs: [{ targets: figures, type: "figure" }, { targets: [pinned, ...extra], visible: false }], language: { search: "Search" },
   });
+  // DataTables reads aria-sort off the first of the sorted columns, which is the pinned one.
+  table.on("draw", () => [...element.tHead.rows[0].cells].forEach(head => {
+    const direction = ["asc", "desc"].find(one => head.classList.contains(`dt-ordering-${one}`));
+    if (direction) head.setAttribute("aria-sort", `${direction}ending`);
+    else head.removeAttribute("aria-sort");
+  }));
   table.search.fixed("press", (text, data, index) => isOn(table.row(index).node().dataset.press));
   return { table, extra };
 });
@@ -52,7 +59,7 @@ function bars(points) {
 }
 
 function front(all, better, moreIsBetter) {
-  const sorted = all.filter(one => !one.row.void).sort((a, b) => (moreIsBetter ? b.x - a.x : a.x - b.x));
+  const sorted = all.filter(one => !one.row.void).sort((a, b) => (moreIsBetter ? b.x - a.x : a.x - b.x) || (better ? b.y - a.y : a.y - b.y));
   const best = [];
   for (const one of sorted) if (!best.length || (better ? one.y > best.at(-1).y : one.y < best.at(-1).y)) best.push(one);
   return { type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip", x: best.map(one => one.x), y: best.map(one => one.y), line: { color: css("--quiet"), width: 1, dash: "dot" } };
@@ -78,10 +85,12 @@ function lines(rows, points) {
   });
 }
 
-function traces(kind, data, metric) {
+function traces(kind, data, metric, amount) {
   const rows = data.rows.filter(row => isOn(row.press));
-  if (kind === "distance") return lines(rows, row => distances(row, data, metric));
-  if (kind === "position") return lines(rows, row => positions(row, data, metric));
+  if (LINES.includes(kind)) {
+    const chosen = rows.filter(row => row.press === "none" || !amount || row.amount === amount);
+    return lines(chosen, row => (kind === "distance" ? distances : positions)(row, data, metric));
+  }
   const base = data.rows.find(row => row.is_baseline)?.values[metric];
   const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null).map(row => ({ row, x: kind === "bytes" ? row.bytes / 2 ** 20 : row[kind], y: row.values[metric],
     range: row.bounds[metric]?.map(one => base + one), hover: hover(row, row.values[metric], row.bounds[metric]) }));
@@ -93,22 +102,29 @@ function traces(kind, data, metric) {
   return kind === "kept" || !made.length ? made : [front(points, data.metrics[metric].better, kind === "decode"), ...made];
 }
 
+function layout(kind, axisTitle, isHigherBetter) {
+  const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), automargin: true };
+  const scale = { kept: { tickformat: ".0%" }, position: { type: "log", tick0: 0, dtick: Math.log10(4), tickformat: ",d" } }[kind] ?? {};
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 },
+    margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "closest", xaxis: { ...axis, title: { text: axisTitle }, ...scale },
+    yaxis: { ...axis, title: { text: isHigherBetter && kind !== "position" ? "higher is better" : "lower is better" } },
+  };
+}
+
 function draw() {
-  for (const element of document.querySelectorAll(".plot")) {
-    const data = all[element.dataset.table], kind = element.dataset.plot;
-    const metric = Number(document.querySelector(`select[data-table="${element.dataset.table}"]`).value);
-    const made = data.metrics.length ? traces(kind, data, metric) : [];
-    element.parentElement.hidden = !made.length;
-    if (!made.length) continue;
-    const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), automargin: true };
-    const better = data.metrics[metric].better ? "higher is better" : "lower is better";
-    Plotly.react(element, made, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 },
-      margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "closest",
-      xaxis: { ...axis, title: { text: element.dataset.axis }, ...(kind === "kept" ? { tickformat: ".0%" } : kind === "position" ? { type: "log", dtick: 1 } : {}) },
-      yaxis: { ...axis, title: { text: kind === "position" ? "lower is better" : better } },
-    }, { displayModeBar: false, responsive: true });
-  }
+  const chosen = (choice, table) => document.querySelector(`select[data-choice="${choice}"][data-table="${table}"]`).value;
+  const plots = [...document.querySelectorAll(".plot")].map(element => {
+    const { plot: kind, table } = element.dataset, metric = all[table].metrics[chosen("metric", table)];
+    return { element, kind, metric, made: metric ? traces(kind, all[table], Number(chosen("metric", table)), chosen("amount", table)) : [] };
+  });
+  // All are shown or hidden before any is drawn: the others share the room of a hidden one.
+  for (const { element, made } of plots) element.parentElement.hidden = !made.length;
+  for (const select of document.querySelectorAll("select[data-choice='amount']"))
+    select.parentElement.hidden = select.options.length < 3 || !plots.some(one => one.element.dataset.table === select.dataset.table && LINES.includes(one.kind) && one.made.length);
+  for (const { element, kind, metric, made } of plots.filter(one => one.made.length))
+    Plotly.react(element, made, layout(kind, element.dataset.axis, metric.better), { displayModeBar: false, responsive: true })
+      .then(() => Plotly.Plots.resize(element));
 }
 
 function theme(name) {
@@ -121,7 +137,13 @@ function theme(name) {
 }
 
 for (const select of document.querySelectorAll("select[data-table]")) {
-  all[select.dataset.table].metrics.forEach((one, index) => select.add(new Option(one.name, index)));
+  const { metrics, rows } = all[select.dataset.table];
+  if (select.dataset.choice === "metric") metrics.forEach((one, index) => select.add(new Option(one.name, index)));
+  else {
+    const amounts = [...new Set(rows.map(row => row.amount).filter(Boolean))];
+    amounts.forEach(one => select.add(new Option(one, one)));
+    if (rows.length > 8 && amounts.length) select.value = amounts[0]; // more lines than one can tell apart
+  }
   select.addEventListener("change", draw);
 }
 for (const chip of chips) chip.addEventListener("click", () => {

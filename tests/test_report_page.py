@@ -132,6 +132,14 @@ def test_theme_changes_the_paper(browser: Any) -> None:
     browser.save_screenshot(str(SCREENSHOTS / "report_second.png"))
 
 
+def test_paper_is_light_and_the_screen_stays_dark(browser: Any) -> None:
+    theme = "document.documentElement.dataset.theme"
+    browser.execute_script(f"if ({theme} === 'light') document.getElementById('theme').click()")
+    browser.execute_script(f"window.seen = []; addEventListener('beforeprint', () => seen.push({theme}))")
+    browser.print_page()
+    assert browser.execute_script(f"return [seen, {theme}]") == [["light"], "dark"]
+
+
 def test_a_name_that_is_a_script_is_shown_as_text(browser: Any) -> None:
     assert EVIL in browser.find_element("css selector", "h2").text
     assert any(name.startswith(EVIL) for name in _column(browser, 1))

@@ -1,13 +1,17 @@
 // Glue only: tables are DataTables, plots are Plotly. `DataTable` is imported by the page.
 const all = JSON.parse(document.getElementById("points").textContent);
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8a63d2", "#7f7f7f"];
-const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star"];
+// Plotly's symbols and the characters that stand for them in the filter, which is the legend; `none` is the star.
+const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "triangle-down"];
+const GLYPHS = ["●", "■", "◆", "▲", "✚", "✖", "⬟", "▼"].map(one => one + "\ufe0e"); // as text, not as a picture
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const LINES = ["distance", "position"]; // plots with a line per run
 const chips = [...document.querySelectorAll(".press")];
 const names = chips.map(chip => chip.dataset.press);
 const color = press => (press === "none" ? css("--ink") : COLORS[names.indexOf(press) % COLORS.length]);
-const shape = press => (press === "none" ? "star" : SHAPES[names.indexOf(press) % SHAPES.length]);
+// Colours repeat after eight presses; each round pairs them with other shapes.
+const shapeIndex = press => (names.indexOf(press) + Math.floor(names.indexOf(press) / COLORS.length)) % SHAPES.length;
+const shape = press => (press === "none" ? "star" : SHAPES[shapeIndex(press)]);
 const isOn = press => press === "none" || chips[names.indexOf(press)].getAttribute("aria-pressed") === "true";
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // Plotly reads a subset of HTML in names and hover texts.
@@ -132,7 +136,10 @@ function theme(name) {
   const button = document.getElementById("theme");
   button.setAttribute("aria-pressed", String(name === "dark"));
   button.textContent = name === "dark" ? "Light" : "Dark";
-  chips.forEach(chip => { chip.querySelector(".dot").style.background = color(chip.dataset.press); });
+  chips.forEach(({ firstElementChild: dot, dataset }) => {
+    dot.style.color = color(dataset.press);
+    dot.textContent = GLYPHS[shapeIndex(dataset.press)];
+  });
   draw();
 }
 
@@ -157,5 +164,9 @@ document.getElementById("metrics").addEventListener("click", event => {
   tables.forEach(one => one.table.columns(one.extra).visible(isAll));
 });
 document.getElementById("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+// Paper is white whatever the screen is.
+let onScreen;
+addEventListener("beforeprint", () => { onScreen = document.documentElement.dataset.theme; theme("light"); });
+addEventListener("afterprint", () => theme(onScreen));
 theme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 document.documentElement.dataset.ready = "true";

@@ -5,6 +5,7 @@ Each cell ends as a standard lm-eval results file with its samples, as the run o
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -59,6 +60,9 @@ def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     console.print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
     if not todo:
         return
+    if not any(cell.arguments["press"] == "none" for cell in cells):
+        console.print("no cell is the baseline, from which differences are taken: add none to the presses")
+    _check_tasks(settings, _tasks(settings, todo[0]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = _load(settings)
     store.check_weights(weights_fingerprint(model.model))
@@ -110,6 +114,19 @@ def _tasks(settings: SweepSettings, cell: Cell) -> TaskManager:
     paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
     metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
     return TaskManager(include_path=paths, metadata=metadata)
+
+
+def _check_tasks(settings: SweepSettings, tasks: TaskManager) -> None:
+    """Refuses unknown tasks before the model is loaded.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    for name in settings.tasks:
+        if name not in tasks.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, tasks.all_tasks, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists them"
+            raise UsageError(f"unknown task '{name}': {hint}")
 
 
 def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, peers: Sequence[CellRun]) -> None:

@@ -299,6 +299,14 @@ def test_bad_input_is_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_unknown_tasks_are_refused_before_the_model_is_loaded(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_load", lambda settings: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match="unknown task 'sweep_chioce': did you mean 'sweep_choice'"):
+        sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

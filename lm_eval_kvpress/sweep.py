@@ -65,7 +65,7 @@ def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     _check_tasks(settings, _tasks(settings, todo[0]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = _load(settings)
-    store.check_weights(weights_fingerprint(model.model))
+    store.claim(weights_fingerprint(model.model))
     with ExitStack() as logs:
         runs = [model.open(cell, store.cell(cell.name)) for cell in todo]
         for run in runs:

@@ -46,14 +46,14 @@ class SweepStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"output_path={folder} is being written by another sweep: choose another one") from error
-        self._check(settings)
+        self._settings = json.loads(json.dumps(settings))
+        self._check()
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        file, now = self.folder / "sweep.json", json.loads(json.dumps(settings))
+    def _check(self) -> None:
+        file, now = self.folder / "sweep.json", self._settings
         if not file.exists():
             if (self.folder / "cells").exists():
                 raise ValueError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
-            write_whole(file, json.dumps(now, indent=2, sort_keys=True))
             return
         before = json.loads(file.read_text())
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -64,8 +64,11 @@ class SweepStore:
                 "choose another folder, or give the same settings"
             )
 
-    def check_weights(self, fingerprint: str) -> None:
-        """Refuses other weights of the same name.
+    def claim(self, fingerprint: str) -> None:
+        """Makes the folder that of these settings and weights; before that nothing in it says so.
+
+        Args:
+            fingerprint: of the weights; others of the same name are refused.
 
         Raises:
             ValueError: in one line.
@@ -73,6 +76,7 @@ class SweepStore:
         file = self.folder / "weights"
         if not file.exists():
             write_whole(file, fingerprint)
+            write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
         elif file.read_text() != fingerprint:
             raise ValueError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
 

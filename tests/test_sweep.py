@@ -305,6 +305,7 @@ def test_unknown_tasks_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr(sweep, "_load", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="unknown task 'sweep_chioce': did you mean 'sweep_choice'"):
         sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
+    assert not (tmp_path / "sweep.json").exists(), "the folder is free for the command as it was meant"
 
 
 @pytest.mark.parametrize(
@@ -357,12 +358,12 @@ def test_other_settings_and_two_sweeps_in_one_folder_are_refused(tmp_path: Path)
     first = SweepStore(tmp_path, {"tasks": ["a"], "limit": 3})
     with pytest.raises(ValueError, match="being written by another sweep"):
         SweepStore(tmp_path, {"tasks": ["a"], "limit": 3})
-    first.check_weights("1")
+    first.claim("1")
     first.close()
     with pytest.raises(ValueError, match="never mixed: it had limit=3"):
         SweepStore(tmp_path, {"tasks": ["a"], "limit": 4})
     with pytest.raises(ValueError, match="other weights"):
-        SweepStore(tmp_path, {"tasks": ["a"], "limit": 3}).check_weights("2")
+        SweepStore(tmp_path, {"tasks": ["a"], "limit": 3}).claim("2")
 
 
 def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ class SweepStore:
             ValueError: in one line.
         """
         file = self.folder / "weights"
+        write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
         if not file.exists():
             write_whole(file, fingerprint)
-            write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
         elif file.read_text() != fingerprint:
             raise ValueError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
 

@@ -149,13 +149,13 @@ def test_figures_have_points_at_the_measured_share_their_intervals_and_hollow_ma
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
     write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
-    write_results(tmp_path, "snapkv", 0.5, scores=[1, 0] * (NUM_DOCUMENTS // 2), kept=0.6)
+    write_results(tmp_path, "snapkv", 0.5, scores=[0, 1, 1, 1] * (NUM_DOCUMENTS // 4), kept=0.6)
     write_results(tmp_path, "inert", 0.5, acc=0.4, kept=1.0)
     report = make_report([tmp_path])
     write_figures(report, tmp_path / "f")
     (kept,) = [one.axes[0] for one in drawn if one.axes[0].get_xlabel() == "measured kept share"]
     bars = {one.get_label(): one for one in kept.containers}
-    assert bars["snapkv"].lines[0].get_xydata().tolist() == [[pytest.approx(0.6), 0.5]]
+    assert bars["snapkv"].lines[0].get_xydata().tolist() == [[pytest.approx(0.6), 0.75]]
     found = next(row for row in report.tables[0].rows if row.cell and row.cell.press.name == "snapkv")
     difference = found.difference(report.tables[0].metrics[0])
     assert difference is not None

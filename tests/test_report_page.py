@@ -34,7 +34,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_results(folder, press, ratio, scores=scores, checkpoint=EVIL, name=f"{press[:1].strip('<')}{good}")
     write_results(folder, "tova", 0.5, acc=float("nan"), checkpoint=EVIL)
     write_results(folder, "keyrot", 0.5, acc=None, checkpoint=EVIL)
-    write_results(folder, "inert", 0.5, acc=0.1, kept=1.0, checkpoint=EVIL)
+    write_results(folder, "pyramid", 0.8, acc=0.3, notes={"it fell back": 4}, checkpoint=EVIL)
     file = folder / "page.html"
     file.write_text(html(make_report([folder])), encoding="utf-8")
     return file
@@ -92,7 +92,7 @@ def test_sorting_by_pointer_and_by_keyboard_keeps_the_baseline_on_top_and_the_mi
     number = next(index for index, head in enumerate(heads, start=1) if "acc" in head.text)
     heads[number - 1].click()
     _wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
-    figures = ["0.100", "0.200", "0.450", "0.600", "0.750"]
+    figures = ["0.200", "0.300", "0.450", "0.600", "0.750"]
     rest = _column(browser, number)[6:]
     assert sorted(rest) == ["-", "NaN"] and _column(browser, number) == ["1.000", *figures, *rest]
     control = heads[number - 1].find_element("css selector", "[tabindex='0'], button")
@@ -167,8 +167,9 @@ def test_bars_are_the_intervals_and_points_stand_at_the_measured_share(browser: 
 
 def test_a_row_that_cannot_be_trusted_is_hollow_named_and_no_part_of_the_front(browser: Any) -> None:
     front, *traces = _traces(browser, "bytes")
-    inert = next(one for one in traces if one["name"] == "inert")
-    assert inert["marker"]["symbol"][0].endswith("-open") and "kept everything" in inert["hover"][0]
+    void = next(one for one in traces if one["name"] == "pyramid")
+    assert void["marker"]["symbol"][0].endswith("-open") and "fell back" in void["hover"][0]
+    assert void["x"][0] < min(front["x"]), "it would be the first of the front"
     assert not any(symbol.endswith("-open") for symbol in traces[0]["marker"]["symbol"])
     assert front["y"] == [0.45, 0.75, 1.0]
 

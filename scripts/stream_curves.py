@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""Perplexity over position of books streamed under a fixed cache, far past the trained positions: figure and table.
+
+Every setting scores the same tokens at the same budget and chunk: full sliding recomputation (each chunk after a plain
+forward over the `budget` tokens before it), the window alone, sinks and window, the same with original positions, and
+tova. Losses are kept per book and setting, so a killed run goes on where it ended. The last line is one JSON document.
+
+    KVPRESS_DATA_DIR=FOLDER python scripts/stream_curves.py     # FOLDER/pg19/test.jsonl; by default ../shared/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from lm_eval_kvpress.adapter import KVPress
+    from lm_eval_kvpress.streaming import ChunkLosses
+
+CHUNK = 64
+INSIDE, FAR = slice(1024, 2048), slice(10_000, 20_000)
+"""Positions inside the trained window with a full cache at every budget here, and far beyond it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays in the cache. ``num_sinks`` None asks ``press``; ``press`` None is recomputation."""
+
+    name: str
+    label: str
+    budget: int
+    press: str | None = "streaming_llm"
+    num_sinks: int | None = None
+    rotate: bool = True
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("recomputation_512", "sliding recomputation", 512, press=None),
+        Setting("window_512", "window only", 512, num_sinks=0),
+        Setting("sinks_512", "4 sinks + window, rotated", 512, num_sinks=4),
+        Setting("sinks_original_512", "4 sinks + window, original positions", 512, num_sinks=4, rotate=False),
+        Setting("sinks64_512", "64 sinks + window, rotated", 512, num_sinks=64),
+        Setting("sinks64_original_512", "64 sinks + window, original positions", 512, num_sinks=64, rotate=False),
+        Setting("tova_512", "tova, rotated", 512, press="tova"),
+        Setting("tova_original_512", "tova, original positions", 512, press="tova", rotate=False),
+        Setting("sinks_1024", "4 sinks + window, rotated", 1024, num_sinks=4),
+        Setting("sinks_original_1024", "4 sinks + window, original positions", 1024, num_sinks=4, rotate=False),
+    )
+}
+
+STYLES = {
+    "recomputation_512": ("#000000", "o"),
+    "window_512": ("#56B4E9", "s"),
+    "sinks_512": ("#0072B2", "^"),
+    "sinks64_512": ("#D55E00", "v"),
+    "tova_512": ("#009E73", "D"),
+    "sinks_1024": ("#CC79A7", "X"),
+}
+"""Colours of Okabe and Ito, which the colour-blind can tell apart; original positions are the same, dashed."""
+
+BASE = "recomputation_512"
+"""What the others are compared with, on the same tokens."""
+
+
+def read_books() -> list[dict[str, str]]:
+    """PG-19's test split, or the part of it that is there."""
+    folder = os.environ.get("KVPRESS_DATA_DIR") or Path(__file__).resolve().parents[2] / "shared" / "data"
+    with (Path(folder) / "pg19" / "test.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[int]]:
+    """The first books that are long enough, cut to as many tokens."""
+    chosen: dict[str, list[int]] = {}
+    for record in read_books():
+        tokens = lm.tok_encode(record["text"][: 12 * num_tokens])[:num_tokens]  # no token is as long on average
+        if len(tokens) == num_tokens:
+            chosen[record["short_book_title"]] = tokens
+        if len(chosen) == num_books:
+            return chosen
+    raise SystemExit(f"only {len(chosen)} books of {num_tokens} tokens: lower --books or --tokens")
+
+
+def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
+    """The texts side by side, streamed."""
+    from lm_eval_kvpress.presses import parse_press
+    from lm_eval_kvpress.stream_press import for_stream
+    from lm_eval_kvpress.streaming import StreamPlan, stream
+
+    assert setting.press is not None
+    press = for_stream(parse_press(setting.press, {}), setting.budget, CHUNK)
+    plan = StreamPlan(setting.budget, CHUNK, setting.rotate, num_sinks=setting.num_sinks)
+    return stream(lm.press_model, texts, lm.prefix_token_id, plan, press.build)
+
+
+def losses(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> list[list[float]]:
+    """Nats by position, the texts side by side."""
+    if setting.press is None:
+        return recomputed(lm, texts, setting.budget)
+    out: list[list[float]] = [[] for _ in texts]
+    for step in steps_of(lm, setting, texts):
+        for index, row in zip(step.documents, step.losses, strict=True):
+            out[index] += row
+    return out
+
+
+@torch.inference_mode()
+def recomputed(lm: KVPress, texts: Sequence[list[int]], budget: int) -> list[list[float]]:
+    """No cache at all: every chunk after a forward over the `budget` tokens before it, from position 0."""
+    targets = torch.tensor(texts)
+    inputs = torch.cat([torch.full((len(texts), 1), lm.prefix_token_id), targets[:, :-1]], dim=1)
+    out = []
+    with lm.press_model.presented():
+        for start in range(0, inputs.shape[1], CHUNK):
+            stop = min(start + CHUNK, inputs.shape[1])
+            logits = lm.model(inputs[:, max(0, start - budget) : stop], use_cache=False, logits_to_keep=stop - start)[0]
+            out.append(torch.nn.functional.cross_entropy(logits.mT, targets[:, start:stop], reduction="none"))
+    return torch.cat(out, dim=1).tolist()  # type: ignore[no-any-return]
+
+
+def file_name(title: str) -> str:
+    return f"{zlib.crc32(title.encode())}"
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Losses in nats of every setting, ``(books, tokens)``; what an earlier run finished is read."""
+    from lm_eval_kvpress.adapter import KVPress
+    from lm_eval_kvpress.stream_store import StreamStore
+
+    lm = KVPress(pretrained=arguments.pretrained, device="cpu", dtype="float32")
+    weights = 0
+    for parameter in lm.model.parameters():
+        weights = zlib.crc32(parameter.detach().numpy().tobytes(), weights)
+    store = StreamStore(arguments.losses, {"chunk": CHUNK, "dtype": "float32", "weights": f"{weights:08x}"})
+    texts = first_books(lm, arguments.books, arguments.tokens)
+    out: dict[str, np.ndarray] = {}
+    for setting in (SETTINGS[name] for name in arguments.settings.split(",")):
+        found = {title: store.load(setting.name, tokens, file_name(title)) for title, tokens in texts.items()}
+        todo = [title for title, values in found.items() if values is None]
+        for titles in (todo[first : first + arguments.rows] for first in range(0, len(todo), arguments.rows)):
+            begun = time.perf_counter()
+            for title, values in zip(titles, losses(lm, setting, [texts[title] for title in titles]), strict=True):
+                store.save(setting.name, texts[title], file_name(title), values)
+                found[title] = values
+            print(f"{setting.name}: {len(titles)} books, {time.perf_counter() - begun:.0f} s", flush=True)
+        out[setting.name] = np.array(list(found.values()))
+    return out
+
+
+def with_interval(differences: np.ndarray) -> dict[str, Any]:
+    """``exp`` of the mean over books, and the bootstrap's 95 % interval over books."""
+    draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(axis=1)
+    low, high = np.exp(np.percentile(draws, [2.5, 97.5]))
+    return {"ratio": round(math.exp(differences.mean()), 4), "interval_95": [round(low, 4), round(high, 4)]}
+
+
+def summary(by_setting: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """One row per setting. Recomputation of the same tokens tells a drift of the text from one of the cache."""
+    rows = []
+    for name, values in by_setting.items():
+        setting, inside, far = SETTINGS[name], values[:, INSIDE].mean(axis=1), values[:, FAR].mean(axis=1)
+        row = {
+            "setting": name,
+            "label": setting.label,
+            "budget": setting.budget,
+            "inside": round(math.exp(inside.mean()), 3),
+            "far": round(math.exp(far.mean()), 3),
+            "far_over_inside": with_interval(far - inside),
+        }
+        if BASE in by_setting and name != BASE:
+            row["over_recomputation"] = with_interval(far - by_setting[BASE][:, FAR].mean(axis=1))
+            blocks = (values - by_setting[BASE])[:, FAR].mean(axis=0).reshape(-1, 500).mean(axis=1)
+            row["worst_500_over_recomputation"] = round(math.exp(blocks.max()), 3)
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]], num_books: int, num_tokens: int) -> str:
+    def cell(figure: dict[str, Any] | None) -> str:
+        return "" if figure is None else "{:.3f} [{:.3f}, {:.3f}]".format(figure["ratio"], *figure["interval_95"])
+
+    lines = [
+        f"{num_books} PG-19 books, the first {num_tokens:,} tokens of each, chunk {CHUNK}, fp32. Perplexity of tokens",
+        f"{INSIDE.start:,} to {INSIDE.stop:,} (inside the trained window) and {FAR.start:,} to {FAR.stop:,} (far).",
+        "Brackets: 95 % bootstrap over books.",
+        "",
+        "| cache | budget | inside | far | far / inside | far, over recomputation at 512 | worst 500 tokens of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['label']} | {row['budget']:,} | {row['inside']:.2f} | {row['far']:.2f} "
+            f"| {cell(row['far_over_inside'])} "
+            f"| {cell(row.get('over_recomputation'))} | {row.get('worst_500_over_recomputation', '')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(by_setting: dict[str, np.ndarray], trained: int, file: Path) -> None:
+    """Above the perplexity in bins of position, below it over that of recomputation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    num_tokens = next(iter(by_setting.values())).shape[1]
+    edges = [256]
+    while edges[-1] < num_tokens:  # a fifth wide, but fine enough for what comes and goes with the distance
+        edges.append(min(edges[-1] + min(edges[-1] // 5, 500), num_tokens))
+    middles = [math.sqrt(left * right) for left, right in itertools.pairwise(edges)]
+    bins = [slice(*pair) for pair in itertools.pairwise(edges)]
+    binned = {name: np.array([values[:, bin].mean() for bin in bins]) for name, values in by_setting.items()}
+    chart, (above, below) = plt.subplots(2, 1, figsize=(8.5, 8.5), sharex=True, constrained_layout=True)
+    for name, values in binned.items():
+        setting = SETTINGS[name]
+        colour, marker = STYLES[name.replace("_original", "")]
+        line = {"color": colour, "marker": marker, "markersize": 3, "linestyle": "-" if setting.rotate else "--"}
+        above.plot(middles, np.exp(values), label=f"{setting.label}, {setting.budget:,}", **line)
+        if BASE in binned:
+            below.plot(middles, np.exp(values - binned[BASE]), **line)
+    below.set_xscale("log")
+    for axis, ticks in ((above, (40, 60, 80, 120)), (below, (1, 1.1, 1.25, 1.5, 2, 2.75))):
+        axis.set_yscale("log")
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.axvline(trained, color="grey", linestyle=":")
+        axis.grid(alpha=0.3)
+    above.annotate(f"{trained:,} trained positions", (trained, 0.97), xycoords=("data", "axes fraction"), fontsize=8)
+    above.set(ylabel="perplexity", title=f"{len(next(iter(by_setting.values())))} PG-19 books, streamed")
+    below.legend(*above.get_legend_handles_labels(), fontsize=7.5, loc="upper left")  # where all curves are one
+    below.set(ylabel="over sliding recomputation, 512", xlabel="position of the token")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    chart.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", default="builtin")
+    parser.add_argument("--books", type=int, default=14)
+    parser.add_argument("--tokens", type=int, default=20_032, help="of each book (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=7, help="books side by side (default: %(default)s)")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--losses", type=Path, default=Path("build/stream_curves"), help="folder to keep them in")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder of the PNG and the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    by_setting = measured(arguments)
+    rows = summary(by_setting)
+    draw(by_setting, 2048, arguments.output / "stream_curves.png")
+    (arguments.output / "stream_curves.md").write_text(markdown(rows, arguments.books, arguments.tokens))
+    print(json.dumps({"books": arguments.books, "tokens": arguments.tokens, "chunk": CHUNK, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ from lm_eval_kvpress.results import ResultsError
 
 AXES = {
     "kept": ("measured kept share", kept_share),
-    "bytes": ("KV bytes allocated per context", lambda row: bytes_per_context(row, "bytes_allocated")),
+    "bytes": ("KV allocated per context in MiB", lambda row: _mebibytes(bytes_per_context(row, "bytes_allocated"))),
 }
 
 
@@ -90,7 +90,8 @@ def _line(axes: Any, name: str, points: Sequence[tuple[float, float, Row]], colu
     drawn = axes.errorbar(xs, ys, yerr=errors, fmt=style, label=name, markersize=5, elinewidth=0.7)
     void = [(x, y) for x, y, row in points if row.is_void]
     if void:
-        axes.plot(*zip(*void, strict=True), "o", markersize=5, color=drawn[0].get_color(), markerfacecolor="white")
+        color = drawn[0].get_color()
+        axes.plot(*zip(*void, strict=True), "o", markersize=5, color=color, markerfacecolor="white", zorder=5)
 
 
 def _reach(row: Row, column: Column) -> tuple[float, float]:
@@ -138,6 +139,10 @@ def _by_series(table: Table) -> Mapping[str, list[Row]]:
         press = press_name(row)
         lines[_plain(series(row) if len(names[press]) > 1 else press)].append(row)
     return lines
+
+
+def _mebibytes(size: float | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 def _plain(text: str) -> str:

@@ -34,7 +34,7 @@ class StreamStore:
         text = json.dumps(settings, indent=2, sort_keys=True)
         file = folder / SETTINGS
         if not file.exists():
-            _write_whole(file, text)
+            write_whole(file, text)
         elif file.read_text() != text:
             before, now = json.loads(file.read_text()), json.loads(text)
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -59,14 +59,15 @@ class StreamStore:
         rows = [f"{position},{loss!r}" for position, loss in enumerate(losses)]
         file = self._file(task, document, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, "\n".join(["position,loss_nats", *rows]) + "\n")
+        write_whole(file, "\n".join(["position,loss_nats", *rows]) + "\n")
 
     def _file(self, task: str, document: Sequence[int], name: str) -> Path:
         """Named after the document and its tokens: another text of the same name is another file."""
         return self._folder / (task or "documents") / f"{name}-{zlib.crc32(repr(list(document)).encode()):08x}.csv"
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is there in full or not at all."""
     beside = file.with_suffix(f".{os.getpid()}.part")
     with beside.open("w") as stream:
         stream.write(text)

@@ -23,6 +23,7 @@ from typing import Any
 
 from lm_eval_kvpress.runner import Generated, Scored
 from lm_eval_kvpress.scoring import BranchScore
+from lm_eval_kvpress.stream_store import write_whole
 from lm_eval_kvpress.telemetry import ContextRecord
 
 Outcome = Scored | Generated
@@ -145,16 +146,6 @@ class CellStore:
         """Makes what was written into `part` the results; the outcomes are no longer needed."""
         (self.folder / "results.part").replace(self.results)
         self._answers.unlink(missing_ok=True)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file that is there in full or not at all."""
-    beside = file.with_suffix(".part")
-    with beside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
 
 
 def _encode(key: str, outcome: Outcome) -> dict[str, Any]:

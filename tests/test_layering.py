@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auto_batch": {"engine", "presses", "torch"},
     "_startup": {"plugin"},
     "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
-    "sweep_store": {"runner", "scoring", "telemetry"},
+    "sweep_store": {"stream_store", "runner", "scoring", "telemetry"},
     # layer 3
     "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},
     "checks_model": {"checks", "dense", "neox", "parity", "torch"},
@@ -95,7 +95,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("throughput_log", "work", "tqdm"),
     },
     "sweep": {
-        *("adapter", "arguments", "plugin", "sweep_model", "sweep_plan", "sweep_store", "lm_eval", "rich"),
+        *("adapter", "arguments", "plugin", "stream_store", "sweep_model", "sweep_plan", "sweep_store"),
+        *("lm_eval", "rich"),
     },
     # layer 3, over result files alone: neither torch nor lm-eval
     "report_samples": {"results", "numpy"},

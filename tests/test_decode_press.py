@@ -9,7 +9,7 @@ import kvpress
 import pytest
 import torch
 from references import PRESSES, distinct_tokens
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from lm_eval_kvpress import decoding, engine
 from lm_eval_kvpress.cache import CompressedCache, stack
@@ -26,6 +26,13 @@ BASES: dict[str, Callable[[float], Any]] = {
     "tova": kvpress.TOVAPress,
 }
 """Presses that do not go by the place of an entry, in which kvpress's own cache is out of order."""
+
+
+class Distinct(LogitsProcessor):
+    """No token comes twice. Keys of one token have one norm, up to rounding: which of them a press evicts is chance."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return scores.scatter(1, input_ids, -torch.inf)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def decoded(
         contexts,
         num_held_back=[held] * len(contexts),
         max_new_tokens=NUM_NEW,
-        sampler=Sampler(LogitsProcessorList()),
+        sampler=Sampler(LogitsProcessorList([Distinct()])),
         stop_ids=frozenset(),
         stopped=lambda new: [False] * len(new),
         keeper=keeper,
@@ -58,11 +65,15 @@ def by_kvpress(model: PressableModel, context: Sequence[int], base: str, held: i
     """kvpress's hook, token by token, batch 1."""
     press = kvpress.DecodingPress(BASES[base](0.0), INTERVAL, TARGET)
     cache, ids = DynamicCache(), list(context)
+
+    def append(logits: torch.Tensor) -> None:
+        ids.append(int(Distinct()(torch.tensor([ids]), logits[:, -1]).argmax()))
+
     with model.presented(), press(model.model):
         out = model.model(torch.tensor([ids[: len(ids) - held]]), past_key_values=cache)
         place = len(ids) - held
         if held == 0:
-            ids.append(int(out.logits[0, -1].argmax()))
+            append(out.logits)
         while len(ids) < len(context) + NUM_NEW:
             out = model.model(
                 torch.tensor([[ids[place]]]),
@@ -72,7 +83,7 @@ def by_kvpress(model: PressableModel, context: Sequence[int], base: str, held: i
                 attention_mask=torch.zeros(1, 1, 1, 1),
             )
             place += 1
-            ids.append(int(out.logits[0, -1].argmax()))
+            append(out.logits)
     return ids[len(context) :]
 
 

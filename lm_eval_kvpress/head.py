@@ -1,0 +1,104 @@
+"""The head on scored tokens: log-probabilities without ever holding ``[tokens, vocabulary]``.
+
+Logits are made in tiles, some positions by some columns of the vocabulary, and each tile is folded into a running
+maximum and sum while the processor's cache still holds it (the online softmax of Milakov and Gimelshein, 2018,
+arXiv:1805.02867, over the vocabulary). On a CPU whole rows would cost twice: products of a few rows with the whole head
+are slow, and their logits go to memory and back.
+
+Knows hidden states and the head. Does not know text, caches or presses.
+
+Letters in shape comments: P predicting positions, E hidden size, V vocabulary, C columns of a tile, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lm_eval_kvpress.engine import PressableModel
+
+TILE_ROWS = 2_048
+TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough work for one launch."""
+
+
+@torch.inference_mode()
+def token_scores(
+    model: PressableModel, hidden: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores tokens, each from the hidden state that predicts it.
+
+    Args:
+        hidden: ``(P, E)``, last hidden states.
+        sources: ``(N,)``, on the CPU: the row of ``hidden`` that predicts each token; a row may predict several.
+        targets: ``(N,)``, on the CPU: the ids of the tokens.
+
+    Returns:
+        the log-probability of each token in nats, ``(N,)``, and whether ``argmax`` would choose it, ``(N,)``, both on
+        the CPU.
+    """
+    logprobs = torch.empty(len(targets))
+    greedy = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(hidden), TILE_ROWS):
+        members = ((sources >= start) & (sources < start + TILE_ROWS)).nonzero()[:, 0]
+        rows = _Rows(model, hidden[start : start + TILE_ROWS], sources[members] - start, targets[members])
+        logprobs[members], greedy[members] = rows.scores()
+    return logprobs, greedy
+
+
+class _Rows:
+    """Some rows over the whole vocabulary, a tile at a time.
+
+    Args:
+        hidden: ``(P, E)``.
+        sources, targets: ``(N,)``, on the CPU.
+    """
+
+    def __init__(
+        self, model: PressableModel, hidden: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
+    ) -> None:
+        self._model, device = model, model.head_device
+        self._hidden = hidden.to(device)
+        self._sorted, order = targets.sort()
+        self._order, self._sources, self._targets = (part.to(device) for part in (order, sources, targets))
+        self._highest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=device)
+        self._total = torch.zeros(len(hidden), device=device)  # of exp(logit - highest)
+        self._wanted = torch.empty(len(targets), device=device)
+        self._greedy = torch.empty(len(targets), dtype=torch.bool, device=device)
+
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and greediness, ``(N,)`` each, on the CPU."""
+        for start, end in self._tiles():
+            self._fold(self._model.logits(self._hidden, start, end), start, end)
+        highest, total = self._highest[self._sources], self._total[self._sources]
+        logprobs = self._wanted - highest - total.log()
+        return logprobs.cpu(), (self._greedy & (self._wanted == highest)).cpu()
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        """Columns, in tiles of nearly equal width; all at once where the head cannot be cut."""
+        size, budget = self._model.num_logits, TILE_BYTES.get(self._hidden.device.type, TILE_BYTES["cuda"])
+        widest = max(1, budget // (4 * len(self._hidden))) if self._model.head_can_be_cut else size
+        width = -(-size // -(-size // widest))
+        for start in range(0, size, width):
+            yield start, min(start + width, size)
+
+    def _fold(self, logits: torch.Tensor, start: int, end: int) -> None:
+        """Takes in the logits ``(P, C)`` of some columns; they are gone afterwards."""
+        highest = logits.amax(dim=-1)
+        first, last = torch.searchsorted(self._sorted, torch.tensor([start, end])).tolist()
+        if first < last:
+            self._look_up(logits, highest, self._order[first:last], start)
+        highest = torch.maximum(highest, self._highest)
+        self._total *= (self._highest - highest).exp_()
+        self._total += logits.sub_(highest[:, None]).exp_().sum(dim=-1)
+        self._highest = highest
+
+    def _look_up(self, logits: torch.Tensor, highest: torch.Tensor, members: torch.Tensor, start: int) -> None:
+        """The tokens whose columns are here. Of equal maxima, common in 16 bit, the first is greedy, as to ``argmax``."""
+        rows, columns = self._sources[members], self._targets[members] - start
+        wanted = logits[rows, columns]
+        greedy = (wanted == highest[rows]) & (wanted > self._highest[rows])
+        ties = greedy.nonzero()[:, 0]  # argmax is slow: on these rows only
+        greedy[ties] = logits[rows[ties]].argmax(dim=-1) == columns[ties]
+        self._wanted[members], self._greedy[members] = wanted, greedy

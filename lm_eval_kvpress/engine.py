@@ -9,21 +9,21 @@ Two laws hold here, whatever the press:
   every layer, and transformers builds a single mask from the first (transformers issue 35168).
 - **Logical positions.** New tokens go on counting where the context ended, not where the shortened cache ends.
 
-Letters in shape comments: B rows, T prefilled tokens, Q new tokens, H key-value heads, E hidden size, V vocabulary,
+Letters in shape comments: B rows, T prefilled tokens, Q new tokens, H key-value heads, E hidden size, V logits,
 N positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, empty_cache
 
@@ -72,10 +72,30 @@ class PressableModel:
         """The last hidden states, ``(B, Q, E)``, without the head."""
         return self.model.base_model(tokens, **kwargs).last_hidden_state
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits, ``(N, V)``, of hidden states ``(N, E)``."""
+    @property
+    def head_device(self) -> torch.device:
+        return self.model.get_output_embeddings().weight.device
+
+    @property
+    def num_logits(self) -> int:
+        """V, what the head makes of a hidden state; a checkpoint may pad it above the tokenizer's vocabulary."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def head_can_be_cut(self) -> bool:
+        """Whether columns of the logits can be made alone: the head is a plain layer on which nobody has a hook."""
         head = self.model.get_output_embeddings()
-        return head(hidden.to(head.weight.device)).float()
+        hooks = (head._forward_hooks, head._forward_pre_hooks, head.__dict__.get("forward"))  # accelerate's the last
+        return type(head) is nn.Linear and not any(hooks)
+
+    def logits(self, hidden: torch.Tensor, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """fp32 logits, ``(N, V)``, of hidden states ``(N, E)``; of some columns, where the head can be cut."""
+        head = self.model.get_output_embeddings()
+        hidden = hidden.to(head.weight.device)
+        if start == 0 and end in (None, self.num_logits):
+            return head(hidden).float()
+        bias = None if head.bias is None else head.bias[start:end]
+        return nn.functional.linear(hidden, head.weight[start:end], bias).float()
 
 
 @torch.inference_mode()
@@ -95,39 +115,65 @@ def prefill(
         rerotates: whether the press moves its keys to positions ``0..kept-1``.
         for_cache_only: leaves out what no cache entry depends on; ``last_hidden`` is None then.
     """
-    cache = DynamicCache()
+    tokens = tokens.to(model.device)
     with marks_taken_off(model.attentions):
         with model.presented(), press(model.model) if press is not None else nullcontext():
-            hidden = run_prefill(model, tokens.to(model.device), cache, for_cache_only=for_cache_only)
+            cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, is_hooked=press is not None)
         last_hidden = None if hidden is None else hidden[:, -1].clone()
         return compressed_cache(model, cache, tokens.shape, last_hidden, rerotates=rerotates)
 
 
 def run_prefill(
-    model: PressableModel, tokens: torch.Tensor, cache: DynamicCache, *, for_cache_only: bool
-) -> torch.Tensor | None:
-    """Fills the cache; the hidden states ``(B, T, E)``, or None for the cache only.
+    model: PressableModel, tokens: torch.Tensor, *, for_cache_only: bool, is_hooked: bool
+) -> tuple[Cache, torch.Tensor | None]:
+    """Fills a new cache; with it the hidden states ``(B, T, E)``, or None for the cache only.
 
-    What comes after the last attention makes hidden states and no cache entry, so for the cache only the last
-    feed-forward hands its input on: a share of a prefill that a model of few layers feels.
+    What comes after the last layer's keys and values makes hidden states and no cache entry: a share of a prefill that
+    a model of few layers feels. So for the cache only the forward ends there, or, where hooks must see every
+    attention's output, the last feed-forward hands its input on.
     """
     if not for_cache_only:
-        return model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-    last = model.last_feed_forward
-    before = last.__dict__.get("forward")  # accelerate's hooks stand there
-    last.__dict__["forward"] = lambda hidden: hidden
+        cache = DynamicCache()
+        return cache, model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+    if is_hooked:
+        cache = DynamicCache()
+        with _handing_on(model.last_feed_forward):
+            model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+        return cache, None
+    filled = Cache(layers=[*(DynamicLayer() for _ in model.attentions[1:]), _LastLayer()])
+    with suppress(_Filled):
+        model.hidden_states(tokens, past_key_values=filled, use_cache=True)
+    return filled, None
+
+
+@contextmanager
+def _handing_on(module: nn.Module) -> Iterator[None]:
+    """Makes a module return its input."""
+    before = module.__dict__.get("forward")  # accelerate's hooks stand there
+    module.__dict__["forward"] = lambda hidden: hidden
     try:
-        model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+        yield
     finally:
-        del last.__dict__["forward"]
+        del module.__dict__["forward"]
         if before is not None:
-            last.__dict__["forward"] = before
-    return None
+            module.__dict__["forward"] = before
+
+
+class _Filled(Exception):
+    """The last layer's keys and values are cached."""
+
+
+class _LastLayer(DynamicLayer):
+    """Ends the forward that fills it."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        super().update(*args, **kwargs)
+        raise _Filled
 
 
 def compressed_cache(
     model: PressableModel,
-    cache: DynamicCache,
+    cache: Cache,
     shape: Sequence[int],
     last_hidden: torch.Tensor | None,
     *,
@@ -167,8 +213,7 @@ def prefill_padded(
     """
     lengths = tuple(len(context) for context in contexts)
     tokens = _right_padded(contexts).to(model.device)
-    cache = DynamicCache()
-    hidden = run_prefill(model, tokens, cache, for_cache_only=for_cache_only)
+    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, is_hooked=False)
     ends = torch.tensor(lengths, device=tokens.device)
     hidden_entries = None
     if min(lengths) != max(lengths):

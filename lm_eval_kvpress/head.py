@@ -95,7 +95,7 @@ class _Rows:
         self._highest = highest
 
     def _look_up(self, logits: torch.Tensor, highest: torch.Tensor, members: torch.Tensor, start: int) -> None:
-        """The tokens whose columns are here. Of equal maxima, common in 16 bit, the first is greedy, as to ``argmax``."""
+        """The tokens whose columns are here. Of equal maxima (common in 16 bit) the first is greedy, as in argmax."""
         rows, columns = self._sources[members], self._targets[members] - start
         wanted = logits[rows, columns]
         greedy = (wanted == highest[rows]) & (wanted > self._highest[rows])

@@ -4,7 +4,7 @@ Does not know text, lm-eval or presses. The continuations of a context are packe
 allowed to see the cache, the shared held-back tokens and itself: a tree of depth two. No row of the cache is ever
 repeated, and the cache is left as it was.
 
-Letters in shape comments: B rows, Q packed new tokens, E hidden size, V vocabulary, N scored tokens.
+Letters in shape comments: B rows, Q packed new tokens, E hidden size, P predicting positions, N scored tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from transformers.cache_utils import Cache
 
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, reading_cache
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
-
-HEAD_CHUNK_BYTES = 32 * 2**20
-"""At most so many bytes of fp32 logits are alive at once. Up to here glibc hands out the same pages again, not new ones
-that must be zeroed."""
+from lm_eval_kvpress.head import token_scores
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,9 @@ def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) 
         hidden = _forward(model, reading_cache(cache), cache, layout)
     if any(not pack.query for pack in packs) and layout.tokens.shape[1]:
         hidden = torch.cat([hidden, prefill_hidden(cache)[:, None]], dim=1)
-    return layout.regroup(*_log_probabilities(model, hidden, layout))
+    places, sources = torch.unique(layout.rows * hidden.shape[1] + layout.sources, return_inverse=True)
+    predicting = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]  # (P, E)
+    return layout.regroup(*token_scores(model, predicting, sources, layout.targets))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,44 +185,3 @@ class _LayerBiases(Sequence[torch.Tensor | None]):
     def _same(one: LayerKV, other: LayerKV) -> bool:
         same_shape = (one.num_entries, one.keys.device) == (other.num_entries, other.keys.device)
         return same_shape and one.hidden is other.hidden
-
-
-def _log_probabilities(
-    model: PressableModel, hidden: torch.Tensor, layout: _Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and greediness, ``(N,)`` each, of the scored tokens; the head runs once per predicting position.
-
-    Never keeps more than `HEAD_CHUNK_BYTES` of logits.
-    """
-    width = hidden.shape[1]
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), layout.targets.to(hidden.device)
-    places = (layout.rows * width + layout.sources).to(hidden.device)
-    positions, inverse = torch.unique(places, return_inverse=True)
-    order = torch.argsort(inverse)
-    logprobs = torch.empty(len(targets), dtype=torch.float32)
-    greedy = torch.empty(len(targets), dtype=torch.bool)
-    step = max(1, HEAD_CHUNK_BYTES // (4 * model.model.config.vocab_size))
-    starts = torch.searchsorted(inverse[order], torch.arange(0, len(positions) + step, step, device=inverse.device))
-    for chunk, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        logits = model.logits(flat[positions[chunk * step : (chunk + 1) * step]])  # (chunk, V)
-        members = order[begin:end]
-        rows, wanted = (inverse[members] - chunk * step).to(logits.device), targets[members].to(logits.device)
-        scores, is_greedy = logits[rows, wanted], _is_greedy(logits, rows, wanted)
-        members = members.cpu()
-        logprobs[members] = (scores - _normalizer_in_place(logits)[rows]).cpu()
-        greedy[members] = is_greedy.cpu()
-    return logprobs, greedy
-
-
-def _is_greedy(logits: torch.Tensor, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Whether ``argmax`` chooses the wanted token of each row; it is run on the rows where it may, since it is slow."""
-    greedy = logits[rows, wanted] == logits.amax(dim=-1)[rows]
-    ties = greedy.nonzero()[:, 0]  # equal maxima occur in 16 bit; argmax decides as it does in stock lm-eval
-    greedy[ties] = logits[rows[ties]].argmax(dim=-1) == wanted[ties]
-    return greedy
-
-
-def _normalizer_in_place(logits: torch.Tensor) -> torch.Tensor:
-    """``logsumexp`` over the vocabulary, ``(rows,)``, without its copies; the logits are gone afterwards."""
-    highest = logits.amax(dim=-1, keepdim=True)
-    return logits.sub_(highest).exp_().sum(dim=-1).log_() + highest[:, 0]

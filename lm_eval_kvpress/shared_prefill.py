@@ -54,7 +54,7 @@ class _Prefill:
     """Contexts of equal length after one forward."""
 
     contexts: list[Tokens]
-    cache: DynamicCache
+    cache: Cache
     calls: list[_Call]
     last_hidden: torch.Tensor | None
 
@@ -121,7 +121,7 @@ class SharedPrefills:
 
     @torch.inference_mode()
     def _run(self, contexts: list[Tokens], for_cache_only: bool) -> _Prefill:
-        cache, calls = DynamicCache(), list[_Call]()
+        calls = list[_Call]()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             arguments = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
@@ -131,11 +131,11 @@ class SharedPrefills:
             for attention in self._model.attentions:
                 hooks.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
             tokens = torch.tensor(contexts, device=self._model.device)
-            hidden = run_prefill(self._model, tokens, cache, for_cache_only=for_cache_only)
+            cache, hidden = run_prefill(self._model, tokens, for_cache_only=for_cache_only, is_hooked=True)
         return _Prefill(contexts, cache, calls, None if hidden is None else hidden[:, -1].clone())
 
 
-def _clone(cache: DynamicCache, rows: torch.Tensor | None) -> DynamicCache:
+def _clone(cache: Cache, rows: torch.Tensor | None) -> DynamicCache:
     """A cache of its own for a press, which may change keys and values in place."""
     clone = DynamicCache()
     for index, layer in enumerate(cache.layers):
@@ -144,7 +144,7 @@ def _clone(cache: DynamicCache, rows: torch.Tensor | None) -> DynamicCache:
     return clone
 
 
-def _replay(press: Any, attention: nn.Module, call: _Call, cache: DynamicCache) -> None:
+def _replay(press: Any, attention: nn.Module, call: _Call, cache: Cache) -> None:
     """Calls the press's hook as the attention's forward would have, after which no entry is masked yet."""
     attention.__dict__["masked_key_indices"] = None
     press.forward_hook(attention, (), {**call.arguments, "past_key_values": cache}, call.output)

@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"lm_eval"},
     # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
     "engine": {"cache", "torch", "transformers"},
-    "scoring": {"engine", "cache", "torch", "transformers"},
+    "head": {"engine", "torch"},
+    "scoring": {"engine", "cache", "head", "torch", "transformers"},
     "decode_steps": {"engine", "cache", "torch"},
     "decode_graph": {"decode_steps", "engine", "torch"},
     "decode_press": {"engine", "cache", "streaming", "torch"},
@@ -64,11 +65,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
         *("throughput", "tqdm"),
     },
+    "encoding": {"lm_eval"},
     "parity": {"recall", "lm_eval", "torch"},
     "adapter": {
         *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
-        *("stream_run", "stream_store"),
+        *("encoding", "stream_run", "stream_store"),
         *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
@@ -124,7 +126,7 @@ OWNERS = {
     "plotly": {"report_html"},
     "kvpress": {"presses", "press_catalog"},
     "lm_eval": {
-        *("adapter", "arguments", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),
+        *("adapter", "arguments", "encoding", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),
         *("sweep", "sweep_plan"),
     },
     "transformers.models": {"neox", "stream_window", "streaming"},

@@ -35,6 +35,7 @@ from lm_eval_kvpress.arguments import (
     resolve_pretrained,
 )
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
@@ -182,8 +183,7 @@ class KVPress(HFLM):
         self._refuse_decoding_alone()
         if self.enable_thinking:
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
-        strings = [request.args for request in requests]
-        pairs = self._encode_pairs(strings)
+        pairs = encode_pairs(self, [request.args for request in requests])
         ids = _request_ids(requests)
         return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm, requests)
 
@@ -197,22 +197,8 @@ class KVPress(HFLM):
         ids = [RequestId("", None, index) for index in range(len(pairs))]
         return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm)
 
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of ``(context, continuation)`` pairs, as ``TemplateLM.loglikelihood`` makes them."""
-        encode = functools.lru_cache(maxsize=None)(lambda text: tuple(self.tok_encode(text)))
-        encoded = []
-        for context, continuation in pairs:
-            if context == "":
-                ids = self.tok_encode(continuation, add_special_tokens=False)
-                starts_with_prefix = bool(ids) and ids[0] == self.prefix_token_id
-                encoded.append((ids[:1], ids[1:]) if starts_with_prefix else ([self.prefix_token_id], ids))
-                continue
-            stripped = context.rstrip()
-            continuation = context[len(stripped) :] + continuation
-            whole = self.tok_encode(stripped + continuation)
-            before = list(encode(stripped))
-            encoded.append((before, whole[len(before) :]))
-        return encoded
+    def _encoded(self, requests: Sequence[Instance]) -> list[list[int]]:
+        return encode_all(self, [request.args[0] for request in requests])
 
     def _truncated(
         self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId]
@@ -235,13 +221,13 @@ class KVPress(HFLM):
         self._refuse_decoding_alone()
         if self._settings.rolling == "stream":
             return self._stream(requests, disable_tqdm)
-        windows = [list(self._windows(self.tok_encode(request.args[0]))) for request in requests]
+        windows = [list(self._windows(tokens)) for tokens in self._encoded(requests)]
         return self._answer([RollingWork(windows, _request_ids(requests))], disable_tqdm, requests)
 
     def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
         documents = [
-            StreamedDocument(id, self.tok_encode(request.args[0]))
-            for id, request in zip(_request_ids(requests), requests, strict=True)
+            StreamedDocument(id, tokens)
+            for id, tokens in zip(_request_ids(requests), self._encoded(requests), strict=True)
         ]
         run = StreamRun(
             self._press_model,
@@ -309,8 +295,8 @@ class KVPress(HFLM):
         """Prompts with their seeds: a prompt that comes again draws other tokens, in any order and batch."""
         occurrences: Counter[tuple[int, ...]] = Counter()
         jobs = []
-        for request, id in zip(requests, _request_ids(requests), strict=True):
-            context = tuple(self.tok_encode(request.args[0]) or [self.prefix_token_id])
+        for tokens, id in zip(self._encoded(requests), _request_ids(requests), strict=True):
+            context = tuple(tokens or [self.prefix_token_id])
             seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
             occurrences[context] += 1
             jobs.append(Job(context, seed, id))

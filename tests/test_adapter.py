@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.telemetry import RollingScore
 
 SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"
@@ -128,7 +129,7 @@ def test_a_press_moves_one_token_answers_only_if_a_token_is_held_back(checkpoint
         for press in ("none", "random"):
             ratio = {} if press == "none" else {"compression_ratio": 0.9}
             lm = ours(checkpoint_dir, press=press, query_tokens=held, **ratio)
-            encoded = lm._encode_pairs([request.args for request in requests])
+            encoded = encode_pairs(lm, [request.args for request in requests])
             assert {len(continuation) for _, continuation in encoded} >= {1}, "the test needs one-token answers"
             one_token = [index for index, (_, continuation) in enumerate(encoded) if len(continuation) == 1]
             answers = lm.loglikelihood(requests, disable_tqdm=True)

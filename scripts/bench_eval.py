@@ -117,10 +117,12 @@ def synchronize() -> None:
 
 
 def tried(make: Callable[[int], Side], workload: Workload, sizes: Sequence[int]) -> dict[int, tuple[float, Side]]:
-    """Batch size to seconds and side, each run once after a warm-up."""
+    """Batch size to seconds and side, each the faster of two runs after a warm-up."""
     sides = {size: make(size) for size in sizes}
     sides[sizes[0]](workload)
-    return {size: (seconds(side, workload)[0] if len(sizes) > 1 else 0.0, side) for size, side in sides.items()}
+    num_runs = 2 if len(sizes) > 1 else 0
+    times = {size: [seconds(side, workload)[0] for _ in range(num_runs)] for size, side in sides.items()}
+    return {size: (min(times[size], default=0.0), side) for size, side in sides.items()}
 
 
 def measure(row: Row, models: Models, workload: Workload, sizes: Sequence[int], repeats: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from benchmark import random_model
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.parity import StockHFLM
 from lm_eval_kvpress.presses import parse_press
 
 Answers = list[Any]
@@ -72,7 +73,7 @@ def ours(models: Models, press: str, batch_size: int, rolling: str) -> Side:
 
 def stock(models: Models, batch_size: int) -> Side:
     """lm-eval's own model: uncompressed, one forward per request."""
-    return _asked(HFLM(pretrained=models.plain, tokenizer=models.tokenizer, batch_size=batch_size))
+    return _asked(StockHFLM(pretrained=models.plain, tokenizer=models.tokenizer, batch_size=batch_size))
 
 
 def _asked(lm: HFLM) -> Side:

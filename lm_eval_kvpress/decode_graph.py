@@ -28,8 +28,8 @@ NUM_WARM_UP = 2
 LEAST_REPLAYS = 8
 """A record costs about as much as a few steps: shorter generations are not worth one."""
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function does, without doing it, and returns what does it."""
+Recorder = Callable[[Callable[[], None]], Callable[[], None] | None]
+"""Records what a function does, without doing it, and returns what does it; None where that cannot be recorded."""
 
 
 class Chooses(Protocol):
@@ -92,35 +92,61 @@ class Repeated:
 
     def __call__(self) -> None:
         if self._num_run == NUM_WARM_UP:
-            try:
-                self._run = self._record(self._step)
-            except torch.OutOfMemoryError:
-                raise  # a smaller batch is the answer
-            except RuntimeError as error:  # whatever a kernel or a driver has against being captured
-                _say_once(str(error).strip().splitlines()[0])
+            self._run = self._record(self._step) or self._step
         self._num_run += 1
         self._run()
 
 
+class GraphRecorder:
+    """Records the decoding steps of one model as CUDA graphs; after one that cannot be recorded it tries no more."""
+
+    def __init__(self, model: PressableModel) -> None:
+        self._model, self._has_failed = model, False
+
+    def for_steps(self, num_steps: int) -> Recorder | None:
+        """The recorder for a generation of so many steps, or None where the growing cache is used: everywhere but on a
+        GPU, where attending to whole buffers costs more than it saves."""
+        on_gpu = self._model.device.type == "cuda"
+        if not on_gpu or self._has_failed or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
+            return None
+        reason = why_not_recorded(self._model)
+        if not reason:
+            return self
+        _say_once(reason)
+        return None
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            return cuda_graph(step)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch is the answer
+        except RuntimeError as error:  # whatever a kernel or a driver has against being captured
+            self._has_failed = True
+            _say_once(_first_cause(error))
+            return None
+
+
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Records a step as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    """Records a step as a CUDA graph.
+
+    ``torch.cuda.graph`` leaves its own stream current when a capture fails: the caller's is put back.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        raise
     replay: Callable[[], None] = graph.replay
     return replay
 
 
-def recorder_for(model: PressableModel, num_steps: int) -> Recorder | None:
-    """How steps of this model are recorded, or None where the growing cache is used: everywhere but on a GPU, where
-    attending to whole buffers costs more than it saves."""
-    if model.device.type != "cuda" or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
-        return None
-    reason = why_not_recorded(model)
-    if not reason:
-        return cuda_graph
-    _say_once(reason)
-    return None
+def _first_cause(error: BaseException) -> str:
+    """One line of what went wrong first: the end of a broken capture complains of the break, and hides its cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def why_not_recorded(model: PressableModel) -> str:

@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache import CompressedCache
-from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep, recorder_for
+from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep
 from lm_eval_kvpress.decode_press import Keeper
 from lm_eval_kvpress.decode_steps import Steps
 from lm_eval_kvpress.engine import PressableModel, masked, prefill_hidden
@@ -79,8 +79,7 @@ def decode(
         stop_ids: tokens that end a row; they are part of the result.
         stopped: told the new tokens so far, ``(B, n)``, says which rows are complete for other reasons.
         on_token: called when the tokens of a step have reached the host.
-        record: how steps are recorded and repeated; None for a CUDA graph where there can be one, and the growing
-            cache elsewhere.
+        record: how steps are recorded and repeated; None for the growing cache.
         keeper: compresses the growing cache as it is due; steps are not recorded then.
 
     Returns:
@@ -90,8 +89,7 @@ def decode(
         f"some rows hold back nothing, others do: {list(num_held_back)}"
     )
     prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
-    sampler, record = sampler.on(model.device), record or recorder_for(model, max_new_tokens - 1)
-    record = record if keeper is None else None
+    sampler, record = sampler.on(model.device), record if keeper is None else None
     steps = Steps(model, cache, num_held_back, max_new_tokens)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)
@@ -111,7 +109,7 @@ def decode(
                     steps = steps.over(keeper.compress(steps.standing()), max_new_tokens - step)
                 choose(steps.next(ids[:, prompt + step - 1]), step)
             arrivals.send(ids[:, prompt + step])
-            if ends.see(arrivals.take()):
+            if ends.see(arrivals.take(wait=step == 0)):  # the first token's time is one of the figures
                 break
         ends.see(arrivals.take(wait=True))
     return ends.cut(arrivals.take(wait=True))

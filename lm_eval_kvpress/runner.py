@@ -18,6 +18,7 @@ import torch
 from lm_eval_kvpress import plan
 from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import decode
 from lm_eval_kvpress.decoding_spec import DecodingSpec
@@ -116,7 +117,7 @@ class Runner:
         decoding: DecodingSpec | None = None,
     ) -> None:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
-        self._autocast, self._decoding = autocast, decoding
+        self._autocast, self._decoding, self._graphs = autocast, decoding, GraphRecorder(model)
 
     def score_groups(self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores all continuations of each context, which is prefilled once.
@@ -188,6 +189,7 @@ class Runner:
                     stop_ids=generation.stop_ids,
                     stopped=generation.stopped,
                     on_token=lambda: times.append(time.perf_counter() - start),
+                    record=self._graphs.for_steps(generation.max_new_tokens - 1),
                     keeper=keeper,
                 )
                 produced["tokens"] += sum(len(row) for row in rows)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -169,7 +170,7 @@ class GenerationWork:
         yield list(range(len(self._members)))
 
     def length(self, item: int) -> int:
-        return len(self._job(item).context)
+        return len(self._job(item).context) + self._generation.max_new_tokens
 
     def identity(self, item: int) -> Any:
         generation = self._generation
@@ -207,7 +208,8 @@ def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int
     except torch.OutOfMemoryError:
         if len(items) == 1:
             raise
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # after a broken capture, torch before 2.13 believes that it goes on
+        torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
     logger.warning("out of memory with %d contexts at once; trying %d", len(items), middle)
     return [*in_halves(run, items[:middle]), *in_halves(run, items[middle:])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -204,33 +205,84 @@ def _says_again() -> Iterator[None]:
     decode_graph._say_once.cache_clear()
 
 
+@pytest.fixture
+def on_gpu(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> PressableModel:
+    monkeypatch.setattr(PressableModel, "device", torch.device("cuda"))
+    return model
+
+
 @pytest.mark.usefixtures("_says_again")
-def test_a_refused_record_is_said_once_and_changes_no_token(
-    model: PressableModel, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_recorded_is_said_once_and_not_tried_again(
+    on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        finally:
+            raise RuntimeError("capture failed due to an error before")  # as the end of a capture says
 
-    held = [1] * len(CONTEXTS)
+    monkeypatch.setattr(decode_graph, "cuda_graph", refuse)
+    graphs, log = decode_graph.GraphRecorder(on_gpu), list[str]()
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        found = [decoded(model, "snapkv", held, record=refuse) for _ in range(2)]
-    assert found == [decoded(model, "snapkv", held)] * 2
+        record = graphs.for_steps(100)
+        assert record is graphs
+        repeated = decode_graph.Repeated(lambda: log.append("run"), record)
+        for _ in range(4):
+            repeated()
+        assert graphs.for_steps(100) is None
+        decode_graph.GraphRecorder(on_gpu)(lambda: None)
+    assert log == ["run"] * 4
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith("without a CUDA graph: operation not permitted when stream is capturing")
 
 
-def test_out_of_memory_is_left_to_the_caller(model: PressableModel) -> None:
+def test_a_run_that_was_not_recorded_gives_the_same_tokens(model: PressableModel) -> None:
+    held = [1] * len(CONTEXTS)
+    assert decoded(model, "snapkv", held, record=lambda step: None) == decoded(model, "snapkv", held)
+
+
+def test_a_broken_capture_gives_the_callers_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``torch.cuda.graph`` does, whose exit raises before it leaves its stream."""
+    current = ["the caller's"]
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        current[0] = "the capture's"
+        yield
+
+    def broken() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    with pytest.raises(RuntimeError, match="not permitted"):
+        decode_graph.cuda_graph(broken)
+    assert current == ["the caller's"]
+
+
+def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(step: Callable[[], None]) -> Callable[[], None]:
         raise torch.OutOfMemoryError("full")
 
+    monkeypatch.setattr(decode_graph, "cuda_graph", full)
+    graphs = decode_graph.GraphRecorder(on_gpu)
     with pytest.raises(torch.OutOfMemoryError):
-        decoded(model, "snapkv", [1] * len(CONTEXTS), record=full)
+        graphs(lambda: None)
+    assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
+
+
+def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:
+    least = decode_graph.NUM_WARM_UP + decode_graph.LEAST_REPLAYS
+    graphs = decode_graph.GraphRecorder(on_gpu)
+    assert graphs.for_steps(least - 1) is None and graphs.for_steps(least) is graphs
 
 
 def test_on_a_cpu_the_growing_cache_is_used_and_nothing_is_said(
     model: PressableModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert decode_graph.recorder_for(model, 1000) is None
+    assert decode_graph.GraphRecorder(model).for_steps(1000) is None
     assert not caplog.records
 
 
@@ -243,15 +295,26 @@ def test_rotary_embeddings_that_look_at_the_host_are_not_recorded(
     assert "positions on the host" in decode_graph.why_not_recorded(model)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a real CUDA graph")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a real CUDA graph")
+
+
+@needs_gpu
 @pytest.mark.parametrize("name", ["none", "snapkv", "pyramidkv", "adakv:snapkv"])
 def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
-    make_pressable: Callable[..., PressableModel], name: str, monkeypatch: pytest.MonkeyPatch
+    make_pressable: Callable[..., PressableModel], name: str
 ) -> None:
     model = make_pressable()
     model.model.to("cuda")
     for sampler in (GREEDY, SAMPLING):
         found = decoded(model, name, [1] * 5, sampler, record=decode_graph.cuda_graph)
-        with monkeypatch.context() as patch:
-            patch.setattr(decoding, "recorder_for", lambda *_: None)
-            assert found == decoded(model, name, [1] * 5, sampler)
+        assert found == decoded(model, name, [1] * 5, sampler)
+
+
+@needs_gpu
+def test_after_a_broken_capture_the_device_works_on() -> None:  # pragma: no cover
+    stream, tensor = torch.cuda.current_stream(), torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        decode_graph.cuda_graph(lambda: tensor.add_(1).sum().item())
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    assert torch.rand(3, device="cuda").isfinite().all()

@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_prefill": {"cache", "engine", "telemetry", "torch", "transformers"},
     "ledger": {"presses", "telemetry"},
     "runner": {
-        *("cache", "compression", "decode_press", "decoding", "decoding_spec", "engine", "generation", "plan"),
-        *("scoring", "telemetry", "throughput", "torch"),
+        *("cache", "compression", "decode_graph", "decode_press", "decoding", "decoding_spec", "engine", "generation"),
+        *("plan", "scoring", "telemetry", "throughput", "torch"),
     },
     "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
     "stream_window": {"torch", "transformers"},

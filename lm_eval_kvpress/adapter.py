@@ -92,6 +92,7 @@ class KVPress(HFLM):
         super().__init__(pretrained=pretrained, **of_hflm)
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
+        self._settle_on_device()
         self._rolling_window = self._settings.rolling_window(self.max_length)
         # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -152,6 +153,16 @@ class KVPress(HFLM):
             except ValueError as error:
                 raise UsageError(str(error)) from error
         return PressableModel(model, room.attention_modules(model), functools.partial(room.presented, model))
+
+    def _settle_on_device(self) -> None:
+        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
+
+        cuDNN's attention, PyTorch's first choice on Hopper in 16 bit, makes a plan for every new length of a cache.
+        """
+        device = self._press_model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def press_model(self) -> PressableModel:
@@ -350,7 +361,7 @@ class KVPress(HFLM):
     def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         """Requests and their answers, as they come; the totals are booked at the end."""
         meter, outcomes = self._runner.meter, dict[int, Any]()
-        for items in batches(work, *self._batch_limits(self._settings.press)):
+        for items in batches(work, *self._batch_limits(self._settings.press, work)):
             done = dict(zip(items, in_halves(functools.partial(work.run, self._runner), items), strict=True))
             outcomes |= done
             bar.update(len(items))
@@ -363,12 +374,12 @@ class KVPress(HFLM):
         if work.splits_requests:
             yield from work.answers(outcomes).items()
 
-    def _batch_limits(self, press: PressSpec) -> tuple[int, int | None]:
+    def _batch_limits(self, press: PressSpec, work: Work[Any]) -> tuple[int, int | None]:
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is room for."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
-        free = auto_batch.free_bytes(self.device)
-        return self.max_batch_size, auto_batch.tokens_per_batch(self._press_model, press, free)
+        free, decodes = auto_batch.free_bytes(self._press_model.device), work.request_type == "generate_until"
+        return self.max_batch_size, auto_batch.tokens_per_batch(self._press_model, press, free, decodes=decodes)
 
     def _autocast(self) -> Any:
         if self.mixed_precision_dtype is None:

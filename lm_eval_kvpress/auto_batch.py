@@ -29,11 +29,12 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None) -> int:
-    """Padded tokens of context per batch.
+def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None, *, decodes: bool) -> int:
+    """Padded tokens per batch, of context and to be generated.
 
     Args:
         free: bytes, or None for `CPU_TOKENS`.
+        decodes: whether the compressed cache is copied into buffers that grow.
     """
     if free is None:
         return CPU_TOKENS
@@ -42,7 +43,8 @@ def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None) 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     full_cache = 2 * config.num_hidden_layers * heads * head_dim * weight.element_size()
     activations = ACTIVATIONS_PER_TOKEN * config.hidden_size * weight.element_size()
-    return max(1, int(SHARE_OF_FREE * free / (full_cache * kept_share(press, config) + activations)))
+    num_copies = 2 if decodes else 1
+    return max(1, int(SHARE_OF_FREE * free / (full_cache * kept_share(press, config) * num_copies + activations)))
 
 
 def kept_share(press: PressSpec, config: object) -> float:

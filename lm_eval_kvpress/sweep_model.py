@@ -86,9 +86,9 @@ class SweepModel(KVPress):
         if self.model.config._attn_implementation != needed:
             self.model.set_attn_implementation(needed)
 
-    def _batch_limits(self, press: PressSpec) -> tuple[int, int | None]:
+    def _batch_limits(self, press: PressSpec, work: Work[Any]) -> tuple[int, int | None]:
         """A shared prefill is held whole, with half as much again, and a clone beside it."""
-        max_items, max_tokens = super()._batch_limits(press)
+        max_items, max_tokens = super()._batch_limits(press, work)
         return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
     def _check_lengths(self, work: Work[Any]) -> None:
@@ -100,7 +100,7 @@ class SweepModel(KVPress):
         keys = _keys(work)
         wanting = [run for run in self._peers if not run.done.issuperset(keys)]
         bar.total += len(keys) * (len(wanting) - 1) if wanting else 0
-        for items in batches(work, *self._batch_limits(parse_press("none"))):
+        for items in batches(work, *self._batch_limits(parse_press("none"), work)):
             missing = [item for item in items if any(keys[item] not in run.done for run in wanting)]
             bar.update((len(items) - len(missing)) * len(wanting))
             if missing:

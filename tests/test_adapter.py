@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.encoding import encode_pairs
+from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.telemetry import RollingScore
 
 SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"
@@ -215,6 +216,20 @@ def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(c
         lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
     with pytest.raises(ValueError, match="document .* of task 'rolling'.*not finite"):
         lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)
+
+
+def test_a_model_on_a_second_gpu_makes_it_the_current_one(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events and graphs would be made on the first one, and be complete at once."""
+    lm, calls = ours(checkpoint_dir), list[Any]()
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    lm._settle_on_device()
+    assert calls == []
+    monkeypatch.setattr(PressableModel, "device", torch.device("cuda:1"))
+    lm._settle_on_device()
+    assert calls == [torch.device("cuda:1"), False]
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(

@@ -77,13 +77,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run of a case. Prefill counts the press's time, as a user waits for both; `press_sec` is what it took."""
+    """One run of a case. Prefill counts the press's time, as a user waits for both; `press_sec` is what it took.
+    `tpot_sec` has all that decoding took after the first token, `itl_sec` is the median time between two tokens."""
 
     prefill_tokens_per_sec: float
     press_sec: float
     decode_tokens_per_sec: float
     ttft_sec: float
     tpot_sec: float | None
+    itl_sec: float | None
     kept_share: float
     kv_bytes_before: int
     kv_bytes_allocated: int
@@ -179,6 +181,7 @@ def _measurement(records: Sequence[BatchRecord | RequestRecord]) -> Measurement:
         decode_tokens_per_sec=batch.num_output_tokens / batch.decode_sec,
         ttft_sec=first.ttft_sec,
         tpot_sec=first.tpot_sec,
+        itl_sec=first.itl_p50_sec,
         kept_share=effective / before,
         kv_bytes_before=before,
         kv_bytes_allocated=allocated,

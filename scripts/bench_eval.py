@@ -10,8 +10,8 @@ are compared, and a difference ends the run.
     python scripts/bench_eval.py --models pythia-70m --rows 'choice-800*' --repeats 9
     python scripts/bench_eval.py --models pythia-2.8b --dtype bfloat16     on a GPU
 
-The last line of stdout is one JSON document. It is written to --output together with a Markdown table; rows of an
-earlier run that were not measured again stay in both.
+The last line of stdout is one JSON document. It is written to --output together with a Markdown table, after each row;
+rows of an earlier run that were not measured again stay in both.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if unknown := set(names) - {"builtin", *SHAPES}:
         raise ValueError(f"no model {', '.join(sorted(unknown))}; there are builtin, {', '.join(SHAPES)}")
     rows = chosen_rows(arguments.rows.split(","), quick=arguments.quick)
-    results = []
+    results: list[dict[str, Any]] = []
+    report = None
     for name in names:
         models = Models.load(name, arguments.dtype)
         text = Text(models.tokenizer)
@@ -273,13 +274,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 return None
             results.append(measured(row, name, models, text, arguments))
             print(" | ".join([*cells(results[-1]), row.name]), flush=True)
-    return {
+            report = written(results, arguments)
+    return report
+
+
+def written(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report so far, which is on disk: a run that is stopped loses the row that it was at."""
+    report = {
         "benchmark": "evaluation_speed",
         **machine(arguments.threads),
         "dtype": arguments.dtype,
         "compression_ratio": RATIO,
         "rows": merged(results, arguments.output / "bench_eval.json"),
     }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "bench_eval.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    (arguments.output / "bench_eval.md").write_text(markdown(report), encoding="utf-8")
+    return report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -309,11 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.disable(logging.NOTSET)
     if report is None:
         return 0
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(report)
-    (arguments.output / "bench_eval.json").write_text(document + "\n", encoding="utf-8")
-    (arguments.output / "bench_eval.md").write_text(markdown(report), encoding="utf-8")
-    print(document)
+    print(json.dumps(report))
     return 0
 
 

@@ -56,6 +56,21 @@ def test_rows_that_are_not_measured_again_stay(run: Callable[..., dict[str, Any]
     assert both[0] == kept[0] and both[1]["row"] == "tiny-choice/none/pipeline"
 
 
+def test_a_run_that_is_stopped_keeps_the_rows_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = bench_eval.measured
+
+    def stopped(row: bench_eval.Row, *arguments: Any) -> dict[str, Any]:
+        if row.against == "pipeline":
+            raise KeyboardInterrupt
+        return measured(row, *arguments)
+
+    monkeypatch.setattr(bench_eval, "measured", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench_eval.main([*QUICK, "--rows", "tiny-choice/none/*", "--repeats", "1", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "bench_eval.json").read_text())["rows"]
+    assert row["row"] == "tiny-choice/none/stock" and (tmp_path / "bench_eval.md").exists()
+
+
 def test_a_side_with_other_numbers_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

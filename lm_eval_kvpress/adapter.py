@@ -35,6 +35,7 @@ from lm_eval_kvpress.arguments import (
     resolve_pretrained,
 )
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
@@ -93,6 +94,7 @@ class KVPress(HFLM):
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
         self._settle_on_device()
+        self._graphs = GraphRecorder(self._press_model)
         self._rolling_window = self._settings.rolling_window(self.max_length)
         # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -155,14 +157,9 @@ class KVPress(HFLM):
         return PressableModel(model, room.attention_modules(model), functools.partial(room.presented, model))
 
     def _settle_on_device(self) -> None:
-        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
-
-        cuDNN's attention, PyTorch's first choice on Hopper in 16 bit, makes a plan for every new length of a cache.
-        """
-        device = self._press_model.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``."""
+        if self._press_model.device.type == "cuda":
+            torch.cuda.set_device(self._press_model.device)
 
     @property
     def press_model(self) -> PressableModel:
@@ -409,7 +406,13 @@ class KVPress(HFLM):
             shared=shared,
         )
         return Runner(
-            self._press_model, compressor, clock, Meter(clock, labels, recorders), self._autocast, settings.decoding
+            self._press_model,
+            compressor,
+            clock,
+            Meter(clock, labels, recorders),
+            self._autocast,
+            settings.decoding,
+            self._graphs,
         )
 
     def _recorders(self) -> Iterator[Recorder]:

@@ -1,4 +1,4 @@
-"""``batch_size=auto``: how many tokens of context go into one batch.
+"""``batch_size=auto``: how many tokens go into one batch.
 
 A press prunes each layer's cache as soon as that layer has run, so a batch needs room for the *compressed* cache and
 for the activations of one layer. Knows model shapes and a `PressSpec`. Does not know text or lm-eval.
@@ -30,7 +30,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None, *, decodes: bool) -> int:
-    """Padded tokens per batch, of context and to be generated.
+    """Padded tokens per batch, of context and to be generated. The latter are counted like the former, of which a press
+    keeps a part: where that is too few bytes, the batch is halved.
 
     Args:
         free: bytes, or None for `CPU_TOKENS`.

@@ -19,6 +19,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import CompressedCache, LayerKV
 from lm_eval_kvpress.checks import Check, Part, Subject, compress, score
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
+from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.decoding import Sampler, decode
 from lm_eval_kvpress.parity import worst
 from lm_eval_kvpress.scoring import Pack
@@ -132,6 +133,7 @@ def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], q
         sampler=Sampler(LogitsProcessorList()),
         stop_ids=frozenset(),
         stopped=lambda tokens: [False] * len(tokens),
+        record=GraphRecorder(lm._press_model).for_steps(NUM_CONTINUED - 1),
     )
     after = step_logprobs(lm.model, cache, [*query, *decoded[:-1]])[len(query) - 1 :]
     chosen = after.gather(1, torch.tensor(decoded)[:, None])[:, 0]

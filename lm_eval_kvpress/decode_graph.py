@@ -118,11 +118,12 @@ class GraphRecorder:
     def __call__(self, step: Callable[[], None]) -> Callable[[], None] | None:
         try:
             return cuda_graph(step)
-        except torch.OutOfMemoryError:
-            raise  # a smaller batch is the answer
         except RuntimeError as error:  # whatever a kernel or a driver has against being captured
+            cause = _first_cause(error)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None  # a smaller batch is the answer
             self._has_failed = True
-            _say_once(_first_cause(error))
+            _say_once((str(cause).strip() or repr(cause)).splitlines()[0])
             return None
 
 
@@ -142,11 +143,11 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def _first_cause(error: BaseException) -> str:
-    """One line of what went wrong first: the end of a broken capture complains of the break, and hides its cause."""
-    while error.__context__ is not None:
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a broken capture complains of the break, and hides its cause."""
+    while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
-    return str(error).strip().splitlines()[0]
+    return error
 
 
 def why_not_recorded(model: PressableModel) -> str:

@@ -1,5 +1,6 @@
-"""Texts to token ids, as lm-eval's ``HFLM`` encodes them one by one, in batches that a tokenizer spreads over cores.
+"""Texts to token ids, as lm-eval's ``HFLM`` encodes them one by one, many in one call.
 
+A fast tokenizer spreads a call over cores unless ``TOKENIZERS_PARALLELISM=false``, which the ``lm_eval`` command sets.
 Knows an ``HFLM`` and its tokenizer. Does not know models, presses or requests.
 """
 

@@ -70,7 +70,8 @@ class PressableModel:
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""
-        return self.model.base_model(tokens, **kwargs).last_hidden_state
+        with _without_cudnn_attention():
+            return self.model.base_model(tokens, **kwargs).last_hidden_state
 
     @property
     def head_device(self) -> torch.device:
@@ -96,6 +97,17 @@ class PressableModel:
             return head(hidden).float()
         bias = None if head.bias is None else head.bias[start:end]
         return nn.functional.linear(hidden, head.weight[start:end], bias).float()
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """cuDNN's attention, PyTorch's first choice on Hopper in 16 bit, makes a plan for every new length of a cache."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @torch.inference_mode()

@@ -37,14 +37,27 @@ def token_scores(
     Returns:
         the log-probability of each token in nats, ``(N,)``, and whether ``argmax`` would choose it, ``(N,)``, both on
         the CPU.
+
+    Raises:
+        ValueError: if the head has no logit for a token.
     """
+    if len(targets) and (highest := int(targets.max())) >= model.num_logits:
+        raise ValueError(
+            f"token id {highest} is beyond the {model.num_logits} logits of the model: the tokenizer has tokens that "
+            "the checkpoint does not know; use the one that belongs to it"
+        )
     logprobs = torch.empty(len(targets))
     greedy = torch.empty(len(targets), dtype=torch.bool)
-    for start in range(0, len(hidden), TILE_ROWS):
-        members = ((sources >= start) & (sources < start + TILE_ROWS)).nonzero()[:, 0]
-        rows = _Rows(model, hidden[start : start + TILE_ROWS], sources[members] - start, targets[members])
+    step = TILE_ROWS if model.head_can_be_cut else max(1, _budget(model) // (4 * model.num_logits))
+    for start in range(0, len(hidden), step):
+        members = ((sources >= start) & (sources < start + step)).nonzero()[:, 0]
+        rows = _Rows(model, hidden[start : start + step], sources[members] - start, targets[members])
         logprobs[members], greedy[members] = rows.scores()
     return logprobs, greedy
+
+
+def _budget(model: PressableModel) -> int:
+    return TILE_BYTES.get(model.head_device.type, TILE_BYTES["cuda"])
 
 
 class _Rows:
@@ -77,8 +90,8 @@ class _Rows:
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         """Columns, in tiles of nearly equal width; all at once where the head cannot be cut."""
-        size, budget = self._model.num_logits, TILE_BYTES.get(self._hidden.device.type, TILE_BYTES["cuda"])
-        widest = max(1, budget // (4 * len(self._hidden))) if self._model.head_can_be_cut else size
+        size = self._model.num_logits
+        widest = max(1, _budget(self._model) // (4 * len(self._hidden))) if self._model.head_can_be_cut else size
         width = -(-size // -(-size // widest))
         for start in range(0, size, width):
             yield start, min(start + width, size)

@@ -105,6 +105,7 @@ class Runner:
         clock, meter: of this press's run.
         autocast: makes the context in which forwards run.
         decoding: the press that acts while tokens are produced, if there is one.
+        graphs: records decoding steps of the model, for all of its runners.
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class Runner:
         meter: Meter,
         autocast: Callable[[], AbstractContextManager[Any]],
         decoding: DecodingSpec | None = None,
+        graphs: GraphRecorder | None = None,
     ) -> None:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
-        self._autocast, self._decoding, self._graphs = autocast, decoding, GraphRecorder(model)
+        self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
 
     def score_groups(self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores all continuations of each context, which is prefilled once.

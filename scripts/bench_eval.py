@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def _cpu_lines() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def check_same_setting(arguments: argparse.Namespace) -> None:
+    """Refuses to put rows beside those of another machine, dtype or version."""
+    path = arguments.output / "bench_eval.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    now = {**machine(arguments.threads), "dtype": arguments.dtype}
+    other = [name for name, value in now.items() if before is not None and before[name] != value]
+    if other:
+        raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another --output")
+
+
 def merged(rows: Sequence[dict[str, Any]], earlier: Path) -> list[dict[str, Any]]:
     """The rows, and those of an earlier run that were not measured again, in the order of `ROWS`."""
     before = json.loads(earlier.read_text(encoding="utf-8"))["rows"] if earlier.exists() else []
@@ -259,10 +270,13 @@ def chosen_rows(patterns: Sequence[str], *, quick: bool) -> list[Row]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     torch.set_num_threads(arguments.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the lm_eval command sets it
     names = arguments.models.split(",")
     if unknown := set(names) - {"builtin", *SHAPES}:
         raise ValueError(f"no model {', '.join(sorted(unknown))}; there are builtin, {', '.join(SHAPES)}")
     rows = chosen_rows(arguments.rows.split(","), quick=arguments.quick)
+    if not arguments.peak:
+        check_same_setting(arguments)
     results: list[dict[str, Any]] = []
     report = None
     for name in names:

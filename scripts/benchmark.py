@@ -40,6 +40,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.presses import parse_press
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.telemetry import Clock
@@ -113,7 +114,7 @@ class Bench:
 
     def __init__(self, lm: KVPress, presses: Sequence[str], ratio: float) -> None:
         self._model = lm.press_model
-        self._clock = Clock(lm.device)
+        self._clock, self._graphs = Clock(lm.device), GraphRecorder(lm.press_model)
         arguments = {press: {} if press == "none" else {"compression_ratio": ratio} for press in presses}
         specs = {press: parse_press(press, arguments[press]) for press in presses}
         for press, spec in specs.items():
@@ -150,7 +151,8 @@ class Bench:
         """Prefills, compresses and decodes one batch."""
         records: list[BatchRecord | RequestRecord] = []
         meter = Meter(self._clock, dict.fromkeys(("device", "dtype", "press", "protocol"), ""), [_Collector(records)])
-        runner = Runner(self._model, self._compressors[case.press], self._clock, meter, nullcontext)
+        compressor = self._compressors[case.press]
+        runner = Runner(self._model, compressor, self._clock, meter, nullcontext, graphs=self._graphs)
         jobs = [Job(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]
         runner.generate(jobs, Generation({}, case.num_new_tokens, frozenset(), lambda new: [False] * len(new)))
         meter.finish("generate_until")

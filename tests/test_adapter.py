@@ -224,12 +224,11 @@ def test_a_model_on_a_second_gpu_makes_it_the_current_one(
     """Events and graphs would be made on the first one, and be complete at once."""
     lm, calls = ours(checkpoint_dir), list[Any]()
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
     lm._settle_on_device()
     assert calls == []
     monkeypatch.setattr(PressableModel, "device", torch.device("cuda:1"))
     lm._settle_on_device()
-    assert calls == [torch.device("cuda:1"), False]
+    assert calls == [torch.device("cuda:1")]
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(

@@ -266,11 +266,18 @@ def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch
     def full(step: Callable[[], None]) -> Callable[[], None]:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(decode_graph, "cuda_graph", full)
+    def full_in_a_capture(step: Callable[[], None]) -> Callable[[], None]:
+        try:
+            full(step)
+        finally:
+            raise RuntimeError("capture failed due to an error before")
+
     graphs = decode_graph.GraphRecorder(on_gpu)
-    with pytest.raises(torch.OutOfMemoryError):
-        graphs(lambda: None)
-    assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
+    for record in (full, full_in_a_capture):
+        monkeypatch.setattr(decode_graph, "cuda_graph", record)
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            graphs(lambda: None)
+        assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
 
 
 def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:

@@ -281,3 +281,32 @@ def test_a_prefill_for_the_cache_only_makes_the_same_cache(
         for one, other in zip(padded.layers, prefill_padded(model, [[1, 2, 3], [4, 5, 6, 7]]).layers, strict=True):
             assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
         assert torch.equal(prefill(model, tokens, None).last_hidden, whole.last_hidden), "nothing is left behind"
+
+
+def test_without_a_press_a_prefill_for_the_cache_ends_at_the_last_keys(
+    make_pressable: Callable[..., PressableModel],
+) -> None:
+    model, calls = make_pressable(), list[str]()
+    tokens = torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(3))
+    last = model.attentions[-1]
+    with (
+        last.query_key_value.register_forward_hook(lambda *_: calls.append("keys")),
+        last.dense.register_forward_hook(lambda *_: calls.append("attention")),
+        model.last_feed_forward.register_forward_hook(lambda *_: calls.append("feed-forward")),
+    ):
+        prefill_padded(model, tokens.tolist(), for_cache_only=True)
+        prefill(model, tokens, None, for_cache_only=True)
+        assert calls == ["keys", "keys"]
+        prefill(model, tokens, None)
+    assert calls[2:] == ["keys", "feed-forward", "attention"] or calls[2:] == ["keys", "attention", "feed-forward"]
+
+
+def test_cudnns_attention_is_off_in_forwards_alone(make_pressable: Callable[..., PressableModel]) -> None:
+    model, seen = make_pressable(), list[bool]()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert before, "PyTorch has it on"
+    with model.attentions[0].register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())):
+        for for_cache_only in (False, True):  # the second forward is left by an exception
+            prefill_padded(model, [[1, 2, 3]], for_cache_only=for_cache_only)
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [False, False]

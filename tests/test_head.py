@@ -88,14 +88,18 @@ def test_of_equal_maxima_the_first_is_greedy_in_whichever_tile_it_lies(
     assert all(tied[:100]) and not any(greedy[:50]) and all(greedy[50:100])
 
 
-def test_a_head_with_a_hook_is_run_whole(make_pressable: Callable[..., PressableModel]) -> None:
+def test_a_head_with_a_hook_is_run_on_fewer_whole_rows(
+    make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_pressable()
     hidden, sources, targets = subject(model)
     plain, _ = token_scores(model, hidden, sources, targets)
-    layer = model.model.get_output_embeddings()
-    with layer.register_forward_hook(lambda *call: 2 * call[2]):
+    layer, num_rows = model.model.get_output_embeddings(), list[int]()
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 4 * 7 * model.num_logits + 1)
+    with layer.register_forward_hook(lambda *call: num_rows.append(len(call[2])) or 2 * call[2]):
         assert not model.head_can_be_cut
         doubled, _ = token_scores(model, hidden, sources, targets)
+        assert num_rows == [7, 7, 7, 7, 7, 5]
         expected = model.logits(hidden).double().log_softmax(dim=-1)[sources, targets]
     assert largest_difference(doubled.tolist(), expected.tolist()) < 2e-6
     assert largest_difference(doubled.tolist(), plain.tolist()) > 0.1
@@ -121,3 +125,13 @@ def test_what_is_not_finite_stays_not_finite(model: PressableModel, monkeypatch:
     monkeypatch.setitem(head.TILE_BYTES, "cpu", 3_000)
     logprobs, _ = token_scores(model, hidden, sources, targets)
     assert torch.equal(logprobs.isnan(), sources == 3)
+
+
+def test_a_token_without_a_logit_is_refused(model: PressableModel) -> None:
+    """It would go into no tile, and what memory held before would be its score."""
+    hidden, sources, targets = subject(model)
+    targets[20] = model.num_logits
+    with pytest.raises(ValueError, match="token id 211 is beyond the 211 logits"):
+        token_scores(model, hidden, sources, targets)
+    nothing, _ = token_scores(model, hidden, sources[:0], targets[:0])
+    assert nothing.shape == (0,)

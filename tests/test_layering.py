@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": {
         *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
-        *("encoding", "stream_run", "stream_store"),
+        *("decode_graph", "encoding", "stream_run", "stream_store"),
         *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("adapter", "cache", "checks", "dense", "engine", "parity", "press_formulas", "torch", "transformers"),
     },
     "checks_scores": {
-        *("adapter", "cache", "checks", "checks_kept", "decoding", "parity", "scoring"),
+        *("adapter", "cache", "checks", "checks_kept", "decode_graph", "decoding", "parity", "scoring"),
         *("lm_eval", "torch", "transformers"),
     },
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},

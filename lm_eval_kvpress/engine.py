@@ -80,7 +80,7 @@ class PressableModel:
     @property
     def num_logits(self) -> int:
         """V, what the head makes of a hidden state; a checkpoint may pad it above the tokenizer's vocabulary."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.model.get_output_embeddings().out_features  # packed weights have another shape
 
     @property
     def head_can_be_cut(self) -> bool:

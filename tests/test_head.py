@@ -136,3 +136,23 @@ def test_a_token_without_a_logit_is_refused(model: PressableModel) -> None:
         token_scores(model, hidden, sources, targets)
     nothing, _ = token_scores(model, hidden, sources[:0], targets[:0])
     assert nothing.shape == (0,)
+
+
+class Packed(nn.Linear):
+    """As quantised heads are: the weight has another shape than the matrix that it stands for."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = nn.Parameter(plain.weight.detach().reshape(1, -1), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.view(self.out_features, -1).T
+
+
+def test_a_packed_head_is_run_whole(make_pressable: Callable[..., PressableModel]) -> None:
+    model = make_pressable()
+    hidden, sources, targets = subject(model)
+    expected, _ = token_scores(model, hidden, sources, targets)
+    model.model.set_output_embeddings(Packed(model.model.get_output_embeddings()))
+    found, _ = token_scores(model, hidden, sources, targets)
+    assert not model.head_can_be_cut and largest_difference(found.tolist(), expected.tolist()) < TOLERANCE

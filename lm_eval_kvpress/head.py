@@ -18,9 +18,11 @@ import torch
 
 from lm_eval_kvpress.engine import PressableModel
 
-TILE_ROWS = 2_048
-TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+TILE_ROWS = 1_024
+TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough work for one launch."""
+ALIGNMENT = 16
+"""Columns of a tile come in multiples: at 1,007 of them MKL's product takes 1.4 times as long as at 1,008."""
 
 
 @torch.inference_mode()
@@ -92,7 +94,9 @@ class _Rows:
         """Columns, in tiles of nearly equal width; all at once where the head cannot be cut."""
         size = self._model.num_logits
         widest = max(1, _budget(self._model) // (4 * len(self._hidden))) if self._model.head_can_be_cut else size
-        width = -(-size // -(-size // widest))
+        step = ALIGNMENT if ALIGNMENT <= widest < size else 1
+        num_tiles = -(-size // (widest // step * step))
+        width = -(-size // (num_tiles * step)) * step
         for start in range(0, size, width):
             yield start, min(start + width, size)
 

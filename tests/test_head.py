@@ -42,12 +42,14 @@ def test_tiles_of_any_size_equal_whole_rows_and_keep_within_their_bytes(
     hidden, sources, targets = subject(model)
     logits = model.logits(hidden).double()
     expected = logits.log_softmax(dim=-1)[sources, targets]
-    tiles: list[tuple[int, int]] = []
+    tiles, starts = list[tuple[int, int]](), list[int]()
     whole = PressableModel.logits
 
-    def recorded(*call: object) -> Tensor:
-        tiles.append(tuple(whole(*call).shape))
-        return whole(*call)
+    def recorded(model: PressableModel, hidden: Tensor, start: int, end: int) -> Tensor:
+        logits = whole(model, hidden, start, end)
+        tiles.append(tuple(logits.shape))
+        starts.append(start)
+        return logits
 
     monkeypatch.setattr(head, "TILE_ROWS", rows)
     monkeypatch.setitem(head.TILE_BYTES, "cpu", num_bytes)
@@ -58,6 +60,8 @@ def test_tiles_of_any_size_equal_whole_rows_and_keep_within_their_bytes(
     assert all(greedy[:50]) and not all(greedy)
     assert sum(height * width for height, width in tiles) == NUM_ROWS * model.num_logits, "each logit is made once"
     assert all(4 * height * width <= max(num_bytes, 4 * height) for height, width in tiles)
+    if 4 * 16 * min(rows, NUM_ROWS) <= num_bytes:
+        assert not any(start % 16 for start in starts), "only the last tile may be of an odd width"
 
 
 @pytest.mark.parametrize("num_bytes", [400, 3_000, 2**23])

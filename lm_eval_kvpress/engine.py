@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, empty_cache
+from lm_eval_kvpress.linear_layers import linear, quick_forwards
 
 
 class Press(Protocol):
@@ -70,8 +72,13 @@ class PressableModel:
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""
-        with _without_cudnn_attention():
+        with _without_cudnn_attention(), quick_forwards(self._linear_layers):
             return self.model.base_model(tokens, **kwargs).last_hidden_state
+
+    @cached_property
+    def _linear_layers(self) -> tuple[nn.Linear, ...]:
+        """The plain ones of the body; quantised and adapted layers have classes of their own."""
+        return tuple(module for module in self.model.base_model.modules() if type(module) is nn.Linear)
 
     @property
     def head_device(self) -> torch.device:
@@ -94,9 +101,10 @@ class PressableModel:
         head = self.model.get_output_embeddings()
         hidden = hidden.to(head.weight.device)
         if start == 0 and end in (None, self.num_logits):
-            return head(hidden).float()
+            with quick_forwards([head] if type(head) is nn.Linear else []):
+                return head(hidden).float()
         bias = None if head.bias is None else head.bias[start:end]
-        return nn.functional.linear(hidden, head.weight[start:end], bias).float()
+        return linear(hidden, head.weight[start:end], bias).float()
 
 
 @contextmanager

@@ -33,10 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recall": set(),
     "results": set(),
     "dense": {"torch", "transformers"},
+    "linear_layers": {"torch"},
     "press_formulas": {"torch"},
     "plugin": {"lm_eval"},
     # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
-    "engine": {"cache", "torch", "transformers"},
+    "engine": {"cache", "linear_layers", "torch", "transformers"},
     "head": {"engine", "torch"},
     "scoring": {"engine", "cache", "head", "torch", "transformers"},
     "decode_steps": {"engine", "cache", "torch"},

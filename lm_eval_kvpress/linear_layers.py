@@ -5,6 +5,9 @@ step: on Zen 4 one, two and sixteen rows by a head of 50,304 x 512 take 9.3, 20.
 PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth (docs/LOG.md). Both are fp32 and differ by rounding.
 In 16 bit PyTorch takes oneDNN by itself. On Intel's processors nothing changes: there the two were not compared.
 
+For every new number of rows oneDNN generates code, 0.3 to 1 ms and up to 0.6 MB each, at most 0.45 GB in all, and keeps
+it. That pays where numbers of rows recur, which those of decoding do, and where the product is large.
+
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 No release promises it, so it is used only once it has multiplied a small matrix correctly.
 
@@ -22,10 +25,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+FEW_ROWS = 32
+LARGE_PRODUCT = 2**27
+"""Multiplications of a product, one to two milliseconds, from which on its code is worth generating."""
+
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``(..., E)`` by ``(V, E)`` to ``(..., V)``, as `torch.nn.functional.linear` by the faster library."""
-    multiply = _by_onednn if _is_on() and _fits(weight) else nn.functional.linear
+    multiply = _quickly if _is_on() and _fits(weight) else nn.functional.linear
     return multiply(hidden, weight, bias)
 
 
@@ -34,12 +41,18 @@ def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
     """Makes layers compute as `linear` does. Their hooks stay in force; one whose ``forward`` was replaced is left."""
     lent = [layer for layer in layers if "forward" not in layer.__dict__ and _fits(layer.weight)] if _is_on() else []
     for layer in lent:
-        layer.__dict__["forward"] = functools.partial(_by_onednn, weight=layer.weight, bias=layer.bias)
+        layer.__dict__["forward"] = functools.partial(_quickly, weight=layer.weight, bias=layer.bias)
     try:
         yield
     finally:
         for layer in lent:
             layer.__dict__.pop("forward", None)
+
+
+def _quickly(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    num_rows = hidden.numel() // weight.shape[1]
+    pays = num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT
+    return _by_onednn(hidden, weight, bias) if pays else nn.functional.linear(hidden, weight, bias)
 
 
 def _is_on() -> bool:

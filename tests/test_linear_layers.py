@@ -52,10 +52,20 @@ def test_products_of_any_shape_equal_pytorchs(calls: list[Tensor], shape: tuple[
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(("shape", "goes_there"), [((4, 8, 512), True), ((33, 512), False), ((2, 64, 512), True)])
+def test_code_is_generated_for_few_rows_and_for_large_products(
+    calls: list[Tensor], shape: tuple[int, ...], goes_there: bool
+) -> None:
+    hidden, weight = torch.randn(shape), torch.randn(2_048, 512) / 16  # 128 rows of it are large
+    torch.testing.assert_close(linear(hidden, weight, None), nn.functional.linear(hidden, weight), rtol=0, atol=TOLERANCE)
+    assert len(calls) == goes_there
+
+
 def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_changed(
     calls: list[Tensor], make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_pressable()
+    monkeypatch.setattr(linear_layers, "LARGE_PRODUCT", 0)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
     def scores() -> list[float]:

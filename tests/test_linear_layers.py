@@ -57,7 +57,8 @@ def test_code_is_generated_for_few_rows_and_for_large_products(
     calls: list[Tensor], shape: tuple[int, ...], goes_there: bool
 ) -> None:
     hidden, weight = torch.randn(shape), torch.randn(2_048, 512) / 16  # 128 rows of it are large
-    torch.testing.assert_close(linear(hidden, weight, None), nn.functional.linear(hidden, weight), rtol=0, atol=TOLERANCE)
+    product, expected = linear(hidden, weight, None), nn.functional.linear(hidden, weight)
+    torch.testing.assert_close(product, expected, rtol=0, atol=TOLERANCE)
     assert len(calls) == goes_there
 
 

@@ -40,6 +40,7 @@ from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.linear_layers import uses_onednn
 from lm_eval_kvpress.presses import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -392,6 +393,7 @@ class KVPress(HFLM):
     ) -> Runner:
         labels = {
             "device": str(self.device),
+            "linear_layers": "oneDNN" if uses_onednn(self.model.get_output_embeddings().weight) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "press": settings.press_name,
             "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
@@ -493,6 +495,7 @@ class KVPress(HFLM):
             },
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
+            "linear_layers": "oneDNN" if uses_onednn(self.model.get_output_embeddings().weight) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),

@@ -72,12 +72,12 @@ class PressableModel:
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""
-        with _without_cudnn_attention(), quick_forwards(self._linear_layers):
+        with _without_cudnn_attention(), quick_forwards(self.linear_layers):
             return self.model.base_model(tokens, **kwargs).last_hidden_state
 
     @cached_property
-    def _linear_layers(self) -> tuple[nn.Linear, ...]:
-        """The plain ones of the body; quantised and adapted layers have classes of their own."""
+    def linear_layers(self) -> tuple[nn.Linear, ...]:
+        """The plain ones of the body; quantised layers have classes of their own."""
         return tuple(module for module in self.model.base_model.modules() if type(module) is nn.Linear)
 
     @property

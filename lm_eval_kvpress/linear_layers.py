@@ -3,13 +3,13 @@
 In fp32 PyTorch multiplies by Intel's MKL, on AMD's processors too, where it is slow for the few rows of a decoding
 step: on Zen 4 one, two and sixteen rows by a head of 50,304 x 512 take 9.3, 20.4 and 17.7 ms, and by oneDNN, which
 PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth (docs/LOG.md). Both are fp32 and differ by rounding.
-In 16 bit PyTorch takes oneDNN by itself. On Intel's processors nothing changes: there the two were not compared.
+Measured on Zen 4, used on AMD's processors with AVX-512. Elsewhere the two were not compared and nothing changes.
 
-For every new number of rows oneDNN generates code, 0.3 to 1 ms and up to 0.6 MB each, at most 0.45 GB in all, and keeps
-it. That pays where numbers of rows recur, which those of decoding do, and where the product is large.
+For every new number of rows oneDNN generates code, 0.3 to 1 ms and up to 0.6 MB each, and keeps it (0.45 GB was the
+most seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
 
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
-No release promises it, so it is used only once it has multiplied a small matrix correctly.
+No release promises it, so it is used only once it has multiplied small matrices correctly.
 
 Knows torch. Does not know presses, caches or text.
 """
@@ -17,6 +17,7 @@ Knows torch. Does not know presses, caches or text.
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+SWITCH = "LM_EVAL_KVPRESS_ONEDNN"
+"""Environment variable; 0 leaves all products to PyTorch."""
 FEW_ROWS = 32
 LARGE_PRODUCT = 2**27
 """Multiplications of a product, one to two milliseconds, from which on its code is worth generating."""
@@ -32,16 +35,20 @@ LARGE_PRODUCT = 2**27
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``(..., E)`` by ``(V, E)`` to ``(..., V)``, as `torch.nn.functional.linear` by the faster library."""
-    multiply = _quickly if _is_on() and _fits(weight) else nn.functional.linear
-    return multiply(hidden, weight, bias)
+    # The operator has no gradient, and autocast, which would cast the factors, does not know it.
+    if not uses_onednn(weight) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return nn.functional.linear(hidden, weight, bias)
+    num_rows = hidden.numel() // weight.shape[1]
+    pays = num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT
+    return _by_onednn(hidden, weight, bias) if pays else nn.functional.linear(hidden, weight, bias)
 
 
 @contextmanager
 def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
     """Makes layers compute as `linear` does. Their hooks stay in force; one whose ``forward`` was replaced is left."""
-    lent = [layer for layer in layers if "forward" not in layer.__dict__ and _fits(layer.weight)] if _is_on() else []
+    lent = [layer for layer in layers if "forward" not in layer.__dict__] if _is_faster_here() else []
     for layer in lent:
-        layer.__dict__["forward"] = functools.partial(_quickly, weight=layer.weight, bias=layer.bias)
+        layer.__dict__["forward"] = functools.partial(_forward, layer)
     try:
         yield
     finally:
@@ -49,38 +56,52 @@ def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _quickly(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    num_rows = hidden.numel() // weight.shape[1]
-    pays = num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT
-    return _by_onednn(hidden, weight, bias) if pays else nn.functional.linear(hidden, weight, bias)
+def _forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return linear(hidden, layer.weight, layer.bias)  # read now: a hook may have put another weight there
 
 
-def _is_on() -> bool:
-    """The operator has no gradient, and autocast, which would cast the factors, does not know it."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    return bool(torch.backends.mkldnn.enabled) and _is_faster_here()
-
-
-def _fits(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+def uses_onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN takes part in products by a weight: a plain fp32 tensor, for subclasses multiply in ways of their
+    own, on a processor where that is faster."""
+    return (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and bool(torch.backends.mkldnn.enabled)
+        and _is_faster_here()
+    )
 
 
 @functools.cache
 def _is_faster_here() -> bool:
-    return torch.backends.mkl.is_available() and _processor_is_amd() and _operator_works()
+    wanted = os.environ.get(SWITCH) != "0" and torch.backends.mkl.is_available()
+    return wanted and _processor_is_known() and _operator_works()
 
 
-def _processor_is_amd() -> bool:
-    path = Path("/proc/cpuinfo")  # on Linux `platform` names the architecture only
-    return "AuthenticAMD" in (path.read_text(encoding="utf-8") if path.exists() else platform.processor())
+def _processor_is_known() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")  # on Linux `platform` names the architecture only
+    except OSError:
+        return platform.processor()
 
 
 def _operator_works() -> bool:
-    hidden, weight, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
+    def whole(*shape: int) -> torch.Tensor:
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
+        return numbers.view(shape)  # products of whole numbers are exact
+
+    weight = whole(4, 3)
     try:
         with torch.inference_mode():
-            return torch.equal(_by_onednn(hidden, weight, bias), hidden @ weight.T + bias)
+            return all(
+                torch.equal(_by_onednn(hidden, weight, bias), hidden @ weight.T + (0 if bias is None else bias))
+                for hidden in (whole(2, 3), whole(2, 5, 3))
+                for bias in (None, whole(4))
+            )
     except (AttributeError, RuntimeError, TypeError):  # absent, not for this processor, another signature
         return False
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.engine import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
+from lm_eval_kvpress.linear_layers import quick_forwards
 from lm_eval_kvpress.telemetry import Clock, PhaseTiming
 
 Tokens = tuple[int, ...]
@@ -114,7 +115,7 @@ class SharedPrefills:
             last_hidden = last_hidden.clone() if rows is None else last_hidden[rows]
         with marks_taken_off(model.attentions):
             if press is not None:
-                with model.presented(), press(model.model):
+                with model.presented(), quick_forwards(model.linear_layers), press(model.model):
                     for attention, call in zip(model.attentions, prefill.calls, strict=True):
                         _replay(press, attention, call if rows is None else call.of_rows(rows), cache)
             return compressed_cache(model, cache, (len(contexts), len(contexts[0])), last_hidden, rerotates=rerotates)

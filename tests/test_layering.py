@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoding": {"decode_graph", "decode_press", "decode_steps", "engine", "cache", "torch", "transformers"},
     "generation": {"decoding", "torch", "transformers"},
     "compression": {"engine", "cache", "presses", "shared_prefill", "telemetry", "torch"},
-    "shared_prefill": {"cache", "engine", "telemetry", "torch", "transformers"},
+    "shared_prefill": {"cache", "engine", "linear_layers", "telemetry", "torch", "transformers"},
     "ledger": {"presses", "telemetry"},
     "runner": {
         *("cache", "compression", "decode_graph", "decode_press", "decoding", "decoding_spec", "engine", "generation"),
@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapter": {
         *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
-        *("decode_graph", "encoding", "stream_run", "stream_store"),
+        *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
         *("throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from kvpress import SnapKVPress
 from references import largest_difference
 from torch import Tensor, nn
 
-from lm_eval_kvpress import linear_layers
+from lm_eval_kvpress import head, linear_layers
 from lm_eval_kvpress.engine import PressableModel, prefill
 from lm_eval_kvpress.linear_layers import linear, quick_forwards
 from lm_eval_kvpress.scoring import Pack, score
+from lm_eval_kvpress.shared_prefill import SharedPrefills
 
 TOLERANCE = 1e-5  # 40 products of normal numbers are rounded to 1e-6
 
@@ -20,8 +25,9 @@ TOLERANCE = 1e-5  # 40 products of normal numbers are rounded to 1e-6
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The weights that oneDNN multiplied by, on a machine that is made to prefer it."""
-    if not linear_layers._operator_works():
-        pytest.skip("this PyTorch has no oneDNN operator for linear layers")
+    if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
+        pytest.skip("this PyTorch has no oneDNN for x86")
+    assert linear_layers._operator_works(), "the operator is gone or has changed: linear_layers must follow"
     weights: list[Tensor] = []
     by_onednn = linear_layers._by_onednn
 
@@ -62,11 +68,16 @@ def test_code_is_generated_for_few_rows_and_for_large_products(
     assert len(calls) == goes_there
 
 
+@pytest.mark.parametrize("num_bytes", [2**22, 1_000])
 def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_changed(
-    calls: list[Tensor], make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
+    calls: list[Tensor],
+    make_pressable: Callable[..., PressableModel],
+    monkeypatch: pytest.MonkeyPatch,
+    num_bytes: int,
 ) -> None:
     model = make_pressable()
     monkeypatch.setattr(linear_layers, "LARGE_PRODUCT", 0)
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", num_bytes)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
     def scores() -> list[float]:
@@ -74,9 +85,12 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
         return [*one.logprobs, *other.logprobs]
 
     by_onednn = scores()
-    used = {weight.data_ptr() for weight in calls}
+    used = {weight.untyped_storage().data_ptr() for weight in calls}
     layers = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
-    assert used == {layer.weight.data_ptr() for layer in layers}
+    assert used == {layer.weight.untyped_storage().data_ptr() for layer in layers}
+    assert sum(weight.numel() for weight in calls) == (
+        2 * sum(layer.weight.numel() for layer in layers) - model.model.get_output_embeddings().weight.numel()
+    ), "the prefill has no head"
     assert not any("forward" in layer.__dict__ for layer in layers)
     monkeypatch.setattr(linear_layers, "_is_faster_here", lambda: False)
     num_calls = len(calls)
@@ -95,6 +109,50 @@ def test_a_layer_keeps_its_hooks_and_a_forward_that_somebody_else_put_there(call
         assert "forward" in hooked.__dict__, "whoever lent it takes it back"
     assert len(calls) == 2
     assert "forward" not in hooked.__dict__ and replaced.__dict__["forward"] is others
+
+
+def test_a_weight_that_a_hook_puts_there_is_the_one_that_counts(calls: list[Tensor]) -> None:
+    """As ``torch.nn.utils.prune`` and ``weight_norm`` do."""
+    layer, other, hidden = nn.Linear(3, 4, bias=False), nn.Parameter(torch.randn(4, 3)), torch.randn(2, 3)
+    with layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", other)), quick_forwards([layer]):
+        assert torch.allclose(layer(hidden), hidden @ other.T)
+    assert len(calls) == 1
+
+
+def test_weights_that_multiply_in_a_way_of_their_own_are_left_alone(calls: list[Tensor]) -> None:
+    class Doubling(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_function__(function, types, args, kwargs or {})
+            return 2 * result.as_subclass(Tensor) if function is nn.functional.linear else result
+
+    layer, hidden = nn.Linear(3, 4, bias=False), torch.randn(2, 3)
+    expected = 2 * (hidden @ layer.weight.T)
+    layer.weight = nn.Parameter(layer.weight.as_subclass(Doubling))
+    with quick_forwards([layer]):
+        assert torch.allclose(layer(hidden), expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shared_prefill_multiplies_as_one_of_its_own(
+    calls: list[Tensor],
+    make_pressable_llama: Callable[..., PressableModel],
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+) -> None:
+    """Else a sweep could keep other entries than a single run, where scores are nearly tied."""
+    monkeypatch.setattr(linear_layers, "LARGE_PRODUCT", 0)
+    model, context = make_pressable_llama(), tuple(range(1, 31))
+    press = SnapKVPress(0.5, window_size=4)
+    if shared:
+        prefills = SharedPrefills(model)
+        prefills.hold([context], for_cache_only=True)
+        prefills.compress([context], press)
+    else:
+        prefill(model, torch.tensor([context]), press, for_cache_only=True)
+    queries = [attention.q_proj.weight.data_ptr() for attention in model.attentions]
+    assert [sum(weight.data_ptr() == query for weight in calls) for query in queries] == [2, 2, 2], "layer and press"
 
 
 def test_an_exception_leaves_no_forward_behind(calls: list[Tensor]) -> None:
@@ -127,26 +185,42 @@ def test_gradients_autocast_other_dtypes_and_a_disabled_onednn_go_pytorchs_way(c
 
 @pytest.mark.parametrize("fault", [AttributeError, RuntimeError, TypeError, None])
 def test_an_operator_that_is_absent_or_wrong_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, fault: type[Exception] | None
+    calls: list[Tensor], monkeypatch: pytest.MonkeyPatch, fault: type[Exception] | None
 ) -> None:
-    def faulty(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def faulty(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if fault is not None:
             raise fault
         return nn.functional.linear(hidden, weight)  # the bias is lost
 
+    assert linear_layers._operator_works()
     monkeypatch.setattr(linear_layers, "_by_onednn", faulty)
-    monkeypatch.setattr(linear_layers, "_processor_is_amd", lambda: True)
-    assert not linear_layers._is_faster_here.__wrapped__()
+    assert not linear_layers._operator_works()
 
 
-@pytest.mark.parametrize(("vendor", "is_amd"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_the_maker_of_the_processor_decides(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, vendor: str, is_amd: bool
+@pytest.mark.parametrize(
+    ("changed", "is_faster"),
+    [
+        ({}, True),
+        ({"capability": "AVX2"}, False),
+        ({"processor": "GenuineIntel"}, False),
+        ({"works": False}, False),
+        ({"mkl": False}, False),
+        ({"switch": "0"}, False),
+    ],
+)
+def test_a_known_processor_a_working_operator_and_the_user_decide(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], is_faster: bool
 ) -> None:
-    file = tmp_path_factory.mktemp("proc") / "cpuinfo"
-    monkeypatch.setattr(linear_layers, "Path", lambda _: file)
-    monkeypatch.setattr("platform.processor", lambda: f"AMD64 Family 25 Model 17 Stepping 1, {vendor}")
-    assert linear_layers._processor_is_amd() == is_amd, "elsewhere than on Linux"
-    file.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n", encoding="utf-8")
-    monkeypatch.setattr("platform.processor", lambda: "")
-    assert linear_layers._processor_is_amd() == is_amd
+    here = {"capability": "AVX512", "processor": "AuthenticAMD", "works": True, "mkl": True, "switch": "1", **changed}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here["capability"])
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: here["mkl"])
+    monkeypatch.setattr(linear_layers, "_processor", lambda: f"vendor_id\t: {here['processor']}")
+    monkeypatch.setattr(linear_layers, "_operator_works", lambda: here["works"])
+    monkeypatch.setenv(linear_layers.SWITCH, here["switch"])
+    assert linear_layers._is_faster_here.__wrapped__() == is_faster
+
+
+def test_without_a_list_of_processors_their_name_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers, "Path", lambda _: Path("/no/such/file"))
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
+    assert "AuthenticAMD" in linear_layers._processor()

@@ -393,7 +393,6 @@ class KVPress(HFLM):
     ) -> Runner:
         labels = {
             "device": str(self.device),
-            "linear_layers": "oneDNN" if uses_onednn(self.model.get_output_embeddings().weight) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "press": settings.press_name,
             "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",

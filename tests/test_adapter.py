@@ -12,6 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_kvpress import linear_layers
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.engine import PressableModel
@@ -167,6 +168,17 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
     assert pressed["kv_bytes_before"] == 2 * config.num_hidden_layers * pressed["num_tokens"] * config.hidden_size * 4
     assert record["press"]["arguments"]["window_size"] == 8
     assert set(record["versions"]) == {"torch", "transformers", "kvpress", "lm_eval"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_faster", "library"),
+    [("float32", True, "oneDNN"), ("float32", False, "torch"), ("bfloat16", True, "torch")],
+)
+def test_the_record_names_the_library_of_linear_layers(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, is_faster: bool, library: str
+) -> None:
+    monkeypatch.setattr(linear_layers, "_is_faster_here", lambda: is_faster)
+    assert ours(checkpoint_dir, press="none", dtype=dtype).describe()["linear_layers"] == library
 
 
 def test_masking_presses_report_allocated_and_effective_bytes(checkpoint_dir: Path) -> None:

@@ -36,11 +36,11 @@ LARGE_PRODUCT = 2**27
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``(..., E)`` by ``(V, E)`` to ``(..., V)``, as `torch.nn.functional.linear` by the faster library."""
     # The operator has no gradient, and autocast, which would cast the factors, does not know it.
-    if not uses_onednn(weight) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(hidden, weight, bias)
-    num_rows = hidden.numel() // weight.shape[1]
-    pays = num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT
-    return _by_onednn(hidden, weight, bias) if pays else nn.functional.linear(hidden, weight, bias)
+    if uses_onednn(weight) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        num_rows = hidden.numel() // weight.shape[1]
+        if num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT:
+            return _by_onednn(hidden, weight, bias)
+    return nn.functional.linear(hidden, weight, bias)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 In fp32 PyTorch multiplies by Intel's MKL, on AMD's processors too, where it is slow for the few rows of a decoding
 step: on Zen 4 one, two and sixteen rows by a head of 50,304 x 512 take 9.3, 20.4 and 17.7 ms, and by oneDNN, which
 PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth (docs/LOG.md). Both are fp32 and differ by rounding.
-Measured on Zen 4, used on AMD's processors with AVX-512. Elsewhere the two were not compared and nothing changes.
+On Zen 3, which has no AVX-512, only few rows by large weights gain. So the bounds are by instruction set, and for AMD's
+processors: on others the two were not compared and nothing changes.
 
-For every new number of rows oneDNN generates code, 0.3 to 1 ms and up to 0.6 MB each, and keeps it (0.45 GB was the
-most seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
+For every new number of rows oneDNN generates code, 0.3 to 4 ms and up to 1 MB each, and keeps it (0.45 GB was the most
+seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
 
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 No release promises it, so it is used only once it has multiplied small matrices correctly.
@@ -21,6 +22,8 @@ import os
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -29,8 +32,24 @@ from torch import nn
 SWITCH = "LM_EVAL_KVPRESS_ONEDNN"
 """Environment variable; 0 leaves all products to PyTorch."""
 FEW_ROWS = 32
-LARGE_PRODUCT = 2**27
-"""Multiplications of a product, one to two milliseconds, from which on its code is worth generating."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """From where on oneDNN is worth its code: weights of so many entries, with few rows or in a large product.
+
+    Attributes:
+        weight: entries.
+        product: multiplications; 2^27 take one to two milliseconds.
+    """
+
+    weight: float
+    product: float
+
+
+AMD_BOUNDS = {"AVX512": Bounds(weight=0, product=2**27), "AVX2": Bounds(weight=2**20, product=inf)}
+"""By PyTorch's name for what the processor can do."""
+NEVER = Bounds(weight=inf, product=inf)
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +57,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     # The operator has no gradient, and autocast, which would cast the factors, does not know it.
     if uses_onednn(weight) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         num_rows = hidden.numel() // weight.shape[1]
-        if num_rows <= FEW_ROWS or num_rows * weight.numel() >= LARGE_PRODUCT:
+        if num_rows <= FEW_ROWS or num_rows * weight.numel() >= bounds_here().product:
             return _by_onednn(hidden, weight, bias)
     return nn.functional.linear(hidden, weight, bias)
 
@@ -46,7 +65,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 @contextmanager
 def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
     """Makes layers compute as `linear` does. Their hooks stay in force; one whose ``forward`` was replaced is left."""
-    lent = [layer for layer in layers if "forward" not in layer.__dict__] if _is_faster_here() else []
+    lent = [layer for layer in layers if "forward" not in layer.__dict__] if bounds_here() != NEVER else []
     for layer in lent:
         layer.__dict__["forward"] = functools.partial(_forward, layer)
     try:
@@ -62,24 +81,21 @@ def _forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 def uses_onednn(weight: torch.Tensor) -> bool:
     """Whether oneDNN takes part in products by a weight: a plain fp32 tensor, for subclasses multiply in ways of their
-    own, on a processor where that is faster."""
+    own, of a size for which that is faster here."""
     return (
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and type(weight) in (nn.Parameter, torch.Tensor)
         and bool(torch.backends.mkldnn.enabled)
-        and _is_faster_here()
+        and weight.numel() >= bounds_here().weight
     )
 
 
 @functools.cache
-def _is_faster_here() -> bool:
-    wanted = os.environ.get(SWITCH) != "0" and torch.backends.mkl.is_available()
-    return wanted and _processor_is_known() and _operator_works()
-
-
-def _processor_is_known() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+def bounds_here() -> Bounds:
+    wanted = os.environ.get(SWITCH) != "0" and torch.backends.mkl.is_available() and "AuthenticAMD" in _processor()
+    bounds = AMD_BOUNDS.get(torch.backends.cpu.get_cpu_capability(), NEVER) if wanted else NEVER
+    return bounds if bounds != NEVER and _operator_works() else NEVER
 
 
 def _processor() -> str:

@@ -177,7 +177,8 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
 def test_the_record_names_the_library_of_linear_layers(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, is_faster: bool, library: str
 ) -> None:
-    monkeypatch.setattr(linear_layers, "_is_faster_here", lambda: is_faster)
+    bounds = linear_layers.AMD_BOUNDS["AVX512"] if is_faster else linear_layers.NEVER
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: bounds)
     assert ours(checkpoint_dir, press="none", dtype=dtype).describe()["linear_layers"] == library
 
 

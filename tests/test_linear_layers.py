@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_eval_kvpress import head, linear_layers
 from lm_eval_kvpress.engine import PressableModel, prefill
-from lm_eval_kvpress.linear_layers import linear, quick_forwards
+from lm_eval_kvpress.linear_layers import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
 from lm_eval_kvpress.scoring import Pack, score
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 
@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         weights.append(weight)
         return by_onednn(hidden, weight, bias)
 
-    monkeypatch.setattr(linear_layers, "_is_faster_here", lambda: True)
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: AMD_BOUNDS["AVX512"])
     monkeypatch.setattr(linear_layers, "_by_onednn", recorded)
     with torch.inference_mode():
         yield weights
@@ -58,11 +58,27 @@ def test_products_of_any_shape_equal_pytorchs(calls: list[Tensor], shape: tuple[
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(("shape", "goes_there"), [((4, 8, 512), True), ((33, 512), False), ((2, 64, 512), True)])
+@pytest.mark.parametrize(
+    ("instructions", "rows", "width", "goes_there"),
+    [
+        ("AVX512", (4, 8), 2_048, True),
+        ("AVX512", (33,), 2_048, False),
+        ("AVX512", (2, 64), 2_048, True),
+        ("AVX2", (4, 8), 2_048, True),
+        ("AVX2", (2, 64), 2_048, False),
+        ("AVX2", (2,), 2_047, False),
+    ],
+)
 def test_code_is_generated_for_few_rows_and_for_large_products(
-    calls: list[Tensor], shape: tuple[int, ...], goes_there: bool
+    calls: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    instructions: str,
+    rows: tuple[int, ...],
+    width: int,
+    goes_there: bool,
 ) -> None:
-    hidden, weight = torch.randn(shape), torch.randn(2_048, 512) / 16  # 128 rows of it are large
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: AMD_BOUNDS[instructions])
+    hidden, weight = torch.randn(*rows, 512), torch.randn(width, 512) / 16
     product, expected = linear(hidden, weight, None), nn.functional.linear(hidden, weight)
     torch.testing.assert_close(product, expected, rtol=0, atol=TOLERANCE)
     assert len(calls) == goes_there
@@ -76,7 +92,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
     num_bytes: int,
 ) -> None:
     model = make_pressable()
-    monkeypatch.setattr(linear_layers, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: Bounds(weight=0, product=0))
     monkeypatch.setitem(head.TILE_BYTES, "cpu", num_bytes)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
@@ -92,7 +108,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
         2 * sum(layer.weight.numel() for layer in layers) - model.model.get_output_embeddings().weight.numel()
     ), "the prefill has no head"
     assert not any("forward" in layer.__dict__ for layer in layers)
-    monkeypatch.setattr(linear_layers, "_is_faster_here", lambda: False)
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: NEVER)
     num_calls = len(calls)
     assert largest_difference(by_onednn, scores()) < TOLERANCE
     assert len(calls) == num_calls
@@ -142,7 +158,7 @@ def test_a_shared_prefill_multiplies_as_one_of_its_own(
     shared: bool,
 ) -> None:
     """Else a sweep could keep other entries than a single run, where scores are nearly tied."""
-    monkeypatch.setattr(linear_layers, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(linear_layers, "bounds_here", lambda: Bounds(weight=0, product=0))
     model, context = make_pressable_llama(), tuple(range(1, 31))
     press = SnapKVPress(0.5, window_size=4)
     if shared:
@@ -198,18 +214,19 @@ def test_an_operator_that_is_absent_or_wrong_is_not_used(
 
 
 @pytest.mark.parametrize(
-    ("changed", "is_faster"),
+    ("changed", "bounds"),
     [
-        ({}, True),
-        ({"capability": "AVX2"}, False),
-        ({"processor": "GenuineIntel"}, False),
-        ({"works": False}, False),
-        ({"mkl": False}, False),
-        ({"switch": "0"}, False),
+        ({}, AMD_BOUNDS["AVX512"]),
+        ({"capability": "AVX2"}, AMD_BOUNDS["AVX2"]),
+        ({"capability": "DEFAULT"}, NEVER),
+        ({"processor": "GenuineIntel"}, NEVER),
+        ({"works": False}, NEVER),
+        ({"mkl": False}, NEVER),
+        ({"switch": "0"}, NEVER),
     ],
 )
 def test_a_known_processor_a_working_operator_and_the_user_decide(
-    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], is_faster: bool
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], bounds: Bounds
 ) -> None:
     here = {"capability": "AVX512", "processor": "AuthenticAMD", "works": True, "mkl": True, "switch": "1", **changed}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here["capability"])
@@ -217,7 +234,7 @@ def test_a_known_processor_a_working_operator_and_the_user_decide(
     monkeypatch.setattr(linear_layers, "_processor", lambda: f"vendor_id\t: {here['processor']}")
     monkeypatch.setattr(linear_layers, "_operator_works", lambda: here["works"])
     monkeypatch.setenv(linear_layers.SWITCH, here["switch"])
-    assert linear_layers._is_faster_here.__wrapped__() == is_faster
+    assert linear_layers.bounds_here.__wrapped__() == bounds
 
 
 def test_without_a_list_of_processors_their_name_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

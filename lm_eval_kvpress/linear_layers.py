@@ -93,6 +93,7 @@ def uses_onednn(weight: torch.Tensor) -> bool:
 
 @functools.cache
 def bounds_here() -> Bounds:
+    """Those of this processor; `NEVER` where oneDNN was not found faster, does not work or is switched off."""
     wanted = os.environ.get(SWITCH) != "0" and torch.backends.mkl.is_available() and "AuthenticAMD" in _processor()
     bounds = AMD_BOUNDS.get(torch.backends.cpu.get_cpu_capability(), NEVER) if wanted else NEVER
     return bounds if bounds != NEVER and _operator_works() else NEVER

@@ -26,7 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, auto_batch, native, neox, parity, plan
+from lm_eval_kvpress import answer_cache, auto_batch, native, neox, neox_forward, parity, plan
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -149,13 +149,14 @@ class KVPress(HFLM):
         if hasattr(self.model, "merge_and_unload"):  # an adapter's rows would not follow the change of basis
             self._model = self.model.merge_and_unload()
         model = self.model
-        room = neox if model.config.model_type == "gpt_neox" else native
-        if room is neox:
-            try:
-                neox.prepare(model)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
-        return PressableModel(model, room.attention_modules(model), functools.partial(room.presented, model))
+        if model.config.model_type != "gpt_neox":
+            return PressableModel(model, native.attention_modules(model), functools.partial(native.presented, model))
+        try:
+            neox.prepare(model)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
+        return PressableModel(model, neox.attention_modules(model), presented, quickened)
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``."""

@@ -174,8 +174,14 @@ class Compressor:
         with nullcontext() if self.press.batches else _seeded_by(heads[0]):
             if self._shared is not None:
                 return self._shared.compress(heads, press, rerotates=self.press.rerotates)
-            tokens, rerotates, cache_only = torch.tensor(heads), self.press.rerotates, self._for_cache_only
-            return prefill(self._model, tokens, press, rerotates=rerotates, for_cache_only=cache_only)
+            return prefill(
+                self._model,
+                torch.tensor(heads),
+                press,
+                rerotates=self.press.rerotates,
+                for_cache_only=self._for_cache_only,
+                reads_outputs=self.press.reads_outputs,
+            )
 
 
 def _by_length(rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:

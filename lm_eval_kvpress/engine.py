@@ -44,11 +44,13 @@ class PressableModel:
         model: the model, in evaluation mode.
         attentions: its attention modules in layer order.
         presented: makes the context in which kvpress presses can hook the model.
+        quickened: makes a context in which the model's own layers compute the same numbers faster.
     """
 
     model: PreTrainedModel
     attentions: tuple[nn.Module, ...]
     presented: Callable[[], AbstractContextManager[Any]]
+    quickened: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +74,7 @@ class PressableModel:
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""
-        with _without_cudnn_attention(), quick_forwards(self.linear_layers):
+        with _without_cudnn_attention(), self.quickened(), quick_forwards(self.linear_layers):
             return self.model.base_model(tokens, **kwargs).last_hidden_state
 
     @cached_property
@@ -126,6 +128,7 @@ def prefill(
     *,
     rerotates: bool = False,
     for_cache_only: bool = False,
+    reads_outputs: bool = True,
 ) -> CompressedCache:
     """Runs contexts of equal length through the model under a press.
 
@@ -134,43 +137,51 @@ def prefill(
         press: a kvpress press built for this length, or None.
         rerotates: whether the press moves its keys to positions ``0..kept-1``.
         for_cache_only: leaves out what no cache entry depends on; ``last_hidden`` is None then.
+        reads_outputs: whether the press may look at what an attention returns, and not at the cache and what went in
+            alone.
     """
-    tokens = tokens.to(model.device)
+    tokens, reads_outputs = tokens.to(model.device), reads_outputs and press is not None
     with marks_taken_off(model.attentions):
         with model.presented(), press(model.model) if press is not None else nullcontext():
-            cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, is_hooked=press is not None)
+            cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=reads_outputs)
         last_hidden = None if hidden is None else hidden[:, -1].clone()
         return compressed_cache(model, cache, tokens.shape, last_hidden, rerotates=rerotates)
 
 
 def run_prefill(
-    model: PressableModel, tokens: torch.Tensor, *, for_cache_only: bool, is_hooked: bool
+    model: PressableModel, tokens: torch.Tensor, *, for_cache_only: bool, reads_outputs: bool
 ) -> tuple[Cache, torch.Tensor | None]:
     """Fills a new cache; with it the hidden states ``(B, T, E)``, or None for the cache only.
 
     What comes after the last layer's keys and values makes hidden states and no cache entry: a share of a prefill that
-    a model of few layers feels. So for the cache only the forward ends there, or, where hooks must see every
-    attention's output, the last feed-forward hands its input on.
+    a model of few layers feels. So for the cache only the forward ends there, once the hooks of the last attention have
+    run, with nothing for its output; or, where hooks read that, the last feed-forward hands its input on.
     """
     if not for_cache_only:
         cache = DynamicCache()
         return cache, model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-    if is_hooked:
+    if reads_outputs:
         cache = DynamicCache()
-        with _handing_on(model.last_feed_forward):
+        with _replaced_forward(model.last_feed_forward, lambda _: lambda hidden: hidden):
             model.hidden_states(tokens, past_key_values=cache, use_cache=True)
         return cache, None
+    last = model.attentions[-1]
     filled = Cache(layers=[*(DynamicLayer() for _ in model.attentions[1:]), _LastLayer()])
-    with suppress(_Filled):
+    with (
+        model.quickened(),  # first: a forward that was replaced is left as it is
+        _replaced_forward(last, _ended_by_its_cache),
+        last.register_forward_hook(_end),
+        suppress(_Filled),
+    ):
         model.hidden_states(tokens, past_key_values=filled, use_cache=True)
     return filled, None
 
 
 @contextmanager
-def _handing_on(module: nn.Module) -> Iterator[None]:
-    """Makes a module return its input."""
+def _replaced_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Gives a module another forward, made of the one it has."""
     before = module.__dict__.get("forward")  # accelerate's hooks stand there
-    module.__dict__["forward"] = lambda hidden: hidden
+    module.__dict__["forward"] = make(module.forward)
     try:
         yield
     finally:
@@ -184,11 +195,25 @@ class _Filled(Exception):
 
 
 class _LastLayer(DynamicLayer):
-    """Ends the forward that fills it."""
+    """Ends the attention that fills it."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         super().update(*args, **kwargs)
         raise _Filled
+
+
+def _ended_by_its_cache(attend: Callable[..., Any]) -> Callable[..., tuple[None, None]]:
+    def fill(*args: Any, **kwargs: Any) -> tuple[None, None]:
+        with suppress(_Filled):
+            attend(*args, **kwargs)
+        return None, None
+
+    return fill
+
+
+def _end(*_: Any) -> None:
+    """A hook that ends the forward; registered last, it runs after those of a press."""
+    raise _Filled
 
 
 def compressed_cache(
@@ -233,7 +258,7 @@ def prefill_padded(
     """
     lengths = tuple(len(context) for context in contexts)
     tokens = _right_padded(contexts).to(model.device)
-    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, is_hooked=False)
+    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False)
     ends = torch.tensor(lengths, device=tokens.device)
     hidden_entries = None
     if min(lengths) != max(lengths):

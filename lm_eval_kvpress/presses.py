@@ -100,6 +100,13 @@ class PressSpec:
         is_hook = all(row.factory.__call__ is BasePress.__call__ for row in self._rows)
         return is_hook and self.attn_implementation != "eager"
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether the press may look at what an attention returns. kvpress's own hook hands on the cache, what went in
+        and, under eager attention, the weights."""
+        has_that_hook = all(row.factory.forward_hook is BasePress.forward_hook for row in self._rows)
+        return not (self.shares_prefill and has_that_hook)
+
     def min_context(self) -> int:
         """The least tokens of context on which the press runs and can remove something. The same at every ratio, so
         that a baseline at ratio 0 counts the same contexts."""

@@ -132,7 +132,7 @@ class SharedPrefills:
             for attention in self._model.attentions:
                 hooks.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
             tokens = torch.tensor(contexts, device=self._model.device)
-            cache, hidden = run_prefill(self._model, tokens, for_cache_only=for_cache_only, is_hooked=True)
+            cache, hidden = run_prefill(self._model, tokens, for_cache_only=for_cache_only, reads_outputs=True)
         return _Prefill(contexts, cache, calls, None if hidden is None else hidden[:, -1].clone())
 
 

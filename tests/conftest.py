@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import native, neox
+from lm_eval_kvpress import native, neox, neox_forward
 from lm_eval_kvpress.engine import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -110,7 +110,8 @@ def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: 
 
 def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
     neox.prepare(model)
-    return PressableModel(model, neox.attention_modules(model), lambda: neox.presented(model))
+    attentions = neox.attention_modules(model)
+    return PressableModel(model, attentions, lambda: neox.presented(model), lambda: neox_forward.in_place(model))
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:

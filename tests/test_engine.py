@@ -11,6 +11,7 @@ import pytest
 import torch
 from references import MASKS, PRESSES, REROTATES, distinct_tokens, kept_by_press, largest_difference, press_run
 from torch import Tensor, nn
+from transformers.models.gpt_neox import modeling_gpt_neox
 
 from lm_eval_kvpress import engine, scoring
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
@@ -264,16 +265,19 @@ def test_an_empty_cache_has_the_shape_of_a_prefilled_one(
             assert nothing.keys.dtype is found.keys.dtype
 
 
-@pytest.mark.parametrize("press", ["none", "snapkv", "adakv:knorm"])
+@pytest.mark.parametrize("press", ["none", "snapkv", "adakv:knorm", "per_layer:knorm"])
+@pytest.mark.parametrize("reads_outputs", [True, False])
 def test_a_prefill_for_the_cache_only_makes_the_same_cache(
-    make_pressable: Callable[..., PressableModel], make_pressable_llama: Callable[..., PressableModel], press: str
+    make_pressable: MakePressable, make_pressable_llama: MakePressable, press: str, reads_outputs: bool
 ) -> None:
+    arguments = {"snapkv": {"window_size": 8}, "per_layer:knorm": {"compression_ratios": [0.2, 0.5, 0.7]}}
+    spec = parse_press(press, arguments.get(press, {}))
     for model in (make_pressable(), make_pressable_llama()):
-        spec = parse_press(press, {"window_size": 8} if press == "snapkv" else {})
         tokens = torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(3))
         whole = prefill(model, tokens, spec.build(40))
-        lean = prefill(model, tokens, spec.build(40), for_cache_only=True)
-        assert lean.last_hidden is None and "forward" not in model.last_feed_forward.__dict__
+        lean = prefill(model, tokens, spec.build(40), for_cache_only=True, reads_outputs=reads_outputs)
+        assert lean.last_hidden is None
+        assert not any("forward" in module.__dict__ for module in (model.last_feed_forward, *model.attentions))
         assert (lean.num_seen, lean.next_position, lean.kept()) == (whole.num_seen, whole.next_position, whole.kept())
         for one, other in zip(lean.layers, whole.layers, strict=True):
             assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
@@ -283,8 +287,9 @@ def test_a_prefill_for_the_cache_only_makes_the_same_cache(
         assert torch.equal(prefill(model, tokens, None).last_hidden, whole.last_hidden), "nothing is left behind"
 
 
-def test_without_a_press_a_prefill_for_the_cache_ends_at_the_last_keys(
-    make_pressable: Callable[..., PressableModel],
+@pytest.mark.parametrize("press", [None, kvpress.KnormPress(0.5)])
+def test_a_prefill_for_the_cache_ends_at_the_last_keys_unless_a_press_reads_more(
+    make_pressable: MakePressable, press: Any
 ) -> None:
     model, calls = make_pressable(), list[str]()
     tokens = torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -292,13 +297,37 @@ def test_without_a_press_a_prefill_for_the_cache_ends_at_the_last_keys(
     with (
         last.query_key_value.register_forward_hook(lambda *_: calls.append("keys")),
         last.dense.register_forward_hook(lambda *_: calls.append("attention")),
-        model.last_feed_forward.register_forward_hook(lambda *_: calls.append("feed-forward")),
+        model.last_feed_forward.dense_4h_to_h.register_forward_hook(lambda *_: calls.append("feed-forward")),
     ):
         prefill_padded(model, tokens.tolist(), for_cache_only=True)
-        prefill(model, tokens, None, for_cache_only=True)
+        prefill(model, tokens, press, for_cache_only=True, reads_outputs=False)
         assert calls == ["keys", "keys"]
-        prefill(model, tokens, None)
-    assert calls[2:] == ["keys", "feed-forward", "attention"] or calls[2:] == ["keys", "attention", "feed-forward"]
+        prefill(model, tokens, press, for_cache_only=True)
+        assert calls[2:] == (["keys"] if press is None else ["keys", "attention"])
+        calls.clear()
+        prefill(model, tokens, press)
+    assert sorted(calls) == ["attention", "feed-forward", "keys"]
+
+
+def test_a_prefill_that_ends_early_is_quick_to_its_end(
+    make_pressable: MakePressable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make_pressable(), torch.tensor(contexts_of(45, 2))
+    monkeypatch.setattr(modeling_gpt_neox, "apply_rotary_pos_emb", None)
+    prefill(model, tokens, kvpress.KnormPress(0.5), for_cache_only=True, reads_outputs=False)
+
+
+def test_a_press_that_reads_outputs_is_given_them(make_pressable: MakePressable) -> None:
+    outputs: list[Any] = []
+
+    class Reads(kvpress.KnormPress):
+        def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            outputs.append(output[0])
+            return super().forward_hook(module, input, kwargs, output)
+
+    model, tokens = make_pressable(), torch.tensor(contexts_of(45, 2))
+    prefill(model, tokens, Reads(0.5), for_cache_only=True)
+    assert [tuple(output.shape) for output in outputs] == [(2, 45, 64)] * 3
 
 
 def test_cudnns_attention_is_off_in_forwards_alone(make_pressable: Callable[..., PressableModel]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -318,6 +319,38 @@ def test_a_seed_repeats_the_random_press(models: dict[str, PressableModel]) -> N
     torch.manual_seed(1)
     other = prefill(model, context, parse_press("random").build(50)).layers[1].keys
     assert not torch.equal(other, keys[0])
+
+
+@pytest.mark.parametrize("name", PRESSES)
+def test_every_press_leaves_the_same_cache_where_a_prefill_ends_with_it(
+    models: dict[str, PressableModel], name: str
+) -> None:
+    spec, context = spec_for(name), tokens(1, 97)
+    for model_name, model in fitting(models, spec):
+        caches = []
+        for for_cache_only in (False, True):
+            torch.manual_seed(7)
+            lean = {"for_cache_only": for_cache_only, "reads_outputs": spec.reads_outputs}
+            caches.append(prefill(model, context, spec.build(97), rerotates=spec.rerotates, **lean))
+        assert caches[0].next_position == caches[1].next_position
+        for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values), model_name
+            assert (one.hidden is None) == (other.hidden is None)
+            assert one.hidden is None or torch.equal(one.hidden, other.hidden)
+
+
+def test_who_may_read_what_an_attention_returns() -> None:
+    """All that have a hook of their own, and those that ask for the attention weights."""
+    readers = {name for name in PRESSES if spec_for(name).reads_outputs}
+    assert {name.partition(":")[0] for name in readers if "observed_attention" not in name} == {
+        "per_layer",
+        "dms",
+        "composed",
+    }
+    assert not parse_press("none").reads_outputs
+    for name in set(PRESSES) - readers:
+        source = "".join(inspect.getsource(row.factory) for row in spec_for(name)._rows)
+        assert "output[0]" not in source and "def forward_hook" not in source
 
 
 @pytest.mark.parametrize("name", [name for name in PRESSES if spec_for(name).batches])

@@ -26,7 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, auto_batch, native, neox, neox_forward, parity, plan
+from lm_eval_kvpress import answer_cache, auto_batch, heap, native, neox, neox_forward, parity, plan
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -162,6 +162,8 @@ class KVPress(HFLM):
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``."""
         if self._press_model.device.type == "cuda":
             torch.cuda.set_device(self._press_model.device)
+        elif self._press_model.device.type == "cpu":
+            heap.keep_freed_memory()
 
     @property
     def press_model(self) -> PressableModel:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -23,6 +24,10 @@ from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.telemetry import Clock, ContextRecord
 
 Tokens = tuple[int, ...]
+
+FORWARD_TOKENS = {"cpu": 2_048}
+"""Tokens of contexts that one prefill runs side by side, at most: on a CPU more are no faster, and the widest tensors
+grow beyond what the C library keeps for the next ones (`heap`)."""
 
 
 class ShortContextError(ValueError):
@@ -154,14 +159,28 @@ class Compressor:
         plain = [row for row in range(len(heads)) if row not in pressed and row not in empty]
         if empty:
             yield empty, self._model.empty_cache(len(empty)), False
-        if self._shared is None and plain:
-            yield plain, self._prefill_padded([heads[row] for row in plain]), False
-        elif self._shared is not None:
+        if self._shared is None:
+            for rows in self._side_by_side(plain, heads):
+                yield rows, self._prefill_padded([heads[row] for row in rows]), False
+        else:
             for rows in _by_length(plain, heads):
                 yield rows, self._shared.compress([heads[row] for row in rows], None), False
         for rows in _by_length(pressed, heads):
-            for group in [rows] if self.press.batches else [[row] for row in rows]:
+            for group in self._side_by_side(rows, heads) if self.press.batches else [[row] for row in rows]:
                 yield group, self._prefill([heads[row] for row in group]), True
+
+    def _side_by_side(self, rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:
+        """The rows, in order, as many at a time as one forward takes; clones of shared prefills need none."""
+        limit = inf if self._shared is not None else FORWARD_TOKENS.get(self._model.device.type, inf)
+        group: list[int] = []
+        for row in rows:
+            longest = max(len(heads[member]) for member in [*group, row])
+            if group and longest * (len(group) + 1) > limit:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
 
     def _prefill_padded(self, heads: Sequence[Tokens]) -> CompressedCache:
         return prefill_padded(self._model, heads, for_cache_only=self._for_cache_only)

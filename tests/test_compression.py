@@ -1,0 +1,76 @@
+"""Contexts to compressed batches: how many run side by side changes how long it takes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from references import distinct_tokens
+
+from lm_eval_kvpress import compression
+from lm_eval_kvpress.cache import LayerKV
+from lm_eval_kvpress.compression import CompressedBatch, Compressor
+from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.shared_prefill import SharedPrefills
+from lm_eval_kvpress.telemetry import Clock
+
+LENGTHS = (41, 41, 30, 41, 0, 41, 5, 30, 90)  # the last alone is more than what is allowed below
+CONTEXTS = [tuple(distinct_tokens(length, 211, seed)) + (7,) for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def model(make_pressable: Callable[..., PressableModel]) -> PressableModel:
+    return make_pressable()
+
+
+def compressed(
+    model: PressableModel, press: str, *, shared: bool = False
+) -> tuple[CompressedBatch, list[tuple[int, ...]]]:
+    """The batch, and the shape of each forward's tokens."""
+    shapes: list[tuple[int, ...]] = []
+    prefills = SharedPrefills(model) if shared else None
+    compressor = Compressor(
+        model, parse_press(press), query_tokens=1, short_context="keep", clock=Clock(model.device), shared=prefills
+    )
+    embeddings = model.model.get_input_embeddings()
+    with embeddings.register_forward_hook(lambda _, args, output: shapes.append(tuple(args[0].shape))):
+        batch = compressor.compress(CONTEXTS)
+    return batch, shapes
+
+
+@pytest.mark.parametrize(
+    ("press", "expected"),
+    [
+        ("knorm", [(2, 41), (2, 41), (2, 30), (1, 5), (1, 90)]),
+        ("none", [(2, 41), (2, 41), (2, 41), (1, 30), (1, 90)]),
+        ("random", [(1, 41), (1, 41), (1, 41), (1, 41), (1, 30), (1, 30), (1, 5), (1, 90)]),
+    ],
+)
+def test_a_cpu_runs_so_many_tokens_side_by_side(
+    model: PressableModel, monkeypatch: pytest.MonkeyPatch, press: str, expected: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 89})
+    few, shapes = compressed(model, press)
+    assert shapes == expected
+    monkeypatch.setattr(compression, "FORWARD_TOKENS", {})
+    many, _ = compressed(model, press)
+    assert few.records == many.records and few.cache.num_seen == many.cache.num_seen
+    for one, other in zip(few.cache.layers, many.cache.layers, strict=True):
+        for row, length in enumerate(LENGTHS):
+            kept, standing = entries(one, row), entries(other, row)
+            assert (kept.shape[1] > 0) == (length > 0)
+            torch.testing.assert_close(kept, standing, rtol=0, atol=1e-5)
+
+
+def entries(layer: LayerKV, row: int) -> torch.Tensor:
+    """The keys that can be attended, ``(H, T, D)``."""
+    keys: torch.Tensor = layer.keys[row]
+    return keys if layer.hidden is None else keys[:, ~layer.hidden[row, 0]]
+
+
+def test_clones_of_shared_prefills_are_taken_together(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 1})
+    _, shapes = compressed(model, "knorm", shared=True)
+    assert sorted(shapes) == [(1, 5), (1, 90), (2, 30), (4, 41)]

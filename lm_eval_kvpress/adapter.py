@@ -159,7 +159,8 @@ class KVPress(HFLM):
         return PressableModel(model, neox.attention_modules(model), presented, quickened)
 
     def _settle_on_device(self) -> None:
-        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``."""
+        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
+        On a CPU freed blocks are kept."""
         if self._press_model.device.type == "cuda":
             torch.cuda.set_device(self._press_model.device)
         elif self._press_model.device.type == "cpu":

@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 
 FORWARD_TOKENS = {"cpu": 2_048}
 """Tokens of contexts that one prefill runs side by side, at most: on a CPU more are no faster, and the widest tensors
-grow beyond what the C library keeps for the next ones (`heap`)."""
+of more models grow beyond what the C library keeps for the next ones (`heap`)."""
 
 
 class ShortContextError(ValueError):
@@ -172,12 +172,12 @@ class Compressor:
     def _side_by_side(self, rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:
         """The rows, in order, as many at a time as one forward takes; clones of shared prefills need none."""
         limit = inf if self._shared is not None else FORWARD_TOKENS.get(self._model.device.type, inf)
-        group: list[int] = []
+        group, longest = list[int](), 0
         for row in rows:
-            longest = max(len(heads[member]) for member in [*group, row])
+            longest = max(longest, len(heads[row]))
             if group and longest * (len(group) + 1) > limit:
                 yield group
-                group = []
+                group, longest = [], len(heads[row])
             group.append(row)
         if group:
             yield group

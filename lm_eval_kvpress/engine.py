@@ -137,10 +137,11 @@ def prefill(
         press: a kvpress press built for this length, or None.
         rerotates: whether the press moves its keys to positions ``0..kept-1``.
         for_cache_only: leaves out what no cache entry depends on; ``last_hidden`` is None then.
-        reads_outputs: whether the press may look at what an attention returns, and not at the cache and what went in
-            alone.
+        reads_outputs: whether the press may look at what an attention returns, beyond the cache and what went in. Under
+            eager attention that is so in any case: it returns weights, and presses use them where they are given.
     """
-    tokens, reads_outputs = tokens.to(model.device), reads_outputs and press is not None
+    tokens, has_weights = tokens.to(model.device), model.model.config._attn_implementation == "eager"
+    reads_outputs = press is not None and (reads_outputs or has_weights)
     with marks_taken_off(model.attentions):
         with model.presented(), press(model.model) if press is not None else nullcontext():
             cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=reads_outputs)

@@ -1,8 +1,8 @@
-"""Keeps freed memory for the next tensor on a CPU, as PyTorch's own allocator does on a GPU.
+"""Keeps freed blocks for the next tensors on a CPU, as PyTorch's own allocator does on a GPU.
 
 glibc hands the free top of its heap back to the kernel from some limit on (64 MiB at most), and the next tensors begin
 on pages that the kernel finds and zeroes anew, 4 microseconds each: up to a tenth of a prefill (docs/LOG.md). Here the
-limit is lifted for the process, unless its user has set one.
+limit is lifted for the process, unless its user has set one. Blocks of more than 32 MiB are mapped anew all the same.
 
 Knows the C library alone.
 """
@@ -13,14 +13,8 @@ import ctypes
 import os
 import platform
 
-VARIABLES = (
-    "GLIBC_TUNABLES",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "MALLOC_MMAP_MAX_",
-)
-"""By which users set the limits themselves."""
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
+"""By which users set the limits themselves, beside ``GLIBC_TUNABLES``."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Names of malloc.h: from how many free bytes on the top is returned, and how large a block has pages of its own."""
 LARGEST_IN_HEAP = 32 * 2**20
@@ -29,7 +23,8 @@ LARGEST_IN_HEAP = 32 * 2**20
 
 def keep_freed_memory() -> bool:
     """Makes the process keep what it frees; whether that could be done."""
-    if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in VARIABLES):
+    is_set = any(map(os.environ.get, VARIABLES)) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
     return bool(set_option(MMAP_THRESHOLD, LARGEST_IN_HEAP) and set_option(TRIM_THRESHOLD, 2**31 - 1))

@@ -1,9 +1,9 @@
-"""GPTNeoX's attention and feed-forward with fewer passes over memory, number for number the same.
+"""GPTNeoX's attention and feed-forward with fewer passes over memory, in inference; the numbers are transformers'.
 
 transformers rotates queries and keys by whole heads, in six new tensors each, though only `rotary_ndims` of a head's
-dims turn (a quarter of Pythia's); and its GELU makes a second tensor as wide as the feed-forward. On a CPU that is a
-tenth of a prefill, much of it the zeroing of fresh pages (docs/LOG.md). Here both happen in place, in what the linear
-layer before has just made and nobody else holds.
+dims turn (a quarter of Pythia's); and its GELU makes a second tensor as wide as the feed-forward. On a CPU that is some
+per cent of a prefill, much of it the zeroing of fresh pages (docs/LOG.md). Here both happen in place, in what the
+linear layer before has just made and nobody else holds.
 
 Knows transformers' GPTNeoX module. Does not know presses, caches or text.
 
@@ -24,21 +24,22 @@ from transformers.activations import GELUActivation
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM, GPTNeoXMLP
 
-ATTENTION_ARGUMENTS = (
-    *("self", "hidden_states", "attention_mask", "layer_past", "cache_position", "position_embeddings", "kwargs"),
-)
+ATTENTION_ARGUMENTS = [
+    *("self", "hidden_states", "attention_mask", "layer_past", "cache_position", "position_embeddings", "kwargs")
+]
 """Of the forward that `_attend` stands in for; a transformers with another one keeps its own."""
 
 
 @contextmanager
 def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
-    """Lends the layers forwards that overwrite what they alone hold; those that were replaced or are watched are left.
+    """Lends the layers forwards that overwrite what they alone hold.
 
-    Hooks on attentions, feed-forwards and all else that still runs as a module stay in force.
+    A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
+    autocast, which mixes dtypes. All other hooks stay in force.
     """
     lent: list[nn.Module] = []
     try:
-        for layer in model.gpt_neox.layers:
+        for layer in () if torch.is_autocast_enabled(model.device.type) else model.gpt_neox.layers:
             for module, can_lend, forward in (
                 (layer.attention, _can_rotate, _attend),
                 (layer.mlp, _can_overwrite, _feed_forward),
@@ -53,14 +54,14 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
 
 
 def _can_rotate(attention: Any) -> bool:
-    if type(attention) is not GPTNeoXAttention or not _has_known_arguments():
+    if type(attention) is not GPTNeoXAttention or attention.training or not _has_known_arguments():
         return False
     return attention.rotary_ndims % 2 == 0 and not attention.query_key_value._forward_hooks
 
 
 @functools.cache
 def _has_known_arguments() -> bool:
-    names = tuple(inspect.signature(GPTNeoXAttention.forward).parameters)
+    names = list(inspect.signature(GPTNeoXAttention.forward).parameters)
     return names == ATTENTION_ARGUMENTS and hasattr(modeling_gpt_neox.ALL_ATTENTION_FUNCTIONS, "get_interface")
 
 

@@ -102,8 +102,8 @@ class PressSpec:
 
     @property
     def reads_outputs(self) -> bool:
-        """Whether the press may look at what an attention returns. kvpress's own hook hands on the cache, what went in
-        and, under eager attention, the weights."""
+        """Whether the press may look at what an attention returns, weights aside if it does not need them. kvpress's
+        own hook hands on the cache, what went in, and the weights of eager attention."""
         has_that_hook = all(row.factory.forward_hook is BasePress.forward_hook for row in self._rows)
         return not (self.shares_prefill and has_that_hook)
 

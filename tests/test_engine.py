@@ -317,6 +317,20 @@ def test_a_prefill_that_ends_early_is_quick_to_its_end(
     prefill(model, tokens, kvpress.KnormPress(0.5), for_cache_only=True, reads_outputs=False)
 
 
+def test_under_eager_attention_every_layer_gives_its_weights(make_pressable: MakePressable) -> None:
+    """TOVA and SnapKV score from weights where they are given, and from their own otherwise: in every layer alike."""
+    weights: list[Any] = []
+
+    class Looks(kvpress.TOVAPress):
+        def score(self, module: Any, hidden: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
+            weights.append(attentions)
+            return super().score(module, hidden, keys, values, attentions, kwargs)
+
+    model, tokens = make_pressable("eager"), torch.tensor(contexts_of(45, 2))
+    prefill(model, tokens, Looks(0.5), for_cache_only=True, reads_outputs=False)
+    assert [tuple(given.shape) for given in weights] == [(2, 4, 45, 45)] * 3
+
+
 def test_a_press_that_reads_outputs_is_given_them(make_pressable: MakePressable) -> None:
     outputs: list[Any] = []
 

@@ -40,18 +40,19 @@ def everything(model: GPTNeoXForCausalLM) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("prepared", [True, False])
-def test_numbers_are_those_of_transformers_bit_by_bit(
-    make_neox: MakeNeox, shape: dict[str, Any], prepared: bool
+@pytest.mark.parametrize("autocast", [False, True])
+def test_numbers_are_those_of_transformers(
+    make_neox: MakeNeox, shape: dict[str, Any], prepared: bool, autocast: bool
 ) -> None:
     model = make_neox(**shape)
     if prepared:
         neox.prepare(model)
-    expected = everything(model)
-    with in_place(model):
-        found = everything(model)
-    assert len(found) == len(expected)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = everything(model)
+        with in_place(model):
+            found = everything(model)
     for mine, theirs in zip(found, expected, strict=True):
-        assert torch.equal(mine, theirs)
+        assert mine.dtype is theirs.dtype and torch.equal(mine, theirs)
 
 
 def test_whole_heads_are_not_rotated_and_gelu_makes_no_tensor(make_neox: MakeNeox) -> None:
@@ -150,8 +151,21 @@ def test_other_layers_keep_their_forwards(make_neox: MakeNeox) -> None:
 
 
 def test_another_signature_keeps_transformers_forward(make_neox: MakeNeox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neox_forward, "_has_known_arguments", lambda: False)
+    def older(
+        self: Any, hidden_states: Any, attention_mask: Any, head_mask: Any = None, layer_past: Any = None
+    ) -> None:
+        raise NotImplementedError
+
     model = make_neox()
+    neox_forward._has_known_arguments.cache_clear()
+    monkeypatch.setattr(modeling_gpt_neox.GPTNeoXAttention, "forward", older)
+    with in_place(model):
+        assert not any("forward" in layer.attention.__dict__ for layer in model.gpt_neox.layers)
+    neox_forward._has_known_arguments.cache_clear()
+
+
+def test_training_keeps_transformers_forward(make_neox: MakeNeox) -> None:
+    model = make_neox().train()
     with in_place(model):
         assert not any("forward" in layer.attention.__dict__ for layer in model.gpt_neox.layers)
 

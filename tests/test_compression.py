@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from references import distinct_tokens
 
 from lm_eval_kvpress import compression
-from lm_eval_kvpress.cache import LayerKV
+from lm_eval_kvpress.cache import CompressedCache, LayerKV
 from lm_eval_kvpress.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.presses import parse_press
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.telemetry import Clock
 
-LENGTHS = (41, 41, 30, 41, 0, 41, 5, 30, 90)  # the last alone is more than what is allowed below
+LENGTHS = (90, 41, 41, 30, 41, 0, 41, 5, 30)  # the first alone is more than what is allowed below
 CONTEXTS = [tuple(distinct_tokens(length, 211, seed)) + (7,) for seed, length in enumerate(LENGTHS)]
 
 
@@ -43,9 +44,9 @@ def compressed(
 @pytest.mark.parametrize(
     ("press", "expected"),
     [
-        ("knorm", [(2, 41), (2, 41), (2, 30), (1, 5), (1, 90)]),
-        ("none", [(2, 41), (2, 41), (2, 41), (1, 30), (1, 90)]),
-        ("random", [(1, 41), (1, 41), (1, 41), (1, 41), (1, 30), (1, 30), (1, 5), (1, 90)]),
+        ("knorm", [(1, 90), (2, 41), (2, 41), (2, 30), (1, 5)]),
+        ("none", [(1, 90), (2, 41), (2, 41), (2, 41), (1, 30)]),
+        ("random", [(1, 90), (1, 41), (1, 41), (1, 41), (1, 41), (1, 30), (1, 30), (1, 5)]),
     ],
 )
 def test_a_cpu_runs_so_many_tokens_side_by_side(
@@ -71,6 +72,15 @@ def entries(layer: LayerKV, row: int) -> torch.Tensor:
 
 
 def test_clones_of_shared_prefills_are_taken_together(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, compress = list[int](), SharedPrefills.compress
+
+    def counted(
+        self: SharedPrefills, contexts: Sequence[tuple[int, ...]], press: Any, **kwargs: Any
+    ) -> CompressedCache:
+        taken.append(len(contexts))
+        return compress(self, contexts, press, **kwargs)
+
+    monkeypatch.setattr(SharedPrefills, "compress", counted)
     monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 1})
-    _, shapes = compressed(model, "knorm", shared=True)
-    assert sorted(shapes) == [(1, 5), (1, 90), (2, 30), (4, 41)]
+    compressed(model, "knorm", shared=True)
+    assert sorted(taken) == [1, 1, 2, 4]

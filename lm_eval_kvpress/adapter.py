@@ -26,7 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, auto_batch, heap, native, neox, neox_forward, parity, plan
+from lm_eval_kvpress import answer_cache, auto_batch, heap, linear_layers, native, neox, neox_forward, parity, plan
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -40,7 +40,6 @@ from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
-from lm_eval_kvpress.linear_layers import uses_onednn
 from lm_eval_kvpress.presses import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -160,11 +159,12 @@ class KVPress(HFLM):
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
-        On a CPU freed blocks are kept."""
+        On a CPU freed blocks are kept, and a slow dtype is named."""
         if self._press_model.device.type == "cuda":
             torch.cuda.set_device(self._press_model.device)
         elif self._press_model.device.type == "cpu":
             heap.keep_freed_memory()
+            linear_layers.warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
 
     @property
     def press_model(self) -> PressableModel:
@@ -481,7 +481,7 @@ class KVPress(HFLM):
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
-        settings = self._settings
+        settings, head = self._settings, self.model.get_output_embeddings().weight
         context, score_tokens = self._rolling_window
         return {
             "pretrained": self._pretrained_name,
@@ -498,7 +498,7 @@ class KVPress(HFLM):
             },
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "linear_layers": "oneDNN" if uses_onednn(self.model.get_output_embeddings().weight) else "torch",
+            "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),

@@ -40,6 +40,7 @@ def perplexities(arguments: argparse.Namespace, press: str, ratio: float, rollin
         bootstrap_iters=0,
         task_manager=TaskManager(
             include_path=str(plugin.tasks_path()),
+            include_defaults=False,
             metadata={
                 "data_dir": str(arguments.data_dir),
                 "max_tokens": arguments.max_tokens,

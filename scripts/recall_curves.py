@@ -28,7 +28,7 @@ def evaluate(arguments: argparse.Namespace, tasks: list[str], model_args: dict[s
     from lm_eval_kvpress import plugin
 
     plugin.register_models()
-    manager = TaskManager(include_path=str(plugin.tasks_path()))
+    manager = TaskManager(include_path=str(plugin.tasks_path()), include_defaults=False)
     return lm_eval.simple_evaluate(  # type: ignore[no-any-return]
         model="pythia-kvpress",
         model_args={"pretrained": arguments.pretrained, **model_args},

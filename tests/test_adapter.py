@@ -182,6 +182,24 @@ def test_the_record_names_the_library_of_linear_layers(
     assert ours(checkpoint_dir, press="none", dtype=dtype).describe()["linear_layers"] == library
 
 
+@pytest.mark.parametrize(
+    ("arguments", "computes_in"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": "float32", "mixed_precision_dtype": "bfloat16"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_slow_dtype_is_asked_for_on_a_cpu(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], computes_in: torch.dtype
+) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(linear_layers, "warn_of_slow_dtype", asked.append)
+    ours(checkpoint_dir, press="none", **arguments)
+    assert asked == [computes_in]
+
+
 def test_masking_presses_report_allocated_and_effective_bytes(checkpoint_dir: Path) -> None:
     lm = ours(checkpoint_dir, press="adakv:snapkv", compression_ratio=0.5, window_size=8)
     lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)

@@ -18,6 +18,7 @@ from conftest import tiny_llama, tiny_neox, tiny_tokenizer
 from lm_eval_kvpress import dense, press_formulas
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.checks import Check, Part, Subject
+from lm_eval_kvpress.linear_layers import multiplies_quickly
 from lm_eval_kvpress.verify import CHECKS, line, main, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,8 @@ def test_verify_passes_on_the_builtin_within_a_minute(tmp_path: Path, dtype: str
     report = tmp_path / "report.json"
     arguments = f"pretrained={builtin()},device=cpu,dtype={dtype},attn_implementation={attention}"
     assert main(["--model_args", arguments, "--json", str(report)]) == 0
-    assert json.loads(report.read_text())["seconds"] < 60
+    if multiplies_quickly(getattr(torch, dtype)):
+        assert json.loads(report.read_text())["seconds"] < 60
 
 
 @pytest.mark.slow

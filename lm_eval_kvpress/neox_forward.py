@@ -35,11 +35,12 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
     """Lends the layers forwards that overwrite what they alone hold.
 
     A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
-    autocast, which mixes dtypes. All other hooks stay in force.
+    autocast, which mixes dtypes; all keep theirs where a hook watches every module there is. Other hooks stay in force.
     """
+    keep = torch.is_autocast_enabled(model.device.type) or _every_module_is_watched()
     lent: list[nn.Module] = []
     try:
-        for layer in () if torch.is_autocast_enabled(model.device.type) else model.gpt_neox.layers:
+        for layer in () if keep else model.gpt_neox.layers:
             for module, can_lend, forward in (
                 (layer.attention, _can_rotate, _attend),
                 (layer.mlp, _can_overwrite, _feed_forward),
@@ -51,6 +52,11 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
     finally:
         for module in lent:
             module.__dict__.pop("forward", None)
+
+
+def _every_module_is_watched() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 def _can_rotate(attention: Any) -> bool:

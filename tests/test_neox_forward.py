@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomized
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -97,6 +98,24 @@ def test_who_watches_a_linear_layer_sees_what_it_made(make_neox: MakeNeox) -> No
         everything(model)
     assert lent == [True, False, True]
     assert all(torch.equal(held, copied) for held, copied in seen.values()) and len(seen) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_watches_every_module_sees_what_each_made(make_neox: MakeNeox, when: str) -> None:
+    model, seen = neox.prepare(make_neox()), list[tuple[str, Tensor, Tensor]]()
+
+    def keep(module: nn.Module, *tensors: Any) -> None:
+        tensor = tensors[-1][0] if when == "before" else tensors[-1]
+        if isinstance(tensor, Tensor):
+            seen.append((type(module).__name__, tensor, tensor.clone()))
+
+    register = {"before": register_module_forward_pre_hook, "after": register_module_forward_hook}[when]
+    with register(keep), in_place(model):
+        everything(model)
+    assert all(torch.equal(held, copied) for _, held, copied in seen)
+    assert sum(name == "GELUActivation" for name, _, _ in seen) == 2 * 3
+    with in_place(model):
+        assert "forward" in model.gpt_neox.layers[0].mlp.__dict__
 
 
 def test_hooks_on_the_activation_run(make_neox: MakeNeox) -> None:

@@ -18,12 +18,13 @@ from lm_eval_kvpress.parity import rounding, worst
 
 
 def check_basis(subject: Subject) -> Check:
-    """Logits before and after the change of basis: in the dtype of the run, in the checkpoint's own, in float32."""
+    """Logits before and after the change of basis: in the dtype of the run, in float32, and in 16 bits."""
     tokens = subject.tokens(subject.max_length // 2)
     before, after = dense.logits(subject.untouched, tokens), dense.logits(subject.lm.model, tokens)
     parts = [_basis_part(before, after, subject.lm.model.dtype)]
-    own = subject.lm.config.dtype or torch.float32
-    for dtype in sorted({torch.float32, own} - {subject.lm.model.dtype}, key=str):
+    own = subject.lm.config.dtype
+    half = own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
+    for dtype in sorted({torch.float32, half} - {subject.lm.model.dtype}, key=str):
         model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
         before = dense.logits(model, tokens)
         if model.config.model_type == "gpt_neox":

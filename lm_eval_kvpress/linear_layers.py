@@ -111,8 +111,8 @@ def warn_of_slow_dtype(dtype: torch.dtype) -> None:
     if not multiplies_quickly(dtype):
         name = str(dtype).removeprefix("torch.")
         logger.warning(
-            "this CPU has no instructions for %s and takes several times as long as in float32: pass dtype=float32 if "
-            "memory allows (4 bytes per weight)",
+            "this CPU has no instructions for %s: prefill and scoring take several times as long as in float32; pass "
+            "dtype=float32, and no mixed_precision_dtype, if memory allows (4 bytes per weight)",
             name,
         )
 

@@ -273,7 +273,7 @@ def test_a_dtype_without_instructions_is_named_in_one_line(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", fp16, raising=False)
     linear_layers.warn_of_slow_dtype.__wrapped__(dtype)
     assert len(caplog.messages) == (named is not None)
-    assert named is None or f"no instructions for {named} " in caplog.text and "dtype=float32" in caplog.text
+    assert named is None or f"no instructions for {named}:" in caplog.text and "dtype=float32" in caplog.text
 
 
 def test_pytorch_still_tells_which_dtypes_are_quick() -> None:

@@ -55,6 +55,12 @@ def test_check_passes_on_a_model_that_is_right(subject: Subject, name: str) -> N
     assert check.passed and not failed, failed
 
 
+def test_the_change_of_basis_is_checked_in_16_bits_too(subject: Subject) -> None:
+    assert subject.lm.config.dtype is subject.lm.model.dtype is torch.float32
+    whats = [part.what for part in CHECKS["basis"](subject).parts]
+    assert whats == ["float32 logits, relative", "bfloat16 logits, relative"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_verify_passes_in_every_dtype_and_attention(checkpoint_dir: Path, dtype: str, attention: str) -> None:

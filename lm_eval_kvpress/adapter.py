@@ -26,7 +26,18 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, auto_batch, heap, linear_layers, native, neox, neox_forward, parity, plan
+from lm_eval_kvpress import (
+    answer_cache,
+    auto_batch,
+    heap,
+    linear_layers,
+    native,
+    neox,
+    neox_forward,
+    neox_step,
+    parity,
+    plan,
+)
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -155,7 +166,7 @@ class KVPress(HFLM):
         except ValueError as error:
             raise UsageError(str(error)) from error
         presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
-        return PressableModel(model, neox.attention_modules(model), presented, quickened)
+        return PressableModel(model, neox.attention_modules(model), presented, quickened, neox_step.StepMaker(model))
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.

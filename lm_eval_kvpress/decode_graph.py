@@ -2,7 +2,7 @@
 
 A captured graph repeats its kernels on the same addresses and shapes. So the step here is a function over tensors that
 stay where they are: whole buffers of a known size, whose unwritten end a mask hides, and counters on the device that
-the step itself moves on. Nothing in it comes from the host or goes there. The first steps run as they are, which warms
+the step itself moves on. Nothing in it comes from the host or goes there. The first step runs as it is, which warms
 up what libraries make at their first call; the record runs nothing; what follows are replays.
 
 Knows torch and `decode_steps`. Does not know text or presses.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from lm_eval_kvpress.engine import PressableModel
 
 logger = logging.getLogger("lm_eval_kvpress")
 
-NUM_WARM_UP = 2
+NUM_WARM_UP = 1
 LEAST_REPLAYS = 8
 """A record costs about as much as a few steps: shorter generations are not worth one."""
 
@@ -49,9 +49,18 @@ class StaticStep:
         ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and room for those to come.
         column: where the newest tokens stand.
         step: how many tokens have been chosen.
+        make_step: of `PressableModel.step_maker`; None for the model's modules.
     """
 
-    def __init__(self, steps: Steps, sampler: Chooses, ids: torch.Tensor, column: int, step: int) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        sampler: Chooses,
+        ids: torch.Tensor,
+        column: int,
+        step: int,
+        make_step: Callable[..., Any] | None = None,
+    ) -> None:
         self._steps, self._sampler, self._ids = steps, sampler, ids
         self._tokens, self._positions = ids[:, column, None].clone(), steps.positions[:, None].clone()
         self._column, self._step = (torch.tensor([count], device=ids.device) for count in (column + 1, step))
@@ -61,6 +70,10 @@ class StaticStep:
         for index, layer in enumerate(steps.layers):
             steps.biases[index] = self._mask(index)
             layer.repeat_at(self._places[layer.length])
+        self._forward = steps.run
+        if make_step is not None:
+            places = [self._places[layer.length] for layer in steps.layers]
+            self._forward = make_step(steps.layers, steps.biases, places, steps.run)
 
     def _mask(self, index: int) -> torch.Tensor:
         """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
@@ -76,7 +89,7 @@ class StaticStep:
     def __call__(self) -> None:
         for mask, length in self._masks:
             mask.index_fill_(3, self._places[length], 0)
-        hidden = self._steps.run(self._tokens, self._positions)
+        hidden = self._forward(self._tokens, self._positions)
         chosen = self._sampler.choose(self._ids, self._steps.model.logits(hidden), self._step)
         self._tokens.copy_(chosen[:, None])
         self._ids.index_copy_(1, self._column, self._tokens)
@@ -130,14 +143,18 @@ class GraphRecorder:
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     """Records a step as a CUDA graph.
 
-    ``torch.cuda.graph`` leaves its own stream current when a capture fails: the caller's is put back.
+    When a capture fails ``torch.cuda.graph`` leaves its own stream current, and the device's random numbers waiting
+    for the end of the capture: both are put back.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
     try:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError:
         torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(before)
         raise
     replay: Callable[[], None] = graph.replay
     return replay

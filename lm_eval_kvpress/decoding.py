@@ -90,6 +90,7 @@ def decode(
     )
     prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
     sampler, record = sampler.on(model.device), record if keeper is None else None
+    make_step = model.step_maker() if record else None  # before the masks' hooks
     steps = Steps(model, cache, num_held_back, max_new_tokens)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)
@@ -100,7 +101,7 @@ def decode(
     with masked(model.attentions, steps.biases), nullcontext() if keeper is None else keeper.watching():
         queries = [list(context[len(context) - held :]) for context, held in zip(contexts, num_held_back, strict=True)]
         choose(steps.first(queries) if max(num_held_back) else prefill_hidden(cache), 0)
-        repeated = record and Repeated(StaticStep(steps, sampler, ids, prompt, 1), record)
+        repeated = record and Repeated(StaticStep(steps, sampler, ids, prompt, 1, make_step), record)
         for step in range(max_new_tokens):
             if step and repeated:
                 repeated()

@@ -45,12 +45,15 @@ class PressableModel:
         attentions: its attention modules in layer order.
         presented: makes the context in which kvpress presses can hook the model.
         quickened: makes a context in which the model's own layers compute the same numbers faster.
+        step_maker: what makes decoding steps that stand for the modules, for as long as no hook watches them
+            (`neox_step.StepMaker`); None where there is no such step.
     """
 
     model: PreTrainedModel
     attentions: tuple[nn.Module, ...]
     presented: Callable[[], AbstractContextManager[Any]]
     quickened: Callable[[], AbstractContextManager[Any]] = nullcontext
+    step_maker: Callable[[], Callable[..., Any] | None] = lambda: None
 
     @property
     def device(self) -> torch.device:

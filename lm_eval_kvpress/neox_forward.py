@@ -37,7 +37,7 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
     A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
     autocast, which mixes dtypes; all keep theirs where a hook watches every module there is. Other hooks stay in force.
     """
-    keep = torch.is_autocast_enabled(model.device.type) or _every_module_is_watched()
+    keep = torch.is_autocast_enabled(model.device.type) or every_module_is_watched()
     lent: list[nn.Module] = []
     try:
         for layer in () if keep else model.gpt_neox.layers:
@@ -54,7 +54,8 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _every_module_is_watched() -> bool:
+def every_module_is_watched() -> bool:
+    """Whether a hook is registered for all modules there are."""
     hooks = nn.modules.module
     return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
@@ -72,11 +73,16 @@ def _has_known_arguments() -> bool:
 
 
 def _can_overwrite(mlp: Any) -> bool:
-    if type(mlp) is not GPTNeoXMLP or type(mlp.act) is not GELUActivation or mlp.act.act is not nn.functional.gelu:
+    if type(mlp) is not GPTNeoXMLP or not has_plain_gelu(mlp):
         return False
     wide, act = mlp.dense_h_to_4h, mlp.act
     is_watched = wide._forward_hooks or act._forward_hooks or act._forward_pre_hooks
     return not is_watched and "forward" not in act.__dict__
+
+
+def has_plain_gelu(mlp: Any) -> bool:
+    """Whether the activation is the exact GELU, with nothing around it."""
+    return type(mlp.act) is GELUActivation and mlp.act.act is nn.functional.gelu
 
 
 def _feed_forward(mlp: GPTNeoXMLP, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,18 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which then runs its kernels in Python
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# ruff: noqa: E402
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -22,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import native, neox, neox_forward
+from lm_eval_kvpress import native, neox, neox_forward, neox_step
 from lm_eval_kvpress.engine import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -111,7 +118,8 @@ def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: 
 def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
     neox.prepare(model)
     attentions = neox.attention_modules(model)
-    return PressableModel(model, attentions, lambda: neox.presented(model), lambda: neox_forward.in_place(model))
+    presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
+    return PressableModel(model, attentions, presented, quickened, neox_step.StepMaker(model))
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,7 +196,7 @@ def test_warms_up_then_records_once_then_replays() -> None:
     repeated = decode_graph.Repeated(lambda: log.append("run"), record)
     for _ in range(5):
         repeated()
-    assert log == ["run", "run", "record", "replay", "replay", "replay"]
+    assert log == ["run", "record", "replay", "replay", "replay", "replay"]
 
 
 @pytest.fixture
@@ -241,25 +242,28 @@ def test_a_run_that_was_not_recorded_gives_the_same_tokens(model: PressableModel
     assert decoded(model, "snapkv", held, record=lambda step: None) == decoded(model, "snapkv", held)
 
 
-def test_a_broken_capture_gives_the_callers_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``torch.cuda.graph`` does, whose exit raises before it leaves its stream."""
+def test_a_broken_capture_gives_stream_and_random_numbers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``torch.cuda.graph`` does, whose exit raises before it leaves its stream and frees the random numbers."""
     current = ["the caller's"]
+    numbers = SimpleNamespace(clone_state=lambda: "as before", graphsafe_set_state=current.append)
 
     @contextmanager
     def graph(_: object) -> Iterator[None]:
-        current[0] = "the capture's"
+        current[:] = ["the capture's"]
         yield
 
     def broken() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "default_generators", (numbers,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     with pytest.raises(RuntimeError, match="not permitted"):
         decode_graph.cuda_graph(broken)
-    assert current == ["the caller's"]
+    assert current == ["the caller's", "as before"]
 
 
 def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,4 +328,8 @@ def test_after_a_broken_capture_the_device_works_on() -> None:  # pragma: no cov
         decode_graph.cuda_graph(lambda: tensor.add_(1).sum().item())
     assert torch.cuda.current_stream() == stream
     torch.cuda.empty_cache()
-    assert torch.rand(3, device="cuda").isfinite().all()
+    torch.manual_seed(5)
+    drawn = torch.rand(3, device="cuda")
+    decode_graph.cuda_graph(lambda: tensor.add_(1))()
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn) and drawn.isfinite().all()

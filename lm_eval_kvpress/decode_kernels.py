@@ -1,0 +1,219 @@
+"""Triton kernels of one decoding step, but for its attention (`decode_attention`).
+
+A step reads every weight once and computes little, so on a GPU its time is that of its kernels beyond those bytes: of
+Pythia-2.8B's 5.7 ms on an H200 two were kernels of two microseconds each (docs/LOG.md). Here what stands between two
+products of a layer is one kernel, and for a single row a product is one too, at whose end its GELU is.
+
+Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device; sums are
+fp32, results are rounded where PyTorch's modules round. With ``TRITON_INTERPRET=1`` the kernels run on a CPU, which is
+how they are tested there.
+
+Letters in shape comments: B rows, E hidden size, H heads, D head_dim, C capacity of the buffers, W width of the
+rotation, I and O what goes into a linear layer and what comes out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+MOST_COLUMNS = 1_024
+"""Of a weight's row in one piece: a warp has as much under way as a multiprocessor needs of each of its warps."""
+
+
+@triton.jit
+def _add_and_norm(
+    x_ptr,
+    attended_ptr,
+    fed_ptr,
+    first_weight_ptr,
+    first_bias_ptr,
+    second_weight_ptr,
+    second_bias_ptr,
+    first_ptr,
+    second_ptr,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADDS: tl.constexpr,
+    TWICE: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    place = tl.program_id(0).to(tl.int64) * SIZE + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(attended_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(fed_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + place, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x, 0) / SIZE, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / SIZE + eps)
+    weight = tl.load(first_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(first_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(first_ptr + place, (normed * weight + bias).to(first_ptr.dtype.element_ty), mask=inside)
+    if TWICE:
+        weight = tl.load(second_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(second_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(second_ptr + place, (normed * weight + bias).to(second_ptr.dtype.element_ty), mask=inside)
+
+
+def add_and_norm(
+    x: torch.Tensor,
+    added: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[nn.LayerNorm, ...],
+    out: tuple[torch.Tensor, ...],
+) -> None:
+    """Adds what a layer made to the residual stream, in place, and normalises that by one or two layer norms.
+
+    Args:
+        x: ``(B, E)``, the residual stream.
+        added: two of ``(B, E)``, or None for the first layer.
+        norms: of one eps.
+        out: ``(B, E)`` for each norm, is written.
+    """
+    first, second = norms[0], norms[-1]
+    attended, fed = added or (x, x)
+    _add_and_norm[(x.shape[0],)](
+        x,
+        attended,
+        fed,
+        first.weight,
+        first.bias,
+        second.weight,
+        second.bias,
+        out[0],
+        out[-1],
+        first.eps,
+        SIZE=x.shape[1],
+        BLOCK=triton.next_power_of_2(x.shape[1]),
+        ADDS=added is not None,
+        TWICE=len(norms) == 2,
+        num_warps=8,
+    )
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _rotate_and_store(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    place_ptr,
+    capacity,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    head, row = tl.program_id(0), tl.program_id(1)
+    of_all = (row * tl.num_programs(0) + head).to(tl.int64)
+    dim = tl.arange(0, BLOCK_DIM)
+    inside = dim < DIM
+    HALF: tl.constexpr = WIDTH // 2
+    is_low, is_high = dim < PAIRS, (dim >= HALF) & (dim < HALF + PAIRS)
+    pair = tl.where(is_high, dim - HALF, dim)
+    partner = tl.where(is_low, dim + HALF, pair)
+    turns = is_low | is_high
+    cos = tl.load(cos_ptr + row * WIDTH + pair, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * WIDTH + pair, mask=turns, other=0.0).to(tl.float32)
+    sin = tl.where(is_low, -sin, sin)
+    query, key, value = qkv_ptr + of_all * 3 * DIM, qkv_ptr + (of_all * 3 + 1) * DIM, qkv_ptr + (of_all * 3 + 2) * DIM
+    place = of_all * capacity * DIM + tl.load(place_ptr) * DIM + dim
+    turned = tl.load(query + dim, mask=inside, other=0.0).to(tl.float32) * cos
+    turned += tl.load(query + partner, mask=inside, other=0.0).to(tl.float32) * sin
+    tl.store(query_ptr + of_all * DIM + dim, turned.to(query_ptr.dtype.element_ty), mask=inside)
+    turned = tl.load(key + dim, mask=inside, other=0.0).to(tl.float32) * cos
+    turned += tl.load(key + partner, mask=inside, other=0.0).to(tl.float32) * sin
+    tl.store(keys_ptr + place, turned.to(keys_ptr.dtype.element_ty), mask=inside)
+    tl.store(values_ptr + place, tl.load(value + dim, mask=inside), mask=inside)
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    num_pairs: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    place: torch.Tensor,
+) -> None:
+    """Rotates queries and keys and writes keys and values into the buffers.
+
+    Args:
+        qkv: ``(B, H * 3 * D)``, head by head query, key and value.
+        angles: cosines and sines, ``(B, 1, W)`` each.
+        num_pairs: dim ``i`` below it turns with dim ``i + W / 2``, all others stay.
+        query: ``(B, H, D)``, is written.
+        keys, values: ``(B, H, C, D)``, of which one entry is written.
+        place: ``(1,)``, which.
+    """
+    rows, heads, dim = query.shape
+    _rotate_and_store[(heads, rows)](
+        qkv,
+        *angles,
+        query,
+        keys,
+        values,
+        place,
+        keys.shape[2],
+        DIM=dim,
+        BLOCK_DIM=triton.next_power_of_2(dim),
+        PAIRS=num_pairs,
+        WIDTH=angles[0].shape[-1],
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _vector_product(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    products = tl.zeros([BLOCK], tl.float32)
+    for first in tl.static_range(0, SIZE, BLOCK):
+        x = tl.load(x_ptr + first + column).to(tl.float32)
+        products += tl.load(weight_ptr + row.to(tl.int64) * SIZE + first + column).to(tl.float32) * x
+    out = tl.sum(products, 0)
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + row).to(tl.float32)
+    if GELU:
+        out = out.to(out_ptr.dtype.element_ty).to(tl.float32)
+        out = 0.5 * out * (1.0 + tl.erf(out * 0.7071067811865476))
+    tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
+
+
+def vector_product(x: torch.Tensor, layer: nn.Linear, out: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    """A linear layer of a single row, one warp per number that comes out; ``out`` is written and returned.
+
+    Args:
+        x: ``(1, I)``.
+        out: ``(1, O)``.
+        gelu: whether GELU follows.
+    """
+    size = layer.in_features
+    _vector_product[(layer.out_features,)](
+        x,
+        layer.weight,
+        layer.bias,
+        out,
+        SIZE=size,
+        BLOCK=min(MOST_COLUMNS, size & -size),  # the largest power of two that divides it
+        HAS_BIAS=layer.bias is not None,
+        GELU=gelu,
+        num_warps=1,
+    )
+    return out

@@ -81,9 +81,9 @@ class StepMaker:
             modules: the forward that the step stands for.
         """
         if self._side is None and self._model.device.type == "cuda":
-            self._side = torch.cuda.Stream(
-                self._model.device
-            )  # one: a library keeps a workspace for each that it meets
+            # One for all batches: libraries keep a workspace for every stream that they meet. It goes first: attention,
+            # of more and smaller kernels, is what the feed-forward would wait for.
+            self._side = torch.cuda.Stream(self._model.device, priority=-1)
         step = NeoxStep(self._model, layers, masks, places, self._side)
         return step if self._has_agreed else functools.partial(self._compared, step, modules)
 
@@ -205,8 +205,8 @@ class NeoxStep:
         main = torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            fed = self._feed_forward(layer.mlp)
-        attended = self._attend(index, layer.attention, angles)
+            attended = self._attend(index, layer.attention, angles)
+        fed = self._feed_forward(layer.mlp)
         main.wait_stream(self._side)
         return attended, fed
 

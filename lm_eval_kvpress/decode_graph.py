@@ -115,6 +115,13 @@ class GraphRecorder:
 
     def __init__(self, model: PressableModel) -> None:
         self._model, self._has_failed = model, False
+        self._num_recorded = 0
+
+    @property
+    def how(self) -> str:
+        """How steps were made, for the record: it decides what a token costs."""
+        kernels = "few kernels" if getattr(self._model.step_maker, "has_agreed", None) else "modules"
+        return f"{kernels}, CUDA graph" if self._num_recorded else kernels
 
     def for_steps(self, num_steps: int) -> Recorder | None:
         """The recorder for a generation of so many steps, or None where the growing cache is used: everywhere but on a
@@ -130,7 +137,9 @@ class GraphRecorder:
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None] | None:
         try:
-            return cuda_graph(step)
+            replay = cuda_graph(step)
+            self._num_recorded += 1
+            return replay
         except RuntimeError as error:  # whatever a kernel or a driver has against being captured
             cause = _first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):

@@ -18,7 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from triton.errors import TritonError
 
+REFUSALS = (TritonError, RuntimeError, OSError)
+"""What Triton raises where it cannot make a kernel: no C compiler, too little shared memory, a GPU that it lacks."""
 MOST_COLUMNS = 1_024
 """Of a weight's row in one piece: a warp has as much under way as a multiprocessor needs of each of its warps."""
 

@@ -53,12 +53,17 @@ class StepMaker:
 
     def __init__(self, model: GPTNeoXForCausalLM) -> None:
         self._model = model
-        self._has_agreed: bool | None = None
+        self._agreed: dict[bool, bool] = {}  # a single row or more -> what a first step's comparison said
         self._side: torch.cuda.Stream | None = None
+
+    @property
+    def has_agreed(self) -> bool | None:
+        """Whether steps' hidden states were those of the modules; None before one was tried."""
+        return all(self._agreed.values()) if self._agreed else None
 
     def __call__(self) -> Callable[..., Forward] | None:
         """What makes a step over buffers, or None where the modules are to run; asked while no hook of ours is set."""
-        if self._has_agreed is False or not is_plain(self._model):
+        if self.has_agreed is False or not is_plain(self._model):
             return None
         if find_spec("triton") is None:
             self._refuse("Triton is not installed")
@@ -72,7 +77,7 @@ class StepMaker:
         places: Sequence[torch.Tensor],
         modules: Forward,
     ) -> Forward:
-        """A step over whole buffers; its first call ever is the modules', compared.
+        """A step over whole buffers. The first call ever, for a single row and for more, is the modules', compared.
 
         Args:
             layers: the buffers of each layer.
@@ -85,40 +90,37 @@ class StepMaker:
             # of more and smaller kernels, is what the feed-forward would wait for.
             self._side = torch.cuda.Stream(self._model.device, priority=-1)
         step = NeoxStep(self._model, layers, masks, places, self._side)
-        return step if self._has_agreed else functools.partial(self._compared, step, modules)
+        is_known = (len(layers[0].keys) == 1) in self._agreed
+        return step if is_known else functools.partial(self._compared, step, modules)
 
     def _compared(self, step: Forward, modules: Forward, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self._has_agreed:
-            return step(tokens, positions)
-        if self._has_agreed is False:
+        if self.has_agreed is False:
             return modules(tokens, positions)
+        kind = len(tokens) == 1
+        if kind in self._agreed:
+            return step(tokens, positions)
         found, expected = self._tried(step, tokens, positions), modules(tokens, positions)
         if found is not None:
             difference = (torch.dist(found.float(), expected.float()) / expected.float().norm()).item()
-            self._has_agreed = difference <= TOLERANCE[expected.dtype]  # a NaN is not
-            if not self._has_agreed:
+            self._agreed[kind] = difference <= TOLERANCE[expected.dtype]  # a NaN is not
+            if not self._agreed[kind]:
                 self._refuse(f"its hidden states differ from those of the model's modules by {difference:.2g}")
         return expected
 
     def _tried(self, step: Forward, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        from lm_eval_kvpress import decode_kernels
+
         try:
             return step(tokens, positions).clone()
         except torch.OutOfMemoryError:
             raise  # a smaller batch is the answer
-        except _what_triton_raises() as error:
+        except decode_kernels.REFUSALS as error:
             self._refuse(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
             return None
 
     def _refuse(self, reason: str) -> None:
-        self._has_agreed = False
+        self._agreed[False] = False
         logger.warning("decoding steps run module by module, at less than half the speed: %s", reason)
-
-
-def _what_triton_raises() -> tuple[type[Exception], ...]:
-    """For want of a compiler, a newer GPU, or shared memory."""
-    from triton.errors import TritonError
-
-    return (TritonError, RuntimeError, OSError)
 
 
 def is_plain(model: GPTNeoXForCausalLM) -> bool:

@@ -170,6 +170,10 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
     assert set(record["versions"]) == {"torch", "transformers", "kvpress", "lm_eval"}
 
 
+def test_the_record_names_how_steps_of_decoding_were_made(checkpoint_dir: Path) -> None:
+    assert ours(checkpoint_dir, press="none").describe()["decoding_steps"] == "modules"
+
+
 @pytest.mark.parametrize(
     ("dtype", "is_faster", "library"),
     [("float32", True, "oneDNN"), ("float32", False, "torch"), ("bfloat16", True, "torch")],

@@ -284,6 +284,16 @@ def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch
         assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
 
 
+def test_the_record_says_how_steps_were_made(on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = decode_graph.GraphRecorder(on_gpu)
+    assert graphs.how == "modules"
+    monkeypatch.setattr(decode_graph, "cuda_graph", lambda step: step)
+    graphs(lambda: None)
+    assert graphs.how == "modules, CUDA graph"
+    monkeypatch.setattr(type(on_gpu.step_maker), "has_agreed", True)
+    assert graphs.how == "few kernels, CUDA graph"
+
+
 def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:
     least = decode_graph.NUM_WARM_UP + decode_graph.LEAST_REPLAYS
     graphs = decode_graph.GraphRecorder(on_gpu)

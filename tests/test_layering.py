@@ -27,6 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "neox_forward": {"torch", "transformers"},
+    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers"},
+    "decode_attention": {"torch", "triton"},
+    "decode_kernels": {"torch", "triton"},
     "native": {"torch", "transformers"},
     "heap": set(),
     "plan": set(),
@@ -74,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
         *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
-        *("heap", "neox_forward", "throughput_log", "metrics"),
+        *("heap", "neox_forward", "neox_step", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "answer_cache": set(),
@@ -132,7 +135,8 @@ OWNERS = {
         *("adapter", "arguments", "encoding", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),
         *("sweep", "sweep_plan"),
     },
-    "transformers.models": {"neox", "neox_forward", "stream_window", "streaming"},
+    "transformers.models": {"neox", "neox_forward", "neox_step", "stream_window", "streaming"},
+    "triton": {"decode_attention", "decode_kernels"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -107,6 +107,9 @@ def test_a_step_that_has_agreed_is_not_compared_again(make: Callable[..., Pressa
     calls.clear()
     assert decoded(model) == expected
     assert calls == ["few"] * (NUM_NEW - 1)
+    calls.clear()
+    decoded(model, rows=1)
+    assert calls[1:4] == ["few", "modules", "few"], "a single row has kernels of its own, which are compared"
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -118,7 +121,7 @@ def test_other_settings_agree_too(
     monkeypatch.setitem(neox_step.TOLERANCE, torch.float16, 1e-2)
     model = make(num_layers=2, **setting)
     decoded(model)
-    assert model.step_maker._has_agreed is True  # type: ignore[attr-defined]
+    assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -281,6 +284,6 @@ def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
     model = make(dtype=dtype)
     for _ in range(3):
         found = decoded(model, rows=rows)
-        assert model.step_maker._has_agreed is True  # type: ignore[attr-defined]
+        assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
         if dtype == torch.float32:
             assert found == decoded(model, rows=rows, few_kernels=False)

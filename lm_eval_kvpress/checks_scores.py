@@ -102,13 +102,16 @@ def branch_logprobs(
 def step_logprobs(model: PreTrainedModel, cache: CompressedCache, tokens: Sequence[int]) -> torch.Tensor:
     """Log-probabilities after each token, ``(n, V)``, fed one at a time by transformers over its own cache class.
 
-    A single token needs no mask, so nothing of ours is in the way; the entries are copied.
+    A single token needs no mask, so nothing of ours is in the way; the entries are copied. PyTorch's attention is given
+    none (on a GPU it takes none of one column), transformers' eager one a zero for all, for the mask that it would make
+    has the first layer's length.
     """
     steps = DynamicCache()
     for index, layer in enumerate(cache.layers):
         assert layer.hidden is None, "a single step without a mask would see hidden entries"
         steps.update(layer.keys.clone(), layer.values.clone(), index)
-    no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
+    is_eager = model.config._attn_implementation == "eager"
+    no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype) if is_eager else None
     found = []
     for place, token in enumerate(tokens, start=cache.num_seen[0]):
         positions = torch.tensor([[place]], device=model.device)

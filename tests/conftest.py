@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,22 @@ logging.disable_progress_bar()  # of weights that load in milliseconds; it would
 torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
 
 VOCAB_SIZE = 211
+
+
+@pytest.fixture(autouse=True)
+def _masks_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU PyTorch's attention takes a mask of one column for all entries; its kernels for GPUs do not."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def checked(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask = kwargs.get("attn_mask", args[1] if len(args) > 1 else None)
+        assert mask is None or mask.shape[-1] == key.shape[-2] and (mask.stride(-1) == 1 or mask.shape[-1] == 1), (
+            f"a mask of shape {tuple(mask.shape)} and strides {mask.stride()} for {key.shape[-2]} entries"
+        )
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", checked)
+
 
 SENTENCES = [
     "The cold river ran past an old mill where seven grey geese slept and nobody asked who owned them.",

@@ -80,7 +80,7 @@ def by_kvpress(model: PressableModel, context: Sequence[int], base: str, held: i
                 past_key_values=cache,
                 position_ids=torch.tensor([[place]]),
                 cache_position=torch.tensor([place]),
-                attention_mask=torch.zeros(1, 1, 1, 1),
+                attention_mask=None,  # a single token sees all
             )
             place += 1
             append(out.logits)

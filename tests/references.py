@@ -285,11 +285,13 @@ def one_by_one_greedy(model: PressableModel, context: Sequence[int], held: int, 
 
 
 def step_logits(model: PressableModel, cache: DynamicCache, token: int, position: int) -> Tensor:
-    """One token over whatever the cache holds. A mask that hides nothing keeps transformers from building its own."""
+    """One token over whatever the cache holds. PyTorch's attention needs no mask; for the eager one a zero that hides
+    nothing keeps transformers from building its own."""
+    is_eager = model.model.config._attn_implementation == "eager"
     out = model.model(
         torch.tensor([[token]]),
         past_key_values=cache,
         position_ids=torch.tensor([[position]]),
-        attention_mask=torch.zeros(1, 1, 1, 1, dtype=model.model.dtype),
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=model.model.dtype) if is_eager else None,
     )
     return out.logits[0, -1].float()

@@ -13,8 +13,6 @@ Letters in shape comments: B rows, H heads, D head_dim, C capacity of the buffer
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -122,6 +120,8 @@ class Attention:
         num_spans = min(num_blocks, max(LEAST_SPANS, WANTED_BLOCKS // (rows * heads)))
         self._span = -(-num_blocks // num_spans) * BLOCK_TOKENS
         parts = (rows, heads, -(-capacity // self._span))
+        self.block_spans = triton.next_power_of_2(parts[2])
+        """What the merging kernel is compiled for."""
         self._mixed = like.new_empty(*parts, dim, dtype=torch.float32)
         self._highest, self._total = (like.new_empty(parts, dtype=torch.float32) for _ in range(2))
         self._out = like.new_empty(rows, heads * dim)
@@ -163,8 +163,8 @@ class Attention:
             QUERY_ROWS=QUERY_ROWS,
             **self._launch,
         )
-        blocks: dict[str, Any] = {**self._sizes, "BLOCK_SPANS": triton.next_power_of_2(num_spans)}
-        _merge_spans[(rows * heads,)](*parts, self._out, num_spans, **blocks, num_warps=2)
+        spans = {"BLOCK_SPANS": self.block_spans}
+        _merge_spans[(rows * heads,)](*parts, self._out, num_spans, **self._sizes, **spans, num_warps=2)
         return self._out
 
 

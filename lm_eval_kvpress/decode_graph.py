@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -70,10 +71,15 @@ class StaticStep:
         for index, layer in enumerate(steps.layers):
             steps.biases[index] = self._mask(index)
             layer.repeat_at(self._places[layer.length])
-        self._forward = steps.run
+        self._forward: Callable[..., torch.Tensor] = steps.run
         if make_step is not None:
             places = [self._places[layer.length] for layer in steps.layers]
             self._forward = make_step(steps.layers, steps.biases, places, steps.run)
+
+    @property
+    def kernels(self) -> str:
+        """What the step is made of, once it has run."""
+        return getattr(self._forward, "kernels", "modules")
 
     def _mask(self, index: int) -> torch.Tensor:
         """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
@@ -115,36 +121,41 @@ class GraphRecorder:
 
     def __init__(self, model: PressableModel) -> None:
         self._model, self._has_failed = model, False
-        self._num_recorded = 0
+        self.batches: Counter[str] = Counter()
+        """How many batches were decoded by steps of which make: it decides what a token costs. One that ended before
+        its second step is in none."""
 
-    @property
-    def how(self) -> str:
-        """How steps were made, for the record: it decides what a token costs."""
-        kernels = "few kernels" if getattr(self._model.step_maker, "has_agreed", None) else "modules"
-        return f"{kernels}, CUDA graph" if self._num_recorded else kernels
-
-    def for_steps(self, num_steps: int) -> Recorder | None:
-        """The recorder for a generation of so many steps, or None where the growing cache is used: everywhere but on a
-        GPU, where attending to whole buffers costs more than it saves."""
-        on_gpu = self._model.device.type == "cuda"
-        if not on_gpu or self._has_failed or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
-            return None
-        reason = why_not_recorded(self._model)
-        if not reason:
+    def for_steps(self, num_steps: int, *, is_compressed: bool = False) -> Recorder | None:
+        """The recorder for a batch of so many steps, or None where the growing cache is used: everywhere but on a GPU,
+        where attending to whole buffers costs more than it saves, and where a press compresses the cache as it grows.
+        """
+        if not is_compressed and self._can_record(num_steps):
             return self
-        _say_once(reason)
+        if num_steps > 0:
+            self.batches["modules"] += 1
         return None
 
+    def _can_record(self, num_steps: int) -> bool:
+        on_gpu = self._model.device.type == "cuda"
+        if not on_gpu or self._has_failed or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
+            return False
+        reason = why_not_recorded(self._model)
+        if reason:
+            _say_once(reason)
+        return not reason
+
     def __call__(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        kernels = getattr(step, "kernels", "modules")
         try:
             replay = cuda_graph(step)
-            self._num_recorded += 1
+            self.batches[f"{kernels}, CUDA graph"] += 1
             return replay
         except RuntimeError as error:  # whatever a kernel or a driver has against being captured
             cause = _first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # a smaller batch is the answer
             self._has_failed = True
+            self.batches[kernels] += 1
             _say_once((str(cause).strip() or repr(cause)).splitlines()[0])
             return None
 
@@ -161,7 +172,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     try:
         with torch.cuda.graph(graph):
             step()
-    except RuntimeError:
+    except BaseException:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(before)
         raise

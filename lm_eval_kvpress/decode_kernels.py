@@ -5,7 +5,7 @@ Pythia-2.8B's 5.7 ms on an H200 two were kernels of two microseconds each (docs/
 products of a layer is one kernel, and for a single row a product is one too, at whose end its GELU is.
 
 Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device; sums are
-fp32, results are rounded where PyTorch's modules round. With ``TRITON_INTERPRET=1`` the kernels run on a CPU, which is
+fp32, and each result is rounded once. With ``TRITON_INTERPRET=1`` the kernels run on a CPU, which is
 how they are tested there.
 
 Letters in shape comments: B rows, E hidden size, H heads, D head_dim, C capacity of the buffers, W width of the
@@ -18,12 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
-from triton.errors import TritonError
 
-REFUSALS = (TritonError, RuntimeError, OSError)
-"""What Triton raises where it cannot make a kernel: no C compiler, too little shared memory, a GPU that it lacks."""
 MOST_COLUMNS = 1_024
 """Of a weight's row in one piece: a warp has as much under way as a multiprocessor needs of each of its warps."""
+MOST_PIECES = 32
+"""They are written out one by one: with hundreds, of a width that no large power of two divides, Triton compiles for
+minutes."""
 
 
 @triton.jit
@@ -199,6 +199,15 @@ def _vector_product(
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty))
 
 
+def _block(size: int) -> int:
+    return min(MOST_COLUMNS, size & -size)  # the largest power of two that divides it
+
+
+def can_multiply(layer: nn.Linear) -> bool:
+    """Whether `vector_product` is for a layer of this width."""
+    return layer.in_features // _block(layer.in_features) <= MOST_PIECES
+
+
 def vector_product(x: torch.Tensor, layer: nn.Linear, out: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     """A linear layer of a single row, one warp per number that comes out; ``out`` is written and returned.
 
@@ -207,14 +216,13 @@ def vector_product(x: torch.Tensor, layer: nn.Linear, out: torch.Tensor, *, gelu
         out: ``(1, O)``.
         gelu: whether GELU follows.
     """
-    size = layer.in_features
     _vector_product[(layer.out_features,)](
         x,
         layer.weight,
         layer.bias,
         out,
-        SIZE=size,
-        BLOCK=min(MOST_COLUMNS, size & -size),  # the largest power of two that divides it
+        SIZE=layer.in_features,
+        BLOCK=_block(layer.in_features),
         HAS_BIAS=layer.bias is not None,
         GELU=gelu,
         num_warps=1,

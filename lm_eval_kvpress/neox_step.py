@@ -2,8 +2,8 @@
 
 Between two products of a layer transformers runs kernel after kernel of two microseconds; these, and an attention that
 leaves a GPU idle at few rows, were three quarters of a step of Pythia-2.8B (docs/LOG.md). Here a layer is its four
-products and four kernels, and attention and feed-forward, which Pythia has beside each other, run on two streams: each
-fills the gaps of the other.
+products and four kernels (and GELU, for more than one row), and attention and feed-forward, which Pythia has beside
+each other, run on two streams: each fills the gaps of the other.
 
 The step is used for models whose modules are the ones that it stands for, and only once it has agreed with them.
 
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 """The largest relative difference of a row's last hidden state from that of the modules: above what rounding makes of
 32 layers (0.02 in bfloat16), also under TF32, and far below what a wrong kernel makes."""
 
+LEAST_CAPABILITY = (8, 0)
+"""Of an NVIDIA GPU. Older ones have no tensor cores for bfloat16, and Triton 3.1 aborts the process on some."""
+
 
 class StepMaker:
     """Makes the steps of one model, one for each batch.
@@ -53,98 +57,167 @@ class StepMaker:
 
     def __init__(self, model: GPTNeoXForCausalLM) -> None:
         self._model = model
-        self._agreed: dict[bool, bool] = {}  # a single row or more -> what a first step's comparison said
+        self._agreed: dict[Hashable, bool] = {}  # kind of step -> whether its hidden states were the modules'
+        self._was_refused = False
+        self._said: set[str] = set()
         self._side: torch.cuda.Stream | None = None
 
     @property
     def has_agreed(self) -> bool | None:
-        """Whether steps' hidden states were those of the modules; None before one was tried."""
-        return all(self._agreed.values()) if self._agreed else None
+        """Whether all kinds of steps that were tried gave the modules' hidden states; None before one was."""
+        return not self._was_refused if self._agreed or self._was_refused else None
 
-    def __call__(self) -> Callable[..., Forward] | None:
+    def __call__(self) -> Callable[..., Batch] | None:
         """What makes a step over buffers, or None where the modules are to run; asked while no hook of ours is set."""
-        if self.has_agreed is False or not is_plain(self._model):
+        if self._was_refused or self._model.device.type not in DEVICE_TYPES:
             return None
-        if find_spec("triton") is None:
-            self._refuse("Triton is not installed")
+        reason = why_not(self._model)
+        if reason:
+            self._say(reason)
             return None
-        return self._over
+        return functools.partial(Batch, self)
 
-    def _over(
+    def made(
+        self, layers: Sequence[GrowingLayer], masks: Sequence[torch.Tensor], places: Sequence[torch.Tensor]
+    ) -> NeoxStep:
+        """A step over whole buffers; for the arguments see `Batch`."""
+        if self._side is None and layers[0].keys.is_cuda:
+            # One for all batches: libraries keep a workspace for every stream that they meet. It goes first: attention,
+            # of more and smaller kernels, is what the feed-forward would wait for.
+            self._side = torch.cuda.Stream(layers[0].keys.device, priority=-1)
+        return NeoxStep(self._model, layers, masks, places, self._side)
+
+    def needs_comparison(self, kind: Hashable) -> bool:
+        return kind not in self._agreed
+
+    def compare(self, kind: Hashable, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Settles whether steps of a kind stand for the modules; leaves it open where these overflow."""
+        found, expected = found.float(), expected.float()
+        if not expected.isfinite().all():
+            return
+        difference = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+        self._agreed[kind] = difference <= TOLERANCE[self._model.dtype]  # a NaN is not
+        if not self._agreed[kind]:
+            self.refuse(f"its hidden states differ from those of the model's modules by {difference:.2g}")
+
+    def refuse(self, reason: str) -> None:
+        """From here on the modules run."""
+        self._was_refused = True
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("decoding steps run module by module, at less than half the speed: %s", reason)
+
+
+class Batch:
+    """The forward of one batch. Its first call tries the step in few kernels, and compares it with the modules if none
+    of its kind has agreed with them yet; the others are the step's, or the modules' where it was refused.
+
+    Args:
+        layers: the buffers of each layer.
+        masks: per layer, ``(1 or B, 1 or heads, 1, capacity)``, to be added to its scores.
+        places: per layer, ``(1,)``, where the token is written; all before it is attended.
+        modules: the forward that the step stands for.
+    """
+
+    def __init__(
         self,
+        maker: StepMaker,
         layers: Sequence[GrowingLayer],
         masks: Sequence[torch.Tensor],
         places: Sequence[torch.Tensor],
         modules: Forward,
-    ) -> Forward:
-        """A step over whole buffers. The first call ever, for a single row and for more, is the modules', compared.
+    ) -> None:
+        self._maker, self._buffers, self._modules = maker, (layers, masks, places), modules
+        self._forward: Forward | None = None
 
-        Args:
-            layers: the buffers of each layer.
-            masks: per layer, ``(1 or B, 1 or heads, 1, capacity)``, to be added to its scores.
-            places: per layer, ``(1,)``, where the token is written; all before it is attended.
-            modules: the forward that the step stands for.
-        """
-        if self._side is None and self._model.device.type == "cuda":
-            # One for all batches: libraries keep a workspace for every stream that they meet. It goes first: attention,
-            # of more and smaller kernels, is what the feed-forward would wait for.
-            self._side = torch.cuda.Stream(self._model.device, priority=-1)
-        step = NeoxStep(self._model, layers, masks, places, self._side)
-        is_known = (len(layers[0].keys) == 1) in self._agreed
-        return step if is_known else functools.partial(self._compared, step, modules)
+    @property
+    def kernels(self) -> str:
+        """What its steps are made of, for the record."""
+        return "few kernels" if isinstance(self._forward, NeoxStep) else "modules"
 
-    def _compared(self, step: Forward, modules: Forward, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self.has_agreed is False:
-            return modules(tokens, positions)
-        kind = len(tokens) == 1
-        if kind in self._agreed:
-            return step(tokens, positions)
-        found, expected = self._tried(step, tokens, positions), modules(tokens, positions)
-        if found is not None:
-            difference = (torch.dist(found.float(), expected.float()) / expected.float().norm()).item()
-            self._agreed[kind] = difference <= TOLERANCE[expected.dtype]  # a NaN is not
-            if not self._agreed[kind]:
-                self._refuse(f"its hidden states differ from those of the model's modules by {difference:.2g}")
-        return expected
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._forward is not None:
+            return self._forward(tokens, positions)
+        self._forward = self._modules
+        tried = self._tried(tokens, positions)
+        if tried is None:
+            return self._modules(tokens, positions)
+        step, found = tried
+        if self._maker.needs_comparison(step.kind):
+            expected = self._modules(tokens, positions)  # last, so that what it writes to the cache stays
+            self._maker.compare(step.kind, found, expected)
+            found = expected
+        if not self._maker.needs_comparison(step.kind) and self._maker.has_agreed:
+            self._forward = step
+        return found
 
-    def _tried(self, step: Forward, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        from lm_eval_kvpress import decode_kernels
-
+    def _tried(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[NeoxStep, torch.Tensor] | None:
         try:
-            return step(tokens, positions).clone()
+            step = self._maker.made(*self._buffers)
+            return step, step(tokens, positions).clone()
         except torch.OutOfMemoryError:
             raise  # a smaller batch is the answer
-        except decode_kernels.REFUSALS as error:
-            self._refuse(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+        except _refusals() as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            is_tritons = type(error).__module__.startswith("triton")  # which says first where, and last what
+            self._maker.refuse(lines[-1 if is_tritons else 0].strip())
             return None
 
-    def _refuse(self, reason: str) -> None:
-        self._agreed[False] = False
-        logger.warning("decoding steps run module by module, at less than half the speed: %s", reason)
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton raises where it cannot be loaded or cannot make a kernel: another glibc, no C compiler or headers, no
+    libcuda to link with, no room for files, too little shared memory, a GPU or an argument that it does not know."""
+    errors = (RuntimeError, OSError, ImportError, SubprocessError, AssertionError, LookupError, ValueError, TypeError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return errors
+    return (TritonError, *errors)
 
 
-def is_plain(model: GPTNeoXForCausalLM) -> bool:
-    """Whether a step may stand for the model's modules: they are those of transformers, on one GPU, in one dtype, with
-    Pythia's settings, and nobody watches or replaces any of them."""
+DEVICE_TYPES = {"cuda"}
+
+
+def why_not(model: GPTNeoXForCausalLM) -> str:
+    """Why a step may not stand for the modules, or nothing: they have to be those of transformers with Pythia's
+    settings, on a GPU that the kernels are for, and nobody watches or replaces any of them."""
     body = model.gpt_neox
-    if type(body) is not GPTNeoXModel or body.training or model.config._attn_implementation != "sdpa":
-        return False
     tensors = list(body.parameters())
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) > 1 or tensors[0].dtype not in TOLERANCE:
-        return False
-    watched = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in body.modules())
-    return (
-        can_run_on(tensors[0].device)
-        and not watched
-        and not every_module_is_watched()
-        and type(body.embed_in) is nn.Embedding
-        and type(body.final_layer_norm) is nn.LayerNorm
-        and all(map(_is_plain_layer, body.layers))
-    )
+    checks = {
+        "Triton is not installed": find_spec("triton") is not None,
+        f"the GPU is not an NVIDIA of compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or higher": (
+            can_run_on(tensors[0].device)
+        ),
+        f"attn_implementation is {model.config._attn_implementation}, not sdpa": (
+            model.config._attn_implementation == "sdpa"
+        ),
+        "the weights are of several devices or dtypes, or of a dtype other than float32 and 16 bits": (
+            len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 and tensors[0].dtype in TOLERANCE
+        ),
+        "a hook watches a module, or its forward was replaced": not _is_watched(body),
+        "the modules are not plain ones of transformers, with parallel residuals and GELU": (
+            not body.training
+            and [type(part) for part in (body, body.embed_in)] == [GPTNeoXModel, nn.Embedding]
+            and _is_plain_norm(body.final_layer_norm)
+            and all(map(_is_plain_layer, body.layers))
+        ),
+    }
+    return next((reason for reason, holds in checks.items() if not holds), "")
 
 
 def can_run_on(device: torch.device) -> bool:
-    return device.type == "cuda"
+    """Whether Triton compiles these kernels for a device, and launches them there: on the current one."""
+    if device.type != "cuda" or torch.version.cuda is None or device.index != torch.cuda.current_device():
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
+def _is_watched(body: nn.Module) -> bool:
+    watched = (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in body.modules())
+    return any(watched) or every_module_is_watched()
 
 
 def _is_plain_layer(layer: Any) -> bool:
@@ -156,15 +229,24 @@ def _is_plain_layer(layer: Any) -> bool:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     products = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
     return (
-        all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+        all(map(_is_plain_norm, norms))
         and norms[0].eps == norms[1].eps
-        and all(type(product) is nn.Linear and product.weight.is_contiguous() for product in products)
+        and all(map(_is_plain_product, products))
         and attention.rotary_ndims % 2 == 0
     )
 
 
+def _is_plain_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and type(norm.weight) is type(norm.bias) is nn.Parameter
+
+
+def _is_plain_product(product: nn.Module) -> bool:
+    """Quantisation may leave the class and change that of the weight, which then has no address."""
+    return type(product) is nn.Linear and type(product.weight) is nn.Parameter and product.weight.is_contiguous()
+
+
 class NeoxStep:
-    """One token per row through the model, over whole buffers; for the arguments see `StepMaker._over`.
+    """One token per row through the model, over whole buffers; for the arguments see `Batch`.
 
     What it returns is in a buffer that the next call overwrites.
     """
@@ -185,6 +267,8 @@ class NeoxStep:
         rows, heads, _, dim = keys.shape
         capacity = max(layer.capacity for layer in layers)
         self._attention = decode_attention.Attention(rows, heads, dim, capacity, keys)
+        self.kind: Hashable = (rows == 1, self._attention.block_spans)
+        """Steps of one kind are made of the same kernels."""
         self._query = keys.new_empty(rows, heads, dim)
         self._normed = (keys.new_empty(rows, heads * dim), keys.new_empty(rows, heads * dim))
 
@@ -227,7 +311,7 @@ class NeoxStep:
 
     def _linear(self, layer: nn.Linear, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
         """For a single row by our kernel, which has less to set up; for more by the library's."""
-        if len(x) == 1:
+        if len(x) == 1 and self._kernels.can_multiply(layer):
             return self._kernels.vector_product(x, layer, x.new_empty(1, layer.out_features), gelu=gelu)
         product = nn.functional.linear(x, layer.weight, layer.bias)
         return torch.ops.aten.gelu_(product) if gelu else product

@@ -191,7 +191,7 @@ class Runner:
                     stop_ids=generation.stop_ids,
                     stopped=generation.stopped,
                     on_token=lambda: times.append(time.perf_counter() - start),
-                    record=self._graphs.for_steps(generation.max_new_tokens - 1),
+                    record=self._graphs.for_steps(generation.max_new_tokens - 1, is_compressed=keeper is not None),
                     keeper=keeper,
                 )
                 produced["tokens"] += sum(len(row) for row in rows)

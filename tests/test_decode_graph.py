@@ -284,14 +284,27 @@ def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch
         assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
 
 
-def test_the_record_says_how_steps_were_made(on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_counted_by_how_their_steps_were_made(
+    on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def step() -> None:
+        pass
+
     graphs = decode_graph.GraphRecorder(on_gpu)
-    assert graphs.how == "modules"
+    assert graphs.for_steps(0) is None and not graphs.batches, "no step, no batch"
+    assert graphs.for_steps(2) is None and graphs.for_steps(100, is_compressed=True) is None
+    assert graphs.batches == {"modules": 2}
     monkeypatch.setattr(decode_graph, "cuda_graph", lambda step: step)
-    graphs(lambda: None)
-    assert graphs.how == "modules, CUDA graph"
-    monkeypatch.setattr(type(on_gpu.step_maker), "has_agreed", True)
-    assert graphs.how == "few kernels, CUDA graph"
+    graphs(step)
+    step.kernels = "few kernels"  # type: ignore[attr-defined]
+    graphs(step)
+    monkeypatch.setattr(decode_graph, "cuda_graph", refuse)
+    graphs(step)
+    assert graphs.for_steps(100) is None, "after a failed capture"
+    assert graphs.batches == {"modules": 3, "modules, CUDA graph": 1, "few kernels, CUDA graph": 1, "few kernels": 1}
 
 
 def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:
@@ -329,6 +342,7 @@ def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
     for sampler in (GREEDY, SAMPLING):
         found = decoded(model, name, [1] * 5, sampler, record=decode_graph.cuda_graph)
         assert found == decoded(model, name, [1] * 5, sampler)
+    assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
 
 
 @needs_gpu

@@ -70,6 +70,11 @@ def test_rotates_as_transformers_does_and_writes_one_entry(dtype: torch.dtype, f
         assert torch.equal(found[:, :, others], old[:, :, others])
 
 
+def test_a_width_that_would_be_compiled_in_hundreds_of_pieces_is_left_to_the_library() -> None:
+    widths = {512: True, 768: True, 2560: True, 10240: True, 20480: True, 2562: False, 1100: False}
+    assert {width: kernels.can_multiply(nn.Linear(width, 1)) for width in widths} == widths
+
+
 @DTYPES
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "neox_forward": {"torch", "transformers"},
-    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers"},
+    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers", "triton"},
     "decode_attention": {"torch", "triton"},
     "decode_kernels": {"torch", "triton"},
     "native": {"torch", "transformers"},
@@ -136,7 +136,7 @@ OWNERS = {
         *("sweep", "sweep_plan"),
     },
     "transformers.models": {"neox", "neox_forward", "neox_step", "stream_window", "streaming"},
-    "triton": {"decode_attention", "decode_kernels"},
+    "triton": {"decode_attention", "decode_kernels", "neox_step"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import builtins
 import logging
 from collections.abc import Callable
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ NUM_NEW = 4
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neox_step, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(neox_step, "can_run_on", lambda device: True)
 
 
@@ -44,7 +47,19 @@ def make(make_pressable: Callable[..., PressableModel]) -> Callable[..., Pressab
     return made
 
 
-def decoded(model: PressableModel, name: str = "snapkv", rows: int = 3, *, few_kernels: bool = True) -> list[list[int]]:
+def as_it_is(step: Callable[[], None]) -> Callable[[], None]:
+    return step
+
+
+def decoded(
+    model: PressableModel,
+    name: str = "snapkv",
+    rows: int = 3,
+    *,
+    few_kernels: bool = True,
+    record: decode_graph.Recorder = as_it_is,
+    num_new: int = NUM_NEW,
+) -> list[list[int]]:
     caches = [
         engine.prefill(
             model, torch.tensor([context[: len(context) - held]]), PRESSES[name](), rerotates=name in REROTATES
@@ -56,11 +71,11 @@ def decoded(model: PressableModel, name: str = "snapkv", rows: int = 3, *, few_k
         stack(caches),
         CONTEXTS[:rows],
         num_held_back=HELD[:rows],
-        max_new_tokens=NUM_NEW,
+        max_new_tokens=num_new,
         sampler=decoding.Sampler(LogitsProcessorList()),
         stop_ids=frozenset(),
         stopped=lambda new: [False] * len(new),
-        record=(lambda step: step) if few_kernels else None,
+        record=record if few_kernels else None,
     )
 
 
@@ -147,21 +162,78 @@ def test_a_kernel_that_does_nothing_is_found_out_and_the_modules_run(
     assert "run module by module" in line and "differ from those of the model's modules by" in line
 
 
-@pytest.mark.usefixtures("anywhere")
-def test_where_kernels_cannot_be_compiled_the_modules_run(
-    make: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(self: Any, *args: Any) -> torch.Tensor:
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore of it")
+def _made_by_triton() -> Exception:
+    from triton.compiler.errors import CompilationError
 
-    model = make(num_layers=2)
+    return CompilationError("some source", SimpleNamespace(lineno=1, col_offset=0), "no such thing")
+
+
+REFUSALS: dict[str, tuple[Callable[[], Exception], str]] = {
+    "no compiler": (lambda: RuntimeError("Failed to find C compiler. Set CC.\nmore of it"), "C compiler. Set CC."),
+    "no headers": (lambda: CalledProcessError(1, ["gcc", "main.c"]), "returned non-zero exit status 1."),
+    "no libcuda": (lambda: AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!"),
+    "another glibc": (lambda: ImportError("GLIBC_2.38 not found"), "GLIBC_2.38 not found"),
+    "an old GPU": (lambda: IndexError("map::at"), "map::at"),
+    "a full disk": (lambda: OSError(28, "No space left on device"), "No space left on device"),
+    "Triton's own": (_made_by_triton, "no such thing"),
+    "nothing said": (RuntimeError, "RuntimeError()"),
+}
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("where", ["__init__", "__call__"])
+@pytest.mark.parametrize("what", REFUSALS)
+def test_where_kernels_cannot_be_made_the_modules_run(
+    make: Callable[..., PressableModel],
+    where: str,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    error, told = REFUSALS[what]
+
+    def fails(self: Any, *args: Any) -> Any:
+        raise error()
+
+    model = make(num_layers=1)
     expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(neox_step.NeoxStep, "__call__", fails)
+    monkeypatch.setattr(neox_step.NeoxStep, where, fails)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert decoded(model) == expected
         assert decoded(model) == expected
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("Failed to find C compiler. Please specify via CC environment variable.")
+    assert line.endswith(told)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
+    make: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, *args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    model = make(num_layers=1)
+    expected = decoded(model)
+    assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
+    monkeypatch.setattr(neox_step.NeoxStep, "__call__", fails)
+    assert decoded(model) == expected
+    assert model.step_maker.has_agreed is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_one_wrong_row_among_many_is_found(make: Callable[..., PressableModel], rows: int) -> None:
+    maker, expected = neox_step.StepMaker(make().model), torch.randn(rows, 64)
+    found = expected.clone()
+    found[1] *= 0.8
+    maker.compare("some kind", found, expected)
+    assert maker.has_agreed is False
+
+
+def test_where_the_modules_overflow_nothing_is_settled(make: Callable[..., PressableModel]) -> None:
+    maker, expected = neox_step.StepMaker(make().model), torch.randn(2, 64)
+    expected[0, 3] = torch.inf
+    maker.compare("some kind", expected, expected)
+    assert maker.has_agreed is None and maker.needs_comparison("some kind")
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -207,59 +279,95 @@ class OtherLinear(nn.Linear):
     """As those of adapters and quantised weights are."""
 
 
+class OtherWeight(nn.Parameter):
+    """As quantisation leaves it that keeps the layer's class."""
+
+
+def _layer(model: Any) -> Any:
+    return model.gpt_neox.layers[1]
+
+
 def _other_product(model: Any) -> None:
-    mlp = model.gpt_neox.layers[1].mlp
-    mlp.dense_h_to_4h.__class__ = OtherLinear
+    _layer(model).mlp.dense_h_to_4h.__class__ = OtherLinear
 
 
-def _watch(model: Any) -> None:
-    model.gpt_neox.layers[1].post_attention_layernorm.register_forward_hook(lambda *args: None)
+def _other_weight(model: Any) -> None:
+    _layer(model).mlp.dense_h_to_4h.weight.__class__ = OtherWeight
 
 
-def _watch_before(model: Any) -> None:
-    model.gpt_neox.layers[1].attention.register_forward_pre_hook(lambda *args: None)
+def _norm_without_bias(model: Any) -> None:
+    model.gpt_neox.final_layer_norm.bias = None
 
 
 def _replace(model: Any) -> None:
-    mlp = model.gpt_neox.layers[1].mlp
-    mlp.forward = mlp.forward
+    _layer(model).mlp.forward = _layer(model).mlp.forward
 
 
 def _other_activation(model: Any) -> None:
-    model.gpt_neox.layers[1].mlp.act = nn.ReLU()
+    _layer(model).mlp.act = nn.ReLU()
 
 
-def _mix_dtypes(model: Any) -> None:
-    model.gpt_neox.final_layer_norm.to(torch.float64)
+def _watch(model: Any) -> None:
+    _layer(model).post_attention_layernorm.register_forward_hook(lambda *args: None)
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "another class of linear layer": _other_product,
-    "a hook": _watch,
-    "a hook before": _watch_before,
-    "a forward that was replaced": _replace,
-    "another activation": _other_activation,
-    "mixed dtypes": _mix_dtypes,
-    "training": lambda model: model.train(),
-    "float64": lambda model: model.to(torch.float64),
+def _watch_before(model: Any) -> None:
+    _layer(model).attention.register_forward_pre_hook(lambda *args: None)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another class of linear layer": (_other_product, "not plain"),
+    "another class of weight": (_other_weight, "not plain"),
+    "a norm without bias": (_norm_without_bias, "not plain"),
+    "another activation": (_other_activation, "not plain"),
+    "training": (lambda model: model.train(), "not plain"),
+    "a hook": (_watch, "a hook watches"),
+    "a hook before": (_watch_before, "a hook watches"),
+    "a forward that was replaced": (_replace, "a hook watches"),
+    "mixed dtypes": (lambda model: model.gpt_neox.final_layer_norm.to(torch.float64), "several devices or dtypes"),
+    "float64": (lambda model: model.to(torch.float64), "other than float32"),
 }
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_step_does_not_stand_for_modules_that_are_not_plain(
-    make: Callable[..., PressableModel], change: str
+    make: Callable[..., PressableModel], change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make()
     assert model.step_maker() is not None
-    CHANGES[change](model.model)
-    assert model.step_maker() is None
+    alter, told = CHANGES[change]
+    alter(model.model)
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        assert model.step_maker() is None and model.step_maker() is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert told in line
 
 
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("setting", [{"attn": "eager"}, {"parallel": False}], ids=str)
-def test_nor_for_other_kinds_of_model(make: Callable[..., PressableModel], setting: dict[str, Any]) -> None:
-    assert make(**setting).step_maker() is None
+@pytest.mark.parametrize(
+    ("setting", "told"), [({"attn": "eager"}, "is eager, not sdpa"), ({"parallel": False}, "not plain")], ids=str
+)
+def test_nor_for_other_kinds_of_model(
+    make: Callable[..., PressableModel], setting: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        assert make(**setting).step_maker() is None
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "current", "can"),
+    [((9, 0), "13.0", 0, True), ((8, 0), "13.0", 0, True), ((7, 5), "13.0", 0, False), ((9, 0), None, 0, False),
+     ((9, 0), "13.0", 1, False)],
+)  # fmt: skip
+def test_kernels_are_for_ampere_and_later_on_the_current_device(
+    capability: tuple[int, int], cuda: str | None, current: int, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert neox_step.can_run_on(torch.device("cuda", 0)) is can
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -279,11 +387,11 @@ def test_nor_while_every_module_there_is_is_watched(make: Callable[..., Pressabl
 def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
     make: Callable[..., PressableModel], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_graph, "LEAST_REPLAYS", 1)
     monkeypatch.setitem(neox_step.TOLERANCE, torch.float32, 1e-4)
     model = make(dtype=dtype)
     for _ in range(3):
-        found = decoded(model, rows=rows)
+        eager = decoded(model, rows=rows, num_new=20)
+        assert decoded(model, rows=rows, num_new=20, record=decode_graph.cuda_graph) == eager
         assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
         if dtype == torch.float32:
-            assert found == decoded(model, rows=rows, few_kernels=False)
+            assert eager == decoded(model, rows=rows, num_new=20, few_kernels=False)

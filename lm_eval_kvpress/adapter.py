@@ -34,9 +34,9 @@ from lm_eval_kvpress import (
     native,
     neox,
     neox_forward,
-    neox_step,
     parity,
     plan,
+    step_trial,
 )
 from lm_eval_kvpress.arguments import (
     Settings,
@@ -166,7 +166,7 @@ class KVPress(HFLM):
         except ValueError as error:
             raise UsageError(str(error)) from error
         presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
-        return PressableModel(model, neox.attention_modules(model), presented, quickened, neox_step.StepMaker(model))
+        return PressableModel(model, neox.attention_modules(model), presented, quickened, step_trial.StepMaker(model))
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.

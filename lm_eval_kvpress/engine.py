@@ -46,7 +46,7 @@ class PressableModel:
         presented: makes the context in which kvpress presses can hook the model.
         quickened: makes a context in which the model's own layers compute the same numbers faster.
         step_maker: what makes decoding steps that stand for the modules, for as long as no hook watches them
-            (`neox_step.StepMaker`); None where there is no such step.
+            (`step_trial.StepMaker`); None where there is no such step.
     """
 
     model: PreTrainedModel

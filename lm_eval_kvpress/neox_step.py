@@ -5,7 +5,7 @@ leaves a GPU idle at few rows, were three quarters of a step of Pythia-2.8B (doc
 products and four kernels (and GELU, for more than one row), and attention and feed-forward, which Pythia has beside
 each other, run on two streams: each fills the gaps of the other.
 
-The step is used for models whose modules are the ones that it stands for, and only once it has agreed with them.
+It stands for models whose modules are the ones it was written from (`why_not`); `step_trial` holds it to their numbers.
 
 Knows transformers' GPTNeoX modules and, once asked for a step, Triton. Does not know presses, text or how tokens are
 chosen.
@@ -15,11 +15,8 @@ Letters in shape comments: B rows, E hidden size.
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
-from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -35,150 +32,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from lm_eval_kvpress.cache import GrowingLayer
 from lm_eval_kvpress.neox_forward import every_module_is_watched, has_plain_gelu
 
-logger = logging.getLogger("lm_eval_kvpress")
-
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""One token per row and its position, ``(B, 1)`` each, to last hidden states, ``(B, E)``."""
-
-TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
-"""The largest relative difference of a row's last hidden state from that of the modules: above what rounding makes of
-32 layers (0.02 in bfloat16), also under TF32, and far below what a wrong kernel makes."""
-
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU. Older ones have no tensor cores for bfloat16, and Triton 3.1 aborts the process on some."""
-
-
-class StepMaker:
-    """Makes the steps of one model, one for each batch.
-
-    Args:
-        model: presentable to kvpress or not; on any device.
-    """
-
-    def __init__(self, model: GPTNeoXForCausalLM) -> None:
-        self._model = model
-        self._agreed: dict[Hashable, bool] = {}  # kind of step -> whether its hidden states were the modules'
-        self._was_refused = False
-        self._said: set[str] = set()
-        self._side: torch.cuda.Stream | None = None
-
-    @property
-    def has_agreed(self) -> bool | None:
-        """Whether all kinds of steps that were tried gave the modules' hidden states; None before one was."""
-        return not self._was_refused if self._agreed or self._was_refused else None
-
-    def __call__(self) -> Callable[..., Batch] | None:
-        """What makes a step over buffers, or None where the modules are to run; asked while no hook of ours is set."""
-        if self._was_refused or self._model.device.type not in DEVICE_TYPES:
-            return None
-        reason = why_not(self._model)
-        if reason:
-            self._say(reason)
-            return None
-        return functools.partial(Batch, self)
-
-    def made(
-        self, layers: Sequence[GrowingLayer], masks: Sequence[torch.Tensor], places: Sequence[torch.Tensor]
-    ) -> NeoxStep:
-        """A step over whole buffers; for the arguments see `Batch`."""
-        if self._side is None and layers[0].keys.is_cuda:
-            # One for all batches: libraries keep a workspace for every stream that they meet. It goes first: attention,
-            # of more and smaller kernels, is what the feed-forward would wait for.
-            self._side = torch.cuda.Stream(layers[0].keys.device, priority=-1)
-        return NeoxStep(self._model, layers, masks, places, self._side)
-
-    def needs_comparison(self, kind: Hashable) -> bool:
-        return kind not in self._agreed
-
-    def compare(self, kind: Hashable, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """Settles whether steps of a kind stand for the modules; leaves it open where these overflow."""
-        found, expected = found.float(), expected.float()
-        if not expected.isfinite().all():
-            return
-        difference = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
-        self._agreed[kind] = difference <= TOLERANCE[self._model.dtype]  # a NaN is not
-        if not self._agreed[kind]:
-            self.refuse(f"its hidden states differ from those of the model's modules by {difference:.2g}")
-
-    def refuse(self, reason: str) -> None:
-        """From here on the modules run."""
-        self._was_refused = True
-        self._say(reason)
-
-    def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            logger.warning("decoding steps run module by module, at less than half the speed: %s", reason)
-
-
-class Batch:
-    """The forward of one batch. Its first call tries the step in few kernels, and compares it with the modules if none
-    of its kind has agreed with them yet; the others are the step's, or the modules' where it was refused.
-
-    Args:
-        layers: the buffers of each layer.
-        masks: per layer, ``(1 or B, 1 or heads, 1, capacity)``, to be added to its scores.
-        places: per layer, ``(1,)``, where the token is written; all before it is attended.
-        modules: the forward that the step stands for.
-    """
-
-    def __init__(
-        self,
-        maker: StepMaker,
-        layers: Sequence[GrowingLayer],
-        masks: Sequence[torch.Tensor],
-        places: Sequence[torch.Tensor],
-        modules: Forward,
-    ) -> None:
-        self._maker, self._buffers, self._modules = maker, (layers, masks, places), modules
-        self._forward: Forward | None = None
-
-    @property
-    def kernels(self) -> str:
-        """What its steps are made of, for the record."""
-        return "few kernels" if isinstance(self._forward, NeoxStep) else "modules"
-
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self._forward is not None:
-            return self._forward(tokens, positions)
-        self._forward = self._modules
-        tried = self._tried(tokens, positions)
-        if tried is None:
-            return self._modules(tokens, positions)
-        step, found = tried
-        if self._maker.needs_comparison(step.kind):
-            expected = self._modules(tokens, positions)  # last, so that what it writes to the cache stays
-            self._maker.compare(step.kind, found, expected)
-            found = expected
-        if not self._maker.needs_comparison(step.kind) and self._maker.has_agreed:
-            self._forward = step
-        return found
-
-    def _tried(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[NeoxStep, torch.Tensor] | None:
-        try:
-            step = self._maker.made(*self._buffers)
-            return step, step(tokens, positions).clone()
-        except torch.OutOfMemoryError:
-            raise  # a smaller batch is the answer
-        except _refusals() as error:
-            lines = str(error).strip().splitlines() or [repr(error)]
-            is_tritons = type(error).__module__.startswith("triton")  # which says first where, and last what
-            self._maker.refuse(lines[-1 if is_tritons else 0].strip())
-            return None
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What Triton raises where it cannot be loaded or cannot make a kernel: another glibc, no C compiler or headers, no
-    libcuda to link with, no room for files, too little shared memory, a GPU or an argument that it does not know."""
-    errors = (RuntimeError, OSError, ImportError, SubprocessError, AssertionError, LookupError, ValueError, TypeError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return errors
-    return (TritonError, *errors)
-
-
-DEVICE_TYPES = {"cuda"}
 
 
 def why_not(model: GPTNeoXForCausalLM) -> str:
@@ -195,7 +51,7 @@ def why_not(model: GPTNeoXForCausalLM) -> str:
             model.config._attn_implementation == "sdpa"
         ),
         "the weights are of several devices or dtypes, or of a dtype other than float32 and 16 bits": (
-            len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 and tensors[0].dtype in TOLERANCE
+            len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 and tensors[0].dtype in DTYPES
         ),
         "a hook watches a module, or its forward was replaced": not _is_watched(body),
         "the modules are not plain ones of transformers, with parallel residuals and GELU": (
@@ -246,7 +102,7 @@ def _is_plain_product(product: nn.Module) -> bool:
 
 
 class NeoxStep:
-    """One token per row through the model, over whole buffers; for the arguments see `Batch`.
+    """One token per row through the model, over whole buffers; for the arguments see `step_trial.Batch`.
 
     What it returns is in a buffer that the next call overwrites.
     """

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import native, neox, neox_forward, neox_step
+from lm_eval_kvpress import native, neox, neox_forward, step_trial
 from lm_eval_kvpress.engine import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -136,7 +136,7 @@ def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
     neox.prepare(model)
     attentions = neox.attention_modules(model)
     presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
-    return PressableModel(model, attentions, presented, quickened, neox_step.StepMaker(model))
+    return PressableModel(model, attentions, presented, quickened, step_trial.StepMaker(model))
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:

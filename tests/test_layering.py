@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "neox_forward": {"torch", "transformers"},
-    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers", "triton"},
+    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers"},
+    "step_trial": {"cache", "neox_step", "torch", "transformers", "triton"},
     "decode_attention": {"torch", "triton"},
     "decode_kernels": {"torch", "triton"},
     "native": {"torch", "transformers"},
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("answer_cache", "auto_batch", "arguments", "parity", "presses", "neox", "native", "plan", "telemetry"),
         *("compression", "engine", "generation", "ledger", "runner", "shared_prefill", "throughput", "work"),
         *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
-        *("heap", "neox_forward", "neox_step", "throughput_log", "metrics"),
+        *("heap", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     "answer_cache": set(),
@@ -135,8 +136,8 @@ OWNERS = {
         *("adapter", "arguments", "encoding", "plugin", "cli", "parity", "checks_scores", "checks_results", "verify"),
         *("sweep", "sweep_plan"),
     },
-    "transformers.models": {"neox", "neox_forward", "neox_step", "stream_window", "streaming"},
-    "triton": {"decode_attention", "decode_kernels", "neox_step"},
+    "transformers.models": {"neox", "neox_forward", "neox_step", "step_trial", "stream_window", "streaming"},
+    "triton": {"decode_attention", "decode_kernels", "step_trial"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -18,7 +18,7 @@ from references import PRESSES, REROTATES, distinct_tokens
 from torch import nn
 from transformers import LogitsProcessorList
 
-from lm_eval_kvpress import decode_graph, decoding, engine, neox_step
+from lm_eval_kvpress import decode_graph, decoding, engine, neox_step, step_trial
 from lm_eval_kvpress.cache import stack
 from lm_eval_kvpress.engine import PressableModel
 
@@ -31,7 +31,7 @@ NUM_NEW = 4
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neox_step, "DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr(step_trial, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(neox_step, "can_run_on", lambda device: True)
 
 
@@ -132,8 +132,8 @@ def test_a_step_that_has_agreed_is_not_compared_again(make: Callable[..., Pressa
 def test_other_settings_agree_too(
     make: Callable[..., PressableModel], setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(neox_step.TOLERANCE, torch.float32, 1e-5)
-    monkeypatch.setitem(neox_step.TOLERANCE, torch.float16, 1e-2)
+    monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setitem(step_trial.TOLERANCE, torch.float16, 1e-2)
     model = make(num_layers=2, **setting)
     decoded(model)
     assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
@@ -222,7 +222,7 @@ def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
 
 @pytest.mark.parametrize("rows", [2, 300])
 def test_one_wrong_row_among_many_is_found(make: Callable[..., PressableModel], rows: int) -> None:
-    maker, expected = neox_step.StepMaker(make().model), torch.randn(rows, 64)
+    maker, expected = step_trial.StepMaker(make().model), torch.randn(rows, 64)
     found = expected.clone()
     found[1] *= 0.8
     maker.compare("some kind", found, expected)
@@ -230,7 +230,7 @@ def test_one_wrong_row_among_many_is_found(make: Callable[..., PressableModel], 
 
 
 def test_where_the_modules_overflow_nothing_is_settled(make: Callable[..., PressableModel]) -> None:
-    maker, expected = neox_step.StepMaker(make().model), torch.randn(2, 64)
+    maker, expected = step_trial.StepMaker(make().model), torch.randn(2, 64)
     expected[0, 3] = torch.inf
     maker.compare("some kind", expected, expected)
     assert maker.has_agreed is None and maker.needs_comparison("some kind")
@@ -387,7 +387,7 @@ def test_nor_while_every_module_there_is_is_watched(make: Callable[..., Pressabl
 def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
     make: Callable[..., PressableModel], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(neox_step.TOLERANCE, torch.float32, 1e-4)
+    monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 1e-4)
     model = make(dtype=dtype)
     for _ in range(3):
         eager = decoded(model, rows=rows, num_new=20)

@@ -224,7 +224,7 @@ def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
 def test_one_wrong_row_among_many_is_found(make: Callable[..., PressableModel], rows: int) -> None:
     maker, expected = step_trial.StepMaker(make().model), torch.randn(rows, 64)
     found = expected.clone()
-    found[1] *= 0.8
+    found[1] *= 0.98
     maker.compare("some kind", found, expected)
     assert maker.has_agreed is False
 

@@ -28,7 +28,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 """The largest relative difference of a row's last hidden state from that of the modules: above what rounding makes of
-32 layers (0.02 in bfloat16), also under TF32, and far below what a wrong kernel makes."""
+32 layers (0.02 of the largest number in bfloat16), also under TF32, and far below what a wrong kernel makes."""
 
 DEVICE_TYPES = {"cuda"}
 """Where a step is worth asking for, and its absence worth a line."""
@@ -43,15 +43,14 @@ class StepMaker:
 
     def __init__(self, model: GPTNeoXForCausalLM) -> None:
         self._model = model
-        self._agreed: dict[Hashable, bool] = {}  # kind of step -> whether its hidden states were the modules'
+        self._agreed: set[Hashable] = set()  # kinds of steps whose hidden states were the modules'
         self._was_refused = False
         self._said: set[str] = set()
-        self._side: torch.cuda.Stream | None = None
 
     @property
     def has_agreed(self) -> bool | None:
         """Whether all kinds of steps that were tried gave the modules' hidden states; None before one was."""
-        return not self._was_refused if self._agreed or self._was_refused else None
+        return False if self._was_refused else bool(self._agreed) or None
 
     def __call__(self) -> Callable[..., Batch] | None:
         """What makes a step over buffers, or None where the modules are to run; asked while no hook of ours is set."""
@@ -67,11 +66,7 @@ class StepMaker:
         self, layers: Sequence[GrowingLayer], masks: Sequence[torch.Tensor], places: Sequence[torch.Tensor]
     ) -> NeoxStep:
         """A step over whole buffers; for the arguments see `Batch`."""
-        if self._side is None and layers[0].keys.is_cuda:
-            # One for all batches: libraries keep a workspace for every stream that they meet. It goes first: attention,
-            # of more and smaller kernels, is what the feed-forward would wait for.
-            self._side = torch.cuda.Stream(layers[0].keys.device, priority=-1)
-        return NeoxStep(self._model, layers, masks, places, self._side)
+        return NeoxStep(self._model, layers, masks, places, _side_stream(layers[0].keys.device))
 
     def needs_comparison(self, kind: Hashable) -> bool:
         return kind not in self._agreed
@@ -82,8 +77,9 @@ class StepMaker:
         if not expected.isfinite().all():
             return
         difference = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
-        self._agreed[kind] = difference <= TOLERANCE[self._model.dtype]  # a NaN is not
-        if not self._agreed[kind]:
+        if difference <= TOLERANCE[self._model.dtype]:  # a NaN is not
+            self._agreed.add(kind)
+        else:
             self.refuse(f"its hidden states differ from those of the model's modules by {difference:.2g}")
 
     def refuse(self, reason: str) -> None:
@@ -95,6 +91,13 @@ class StepMaker:
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("decoding steps run module by module, at less than half the speed: %s", reason)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """For the attention of a GPU's steps, one for all models and batches: libraries keep a workspace for every stream
+    that they meet. It goes first: of more and smaller kernels, attention is what the feed-forward would wait for."""
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
 class Batch:
@@ -136,7 +139,7 @@ class Batch:
             expected = self._modules(tokens, positions)  # last, so that what it writes to the cache stays
             self._maker.compare(step.kind, found, expected)
             found = expected
-        if not self._maker.needs_comparison(step.kind) and self._maker.has_agreed:
+        if not self._maker.needs_comparison(step.kind):
             self._forward = step
         return found
 

@@ -509,7 +509,7 @@ class KVPress(HFLM):
             },
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "decoding_steps": dict(self._graphs.batches) or None,
+            "decoding_steps": self._runner.meter.decoding_steps() or None,
             "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -121,18 +120,18 @@ class GraphRecorder:
 
     def __init__(self, model: PressableModel) -> None:
         self._model, self._has_failed = model, False
-        self.batches: Counter[str] = Counter()
-        """How many batches were decoded by steps of which make: it decides what a token costs. One that ended before
-        its second step is in none."""
+        self.newest: str | None = None
+        """How the steps of the newest batch were made, which decides what a token costs; None if it had none, or ended
+        before one could be recorded."""
 
     def for_steps(self, num_steps: int, *, is_compressed: bool = False) -> Recorder | None:
         """The recorder for a batch of so many steps, or None where the growing cache is used: everywhere but on a GPU,
         where attending to whole buffers costs more than it saves, and where a press compresses the cache as it grows.
         """
         if not is_compressed and self._can_record(num_steps):
+            self.newest = None
             return self
-        if num_steps > 0:
-            self.batches["modules"] += 1
+        self.newest = "modules" if num_steps > 0 else None
         return None
 
     def _can_record(self, num_steps: int) -> bool:
@@ -148,14 +147,14 @@ class GraphRecorder:
         kernels = getattr(step, "kernels", "modules")
         try:
             replay = cuda_graph(step)
-            self.batches[f"{kernels}, CUDA graph"] += 1
+            self.newest = f"{kernels}, CUDA graph"
             return replay
         except RuntimeError as error:  # whatever a kernel or a driver has against being captured
             cause = _first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # a smaller batch is the answer
             self._has_failed = True
-            self.batches[kernels] += 1
+            self.newest = kernels
             _say_once((str(cause).strip() or repr(cause)).splitlines()[0])
             return None
 

@@ -199,7 +199,7 @@ class Runner:
             RequestShare(job.id, len(job.context), len(row), context=record, token_times_sec=tuple(times[: len(row)]))
             for job, row, record in zip(jobs, rows, batch.records, strict=True)
         ]
-        self.meter.batch("generate_until", len(jobs), shares)
+        self.meter.batch("generate_until", len(jobs), shares, decoding_steps=self._graphs.newest)
         held = [(0, 0) if keeper is None else keeper.held(index, len(row)) for index, row in enumerate(rows)]
         return [
             Generated(tuple(row), record, *facts) for row, record, facts in zip(rows, batch.records, held, strict=True)

@@ -57,6 +57,7 @@ class BatchRecord:
     ``seconds`` is measured from end to end, on its own: what the phases leave of it was spent between them.
     Tokens/s are those of the phases, not of ``seconds``; bytes are the most that was allocated, on CUDA only.
     ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
+    ``decoding_steps`` says what a step of generation was made of, which is known once it ran.
     """
 
     record: str
@@ -80,6 +81,7 @@ class BatchRecord:
     dtype: str
     press: str
     protocol: str
+    decoding_steps: str | None = None  # absent from the logs of older versions
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,18 @@ class Meter:
         self._clock.take()
         self._started_sec = time.perf_counter()
 
-    def batch(self, request_type: str, batch_size: int, shares: Sequence[RequestShare]) -> None:
+    def batch(
+        self,
+        request_type: str,
+        batch_size: int,
+        shares: Sequence[RequestShare],
+        *,
+        decoding_steps: str | None = None,
+    ) -> None:
         """Books what was timed since `start` on the requests that shared the batch."""
         seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
         seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
-        record = self._record(request_type, batch_size, seconds, timings)
+        record = self._record(request_type, batch_size, seconds, timings, decoding_steps)
         self._batches.append(record)
         self._write(record)
         total = sum(share.weight for share in shares)
@@ -196,6 +205,10 @@ class Meter:
             "peak_memory_bytes": max(filter(None, map(_peak_memory, self._batches)), default=None),
         }
 
+    def decoding_steps(self) -> dict[str, int]:
+        """How many batches were decoded by steps of which make."""
+        return dict(Counter(batch.decoding_steps for batch in self._batches if batch.decoding_steps is not None))
+
     def live(self) -> dict[str, str]:
         """Figures for the progress bar, of the newest batch."""
         if not self._batches:
@@ -210,7 +223,12 @@ class Meter:
         return figures
 
     def _record(
-        self, request_type: str, batch_size: int, elapsed_sec: float, timings: Sequence[PhaseTiming]
+        self,
+        request_type: str,
+        batch_size: int,
+        elapsed_sec: float,
+        timings: Sequence[PhaseTiming],
+        decoding_steps: str | None,
     ) -> BatchRecord:
         seconds: defaultdict[str, float] = defaultdict(float)
         tokens, peaks = Counter[str](), dict[str, int]()
@@ -246,6 +264,7 @@ class Meter:
             dtype=self._labels["dtype"],
             press=self._labels["press"],
             protocol=self._labels["protocol"],
+            decoding_steps=decoding_steps,
         )
 
     def _write(self, record: BatchRecord | RequestRecord) -> None:

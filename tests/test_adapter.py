@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress import linear_layers
+from lm_eval_kvpress import linear_layers, runner
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.engine import PressableModel
@@ -174,7 +174,20 @@ def test_the_record_names_how_steps_of_decoding_were_made(checkpoint_dir: Path) 
     model = ours(checkpoint_dir, press="none")
     assert model.describe()["decoding_steps"] is None, "nothing was decoded"
     model.generate_until(generation_requests(until=[], max_gen_toks=3), disable_tqdm=True)
-    assert set(model.describe()["decoding_steps"]) == {"modules"}
+    assert model.describe()["decoding_steps"] == {"modules": model._runner.meter.summary()["num_batches"]}
+
+
+def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_above_one(model: Any, cache: Any, contexts: Any, **options: Any) -> Any:
+        if len(contexts) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return decode(model, cache, contexts, **options)
+
+    decode = runner.decode
+    monkeypatch.setattr(runner, "decode", fails_above_one)
+    model, requests = ours(checkpoint_dir, batch_size=4), generation_requests(until=[], max_gen_toks=3)
+    model.generate_until(requests, disable_tqdm=True)
+    assert model.describe()["decoding_steps"] == {"modules": len(requests)}
 
 
 @pytest.mark.parametrize(

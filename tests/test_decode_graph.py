@@ -284,7 +284,7 @@ def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch
         assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
 
 
-def test_batches_are_counted_by_how_their_steps_were_made(
+def test_it_is_known_how_the_steps_of_the_newest_batch_were_made(
     on_gpu: PressableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
@@ -294,17 +294,20 @@ def test_batches_are_counted_by_how_their_steps_were_made(
         pass
 
     graphs = decode_graph.GraphRecorder(on_gpu)
-    assert graphs.for_steps(0) is None and not graphs.batches, "no step, no batch"
-    assert graphs.for_steps(2) is None and graphs.for_steps(100, is_compressed=True) is None
-    assert graphs.batches == {"modules": 2}
+    assert graphs.for_steps(2) is None and graphs.newest == "modules"
+    assert graphs.for_steps(0) is None and graphs.newest is None, "no step"
+    assert graphs.for_steps(100, is_compressed=True) is None and graphs.newest == "modules"
+    assert graphs.for_steps(100) is graphs and graphs.newest is None, "it may end before a record"
     monkeypatch.setattr(decode_graph, "cuda_graph", lambda step: step)
     graphs(step)
+    assert graphs.newest == "modules, CUDA graph"
     step.kernels = "few kernels"  # type: ignore[attr-defined]
     graphs(step)
+    assert graphs.newest == "few kernels, CUDA graph"
     monkeypatch.setattr(decode_graph, "cuda_graph", refuse)
     graphs(step)
-    assert graphs.for_steps(100) is None, "after a failed capture"
-    assert graphs.batches == {"modules": 3, "modules, CUDA graph": 1, "few kernels, CUDA graph": 1, "few kernels": 1}
+    assert graphs.newest == "few kernels"
+    assert graphs.for_steps(100) is None and graphs.newest == "modules", "after a failed capture"
 
 
 def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:

@@ -145,7 +145,7 @@ def test_every_cell_equals_the_run_of_that_cell_alone(whole: Path, checkpoint_di
                 pairs = zip(_numbers(one["filtered_resps"]), _numbers(other["filtered_resps"]), strict=True)
                 assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs), (name, task)
         ours, theirs = results["config"]["kvpress"], alone["config"]["kvpress"]
-        for key in ("press", "protocol", "dtype", "versions", "attn_implementation"):
+        for key in ("press", "protocol", "dtype", "versions", "attn_implementation", "decoding_steps"):
             assert ours[key] == json.loads(json.dumps(theirs[key])), (name, key)
         for task in ours["tasks"]:
             pressed = ours["tasks"][task]["contexts_pressed"]

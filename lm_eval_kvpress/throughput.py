@@ -144,15 +144,18 @@ class Meter:
         self._requests: list[RequestRecord] = []
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
-        self._itls: list[float] = []
+        self._itls: list[float] | None = []
 
     def restore(self, records: Iterable[BatchRecord | RequestRecord]) -> None:
-        """Takes up the records of an interrupted run; what they were recorded to has them already."""
+        """Takes up the records of an interrupted run; what they were recorded to has them already. They do not hold the
+        times of single tokens, so a run that was interrupted after a generation has no ITL."""
         for record in records:
             if isinstance(record, BatchRecord):
                 self._batches.append(record)
             else:
                 self._requests.append(record)
+                if record.ttft_sec is not None:
+                    self._itls = None
 
     def start(self) -> None:
         """Marks the start of a batch; what a batch that failed left on the clock is dropped."""
@@ -183,7 +186,7 @@ class Meter:
             record = _request_record(id, request_type, parts)
             self._requests.append(record)
             self._write(record)
-            if not record.is_warmup:
+            if not record.is_warmup and self._itls is not None:
                 self._itls += [itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()]
         self._open.clear()
 
@@ -201,7 +204,7 @@ class Meter:
             **_phase_sums(batches),
             "ttft_sec": _percentiles([r.ttft_sec for r in requests if r.ttft_sec is not None]),
             "tpot_sec": _percentiles([r.tpot_sec for r in requests if r.tpot_sec is not None]),
-            "itl_sec": _percentiles(self._itls),
+            "itl_sec": _percentiles(self._itls or ()),
             "peak_memory_bytes": max(filter(None, map(_peak_memory, self._batches)), default=None),
         }
 

@@ -180,3 +180,18 @@ def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, 
     restored = Meter(Clock(torch.device("cpu")), {})
     restored.restore(records)
     assert restored.summary() == lm._runner.meter.summary()
+
+
+def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoint_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(path))
+    options = {"until": [], "max_gen_toks": 3}
+    requests = [Instance("generate_until", {}, ("seven grey geese " * 9, options), 0, ("t", i, 0)) for i in range(3)]
+    lm.generate_until(requests, disable_tqdm=True)
+    (log,) = lm._runner.meter._recorders
+    assert isinstance(log, ThroughputLog)
+    assert lm._runner.meter.summary()["itl_sec"] is not None
+    lm._runner.meter.restore(list(log.records()))
+    lm.generate_until(requests, disable_tqdm=True)
+    summary = lm._runner.meter.summary()
+    assert summary["itl_sec"] is None and summary["tpot_sec"] is not None

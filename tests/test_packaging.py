@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,19 +226,3 @@ def test_stock_command_lists_our_tasks(installed: Environment) -> None:
     listed = installed.lm_eval("ls", "tasks").stdout
     for name in ("wikitext_kvpress", "pg19_kvpress", "kvpress_ppl"):
         assert f"|{name}" in listed.replace(" ", "")
-
-
-@pytest.mark.slow
-def test_start_up_costs_less_than_two_milliseconds(
-    installed: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole interpreter starts, with the start-up file and without, in turns."""
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # an editable checkout would be compiled at each start
-    without = Environment.fresh(tmp_path / "env")
-    seconds: dict[Environment, list[float]] = {installed: [], without: []}
-    for _ in range(30):
-        for environment, measured in seconds.items():
-            start = time.perf_counter()
-            environment.python("-c", "pass")
-            measured.append(time.perf_counter() - start)
-    assert statistics.median(seconds[installed]) - statistics.median(seconds[without]) < 2e-3

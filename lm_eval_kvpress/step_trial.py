@@ -47,11 +47,6 @@ class StepMaker:
         self._was_refused = False
         self._said: set[str] = set()
 
-    @property
-    def has_agreed(self) -> bool | None:
-        """Whether all kinds of steps that were tried gave the modules' hidden states; None before one was."""
-        return False if self._was_refused else bool(self._agreed) or None
-
     def __call__(self) -> Callable[..., Batch] | None:
         """What makes a step over buffers, or None where the modules are to run; asked while no hook of ours is set."""
         if self._was_refused or self._model.device.type not in DEVICE_TYPES:

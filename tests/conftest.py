@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import native, neox, neox_forward, step_trial
+from lm_eval_kvpress import native, neox, neox_forward, neox_step, step_trial
 from lm_eval_kvpress.engine import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -185,3 +185,42 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     tiny_neox(vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def few_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has GPTNeoX's step in few kernels asked for on a CPU, too."""
+    monkeypatch.setattr(step_trial, "DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr(neox_step, "can_run_on", lambda device: True)
+
+
+@pytest.fixture
+def make_for_gpu(make_pressable: Callable[..., PressableModel]) -> Callable[..., PressableModel]:
+    """``make_pressable`` for the GPU, where there is one."""
+
+    def made(**setting: Any) -> PressableModel:
+        model = make_pressable(**setting)
+        model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model
+
+    return made
+
+
+@pytest.fixture
+def step_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each forward of a single token was: modules or few kernels."""
+    log: list[str] = []
+    few, modules = neox_step.NeoxStep.__call__, PressableModel.hidden_states
+
+    def few_kernels(self: Any, *args: Any) -> torch.Tensor:
+        log.append("few")
+        return few(self, *args)
+
+    def by_modules(self: PressableModel, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if tokens.shape[1] == 1:
+            log.append("modules")
+        return modules(self, tokens, **kwargs)
+
+    monkeypatch.setattr(neox_step.NeoxStep, "__call__", few_kernels)
+    monkeypatch.setattr(PressableModel, "hidden_states", by_modules)
+    return log

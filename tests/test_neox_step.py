@@ -1,262 +1,56 @@
-"""A decoding step in few kernels against the model's modules: equal tokens, and no use where it cannot stand for them.
-
-On a CPU the kernels run in Triton's interpreter, block by block in Python: generations are short here.
-"""
+"""GPTNeoX's step in few kernels against the modules: equal tokens, and no use where it cannot stand for them."""
 
 from __future__ import annotations
 
 import builtins
 import logging
 from collections.abc import Callable
-from subprocess import CalledProcessError
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from references import PRESSES, REROTATES, distinct_tokens
+from neox_steps import NUM_NEW, decoded, kernels_after_trial
 from torch import nn
-from transformers import LogitsProcessorList
 
-from lm_eval_kvpress import decode_graph, decoding, engine, neox_step, step_trial
-from lm_eval_kvpress.cache import stack
+from lm_eval_kvpress import decode_graph, neox_step, step_trial
 from lm_eval_kvpress.engine import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 
-CONTEXTS = [distinct_tokens(length, 211, length) for length in (50, 29, 41)]
-HELD = [1, 3, 2]
-NUM_NEW = 4
 
-
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_trial, "DEVICE_TYPES", {"cpu", "cuda"})
-    monkeypatch.setattr(neox_step, "can_run_on", lambda device: True)
-
-
-@pytest.fixture
-def make(make_pressable: Callable[..., PressableModel]) -> Callable[..., PressableModel]:
-    """``make_pressable`` for the GPU, where there is one."""
-
-    def made(**setting: Any) -> PressableModel:
-        model = make_pressable(**setting)
-        model.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return model
-
-    return made
-
-
-def as_it_is(step: Callable[[], None]) -> Callable[[], None]:
-    return step
-
-
-def decoded(
-    model: PressableModel,
-    name: str = "snapkv",
-    rows: int = 3,
-    *,
-    few_kernels: bool = True,
-    record: decode_graph.Recorder = as_it_is,
-    num_new: int = NUM_NEW,
-) -> list[list[int]]:
-    caches = [
-        engine.prefill(
-            model, torch.tensor([context[: len(context) - held]]), PRESSES[name](), rerotates=name in REROTATES
-        )
-        for context, held in zip(CONTEXTS[:rows], HELD, strict=False)
-    ]
-    return decoding.decode(
-        model,
-        stack(caches),
-        CONTEXTS[:rows],
-        num_held_back=HELD[:rows],
-        max_new_tokens=num_new,
-        sampler=decoding.Sampler(LogitsProcessorList()),
-        stop_ids=frozenset(),
-        stopped=lambda new: [False] * len(new),
-        record=record if few_kernels else None,
-    )
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What each forward of a single token was: modules or few kernels."""
-    log: list[str] = []
-    few, modules = neox_step.NeoxStep.__call__, PressableModel.hidden_states
-
-    def few_kernels(self: Any, *args: Any) -> torch.Tensor:
-        log.append("few")
-        return few(self, *args)
-
-    def by_modules(self: PressableModel, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if tokens.shape[1] == 1:
-            log.append("modules")
-        return modules(self, tokens, **kwargs)
-
-    monkeypatch.setattr(neox_step.NeoxStep, "__call__", few_kernels)
-    monkeypatch.setattr(PressableModel, "hidden_states", by_modules)
-    return log
-
-
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("few_kernels_anywhere")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("none", 1), ("pyramidkv", 3), ("adakv:snapkv", 1), ("adakv:snapkv", 3), ("key_rerotation:streaming_llm", 3)],
 )
 def test_tokens_are_those_of_the_growing_cache(
-    make: Callable[..., PressableModel], name: str, rows: int, calls: list[str]
+    make_for_gpu: Callable[..., PressableModel], name: str, rows: int, step_calls: list[str]
 ) -> None:
-    model = make(num_layers=2)
+    model = make_for_gpu(num_layers=2)
     expected = decoded(model, name, rows, few_kernels=False)
-    calls.clear()
+    step_calls.clear()
     assert decoded(model, name, rows) == expected
     held_back = ["modules"] * (rows == 1)  # a single token, too
-    assert calls == [*held_back, "few", "modules", *["few"] * (NUM_NEW - 2)], "the first step is compared"
+    assert step_calls == [*held_back, "few", "modules", *["few"] * (NUM_NEW - 2)], "the first step is compared"
 
 
-@pytest.mark.usefixtures("anywhere")
-def test_a_step_that_has_agreed_is_not_compared_again(make: Callable[..., PressableModel], calls: list[str]) -> None:
-    model = make(num_layers=1)
-    expected = decoded(model)
-    calls.clear()
-    assert decoded(model) == expected
-    assert calls == ["few"] * (NUM_NEW - 1)
-    calls.clear()
-    decoded(model, rows=1)
-    assert calls[1:4] == ["few", "modules", "few"], "a single row has kernels of its own, which are compared"
-
-
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("few_kernels_anywhere")
 @pytest.mark.parametrize("setting", [{"rotary_pct": 1.0}, {"attention_bias": False}, {"dtype": torch.float16}], ids=str)
 def test_other_settings_agree_too(
-    make: Callable[..., PressableModel], setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    make_for_gpu: Callable[..., PressableModel], setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 1e-5)
     monkeypatch.setitem(step_trial.TOLERANCE, torch.float16, 1e-2)
-    model = make(num_layers=2, **setting)
-    decoded(model)
-    assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
+    model = make_for_gpu(num_layers=2, **setting)
+    assert kernels_after_trial(model) == "few kernels"
 
 
-@pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("kernel", ["add_and_norm", "rotate_and_store"])
-def test_a_kernel_that_does_nothing_is_found_out_and_the_modules_run(
-    make: Callable[..., PressableModel],
-    kernel: str,
-    calls: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    from lm_eval_kvpress import decode_kernels
-
-    model = make(num_layers=2)
-    expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(decode_kernels, kernel, lambda *args: None)
-    calls.clear()
-    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert decoded(model) == expected
-        assert decoded(model) == expected
-    assert calls.count("few") == 1
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "run module by module" in line and "differ from those of the model's modules by" in line
-
-
-def _made_by_triton() -> Exception:
-    from triton.compiler.errors import CompilationError
-
-    return CompilationError("some source", SimpleNamespace(lineno=1, col_offset=0), "no such thing")
-
-
-REFUSALS: dict[str, tuple[Callable[[], Exception], str]] = {
-    "no compiler": (lambda: RuntimeError("Failed to find C compiler. Set CC.\nmore of it"), "C compiler. Set CC."),
-    "no headers": (lambda: CalledProcessError(1, ["gcc", "main.c"]), "returned non-zero exit status 1."),
-    "no libcuda": (lambda: AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!"),
-    "another glibc": (lambda: ImportError("GLIBC_2.38 not found"), "GLIBC_2.38 not found"),
-    "an old GPU": (lambda: IndexError("map::at"), "map::at"),
-    "a full disk": (lambda: OSError(28, "No space left on device"), "No space left on device"),
-    "Triton's own": (_made_by_triton, "no such thing"),
-    "nothing said": (RuntimeError, "RuntimeError()"),
-}
-
-
-@pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("where", ["__init__", "__call__"])
-@pytest.mark.parametrize("what", REFUSALS)
-def test_where_kernels_cannot_be_made_the_modules_run(
-    make: Callable[..., PressableModel],
-    where: str,
-    what: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    error, told = REFUSALS[what]
-
-    def fails(self: Any, *args: Any) -> Any:
-        raise error()
-
-    model = make(num_layers=1)
-    expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(neox_step.NeoxStep, where, fails)
-    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert decoded(model) == expected
-        assert decoded(model) == expected
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(told)
-
-
-@pytest.mark.usefixtures("anywhere")
-def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
-    make: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(self: Any, *args: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    model = make(num_layers=1)
-    expected = decoded(model)
-    assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
-    monkeypatch.setattr(neox_step.NeoxStep, "__call__", fails)
-    assert decoded(model) == expected
-    assert model.step_maker.has_agreed is False  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("rows", [2, 300])
-def test_one_wrong_row_among_many_is_found(make: Callable[..., PressableModel], rows: int) -> None:
-    maker, expected = step_trial.StepMaker(make().model), torch.randn(rows, 64)
-    found = expected.clone()
-    found[1] *= 0.98
-    maker.compare("some kind", found, expected)
-    assert maker.has_agreed is False
-
-
-def test_where_the_modules_overflow_nothing_is_settled(make: Callable[..., PressableModel]) -> None:
-    maker, expected = step_trial.StepMaker(make().model), torch.randn(2, 64)
-    expected[0, 3] = torch.inf
-    maker.compare("some kind", expected, expected)
-    assert maker.has_agreed is None and maker.needs_comparison("some kind")
-
-
-@pytest.mark.usefixtures("anywhere")
-def test_out_of_memory_is_left_to_the_caller_and_proves_nothing(
-    make: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Any, *args: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("full")
-
-    model = make(num_layers=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(neox_step.NeoxStep, "__call__", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            decoded(model)
-    assert decoded(model) == decoded(model, few_kernels=False)
-
-
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("few_kernels_anywhere")
 def test_without_triton_the_modules_run_and_it_is_said_once(
-    make: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_for_gpu: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(neox_step, "find_spec", lambda name: None)
-    model = make(num_layers=2)
+    model = make_for_gpu(num_layers=2)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert model.step_maker() is None and model.step_maker() is None
     (line,) = [record.getMessage() for record in caplog.records]
@@ -329,12 +123,12 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("few_kernels_anywhere")
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_step_does_not_stand_for_modules_that_are_not_plain(
-    make: Callable[..., PressableModel], change: str, caplog: pytest.LogCaptureFixture
+    make_for_gpu: Callable[..., PressableModel], change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = make()
+    model = make_for_gpu()
     assert model.step_maker() is not None
     alter, told = CHANGES[change]
     alter(model.model)
@@ -344,15 +138,15 @@ def test_the_step_does_not_stand_for_modules_that_are_not_plain(
     assert told in line
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("few_kernels_anywhere")
 @pytest.mark.parametrize(
     ("setting", "told"), [({"attn": "eager"}, "is eager, not sdpa"), ({"parallel": False}, "not plain")], ids=str
 )
 def test_nor_for_other_kinds_of_model(
-    make: Callable[..., PressableModel], setting: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+    make_for_gpu: Callable[..., PressableModel], setting: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert make(**setting).step_maker() is None
+        assert make_for_gpu(**setting).step_maker() is None
     assert told in caplog.text
 
 
@@ -370,9 +164,9 @@ def test_kernels_are_for_ampere_and_later_on_the_current_device(
     assert neox_step.can_run_on(torch.device("cuda", 0)) is can
 
 
-@pytest.mark.usefixtures("anywhere")
-def test_nor_while_every_module_there_is_is_watched(make: Callable[..., PressableModel]) -> None:
-    model = make()
+@pytest.mark.usefixtures("few_kernels_anywhere")
+def test_nor_while_every_module_there_is_is_watched(make_for_gpu: Callable[..., PressableModel]) -> None:
+    model = make_for_gpu()
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
         assert model.step_maker() is None
@@ -385,13 +179,18 @@ def test_nor_while_every_module_there_is_is_watched(make: Callable[..., Pressabl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
-    make: Callable[..., PressableModel], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    make_for_gpu: Callable[..., PressableModel],
+    rows: int,
+    dtype: torch.dtype,
+    step_calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 1e-4)
-    model = make(dtype=dtype)
+    model = make_for_gpu(dtype=dtype)
     for _ in range(3):
         eager = decoded(model, rows=rows, num_new=20)
+        step_calls.clear()
         assert decoded(model, rows=rows, num_new=20, record=decode_graph.cuda_graph) == eager
-        assert model.step_maker.has_agreed is True  # type: ignore[attr-defined]
+        assert step_calls[-1] == "few", "what was captured"
         if dtype == torch.float32:
             assert eager == decoded(model, rows=rows, num_new=20, few_kernels=False)

@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lm_eval_kvpress"
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 # Room -> the rooms and libraries that it may import, inside functions as well; the standard library is free.
 MAY_IMPORT: dict[str, set[str]] = {
-    # layer 0: nothing of ours
+    # layer 0: values, presses, a model's own parts; no engine
     "__init__": set(),
     "presses": {"press_arguments", "press_catalog", "press_grammar", "kvpress"},
     "press_grammar": {"press_arguments", "press_catalog"},
@@ -42,6 +44,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linear_layers": {"torch"},
     "press_formulas": {"torch"},
     "plugin": {"lm_eval"},
+    "stream_window": {"torch", "transformers"},
+    "stream_store": set(),
+    "throughput": {"telemetry", "numpy"},
+    "throughput_log": {"throughput"},
+    "metrics": {"throughput", "prometheus_client"},
+    "stream_press": {"presses"},
+    "answer_cache": set(),
+    "decoding_spec": {"press_catalog", "press_grammar", "presses"},
+    "_startup": {"plugin"},
     # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
     "engine": {"cache", "linear_layers", "torch", "transformers"},
     "head": {"engine", "torch"},
@@ -54,19 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compression": {"engine", "cache", "presses", "shared_prefill", "telemetry", "torch"},
     "shared_prefill": {"cache", "engine", "linear_layers", "telemetry", "torch", "transformers"},
     "ledger": {"presses", "telemetry"},
+    "auto_batch": {"engine", "presses", "torch"},
     "runner": {
         *("cache", "compression", "decode_graph", "decode_press", "decoding", "decoding_spec", "engine", "generation"),
         *("plan", "scoring", "telemetry", "throughput", "torch"),
     },
     "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
-    "stream_window": {"torch", "transformers"},
     "streaming": {"engine", "cache", "stream_window", "torch", "transformers"},
-    "stream_store": set(),
-    "throughput": {"telemetry", "numpy"},
-    "throughput_log": {"throughput"},
-    "metrics": {"throughput", "prometheus_client"},
     # layer 2: the lm-eval model, and how lm-eval finds it
-    "stream_press": {"presses"},
     "arguments": {"decoding_spec", "presses", "stream_press", "lm_eval"},
     "stream_run": {
         *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
@@ -81,13 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("heap", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
-    "answer_cache": set(),
-    "decoding_spec": {"press_catalog", "press_grammar", "presses"},
-    "auto_batch": {"engine", "presses", "torch"},
-    "_startup": {"plugin"},
-    "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
-    "sweep_store": {"stream_store", "runner", "scoring", "telemetry"},
-    # layer 3
+    # layer 3: the commands
     "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},
     "checks_model": {"checks", "dense", "neox", "parity", "torch"},
     "checks_kept": {
@@ -99,6 +99,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
     "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval", "torch"},
+    "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
+    "sweep_store": {"stream_store", "runner", "scoring", "telemetry"},
     "sweep_model": {
         *("adapter", "arguments", "ledger", "presses", "runner", "shared_prefill", "sweep_plan", "sweep_store"),
         *("throughput_log", "work", "tqdm"),
@@ -122,7 +124,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("report_columns", "report_figures", "report_html", "report_latex", "report_table", "report_text"),
         *("report_streams", "report_trust", "results"),
     },
-    "cli": {"report", "sweep", "adapter", "presses", "plugin", "lm_eval"},
+    "cli": {"presses", "plugin", "lm_eval"},
     "__main__": {"cli"},
 }
 
@@ -185,6 +187,27 @@ def test_library_is_imported_by_its_owners_only(library: str) -> None:
 
 def test_no_room_imports_itself_in_a_circle() -> None:
     TopologicalSorter({room: our_rooms(room) for room in ROOMS}).prepare()
+
+
+def layer_of(room: str) -> int:
+    """As docs/architecture.md has it, whose table names rooms or patterns of rooms."""
+    (layer,) = [
+        int(layer)
+        for layer, patterns in re.findall(r"^\| (\d) \| ([^|]*) \|", ARCHITECTURE, re.MULTILINE)
+        if any(fnmatch(room, pattern) for pattern in re.findall(r"`([^`]+)`", patterns))
+    ]
+    return layer
+
+
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"__init__", "__main__"}))
+def test_the_documentation_gives_every_room_a_layer_above_what_it_imports(room: str) -> None:
+    assert layer_of(room) >= max(map(layer_of, our_rooms(room)), default=0)
+
+
+def test_the_documentation_names_no_room_that_is_gone() -> None:
+    named = re.findall(r"^\| \d \| ([^|]*) \|", ARCHITECTURE, re.MULTILINE)
+    for pattern in re.findall(r"`([^`]+)`", " ".join(named)):
+        assert any(fnmatch(room, pattern) for room in ROOMS), pattern
 
 
 def test_every_imported_library_is_declared() -> None:

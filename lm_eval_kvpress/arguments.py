@@ -225,6 +225,11 @@ def _with_stream(settings: Settings, of_press: Mapping[str, Any]) -> Settings:
     given = {"compression_ratio", "kv_budget"} & of_press.keys()
     if given:
         raise UsageError(f"rolling=stream keeps stream_budget entries: leave {' and '.join(sorted(given))} out")
+    if of_press.get("window_size") not in (None, settings.stream_chunk):
+        raise UsageError(
+            f"window_size={of_press['window_size']}: in a stream the press's window is the newest chunk; leave it out, "
+            "or set stream_chunk"
+        )
     try:
         press = for_stream(settings.press, settings.stream_budget, settings.stream_chunk)
     except ValueError as error:

@@ -65,7 +65,7 @@ def make_report(
         find(key, tables)
         tables = [replace(table, rows=tuple(ranked(table, key))) for table in tables]
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    said = tuple(tuple(notices(table, tables)) for table in tables)
+    said = tuple(tuple(notices(table)) for table in tables)
     return Report(title, date, __version__, tuple(tables), said, all_metrics)
 
 

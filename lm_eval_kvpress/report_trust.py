@@ -23,7 +23,7 @@ def mark(tables: Sequence[Table]) -> list[Table]:
     ]
 
 
-def notices(table: Table, tables: Sequence[Table]) -> list[str]:
+def notices(table: Table) -> list[str]:
     """What is to be said of a table as a whole."""
     cells = [row.cell for row in table.rows if row.cell is not None]
     found = []
@@ -73,6 +73,8 @@ def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
 
 
 def _missing_baseline(table: Table, tables: Sequence[Table]) -> Mark:
+    if any(row.cell is not None and row.cell.is_stream for row in table.rows):
+        return Mark("baseline", "not run", "A stream always has a press: compare its budgets with each other.")
     elsewhere = any(
         other is not table and other.setting.checkpoint == table.setting.checkpoint and other.baseline.cell
         for other in tables

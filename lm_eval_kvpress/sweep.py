@@ -61,7 +61,8 @@ def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     console.print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
     if not todo:
         return
-    if not any(cell.arguments["press"] == "none" for cell in cells):
+    presses = [cell.arguments["press"] for cell in cells if "stream_budget" not in cell.arguments]
+    if presses and "none" not in presses:  # a stream has no baseline
         console.print("no cell is the baseline, from which differences are taken: add none to the presses")
     _check_tasks(settings, _tasks(settings, todo[0]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -107,6 +107,8 @@ class SweepSettings:
                     cell = Cell(_name(arguments), arguments)
                     self._check(cell)
                     cells[cell.name] = cell
+        if not cells:
+            raise UsageError("nothing to run: rolling=stream needs a press, and none is the only one in presses")
         return list(cells.values())
 
     def _of_press(self, press: Any, protocol: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

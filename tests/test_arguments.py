@@ -28,6 +28,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"query_tokens": 1.5}, "query_tokens"),
     ({"rolling": "both"}, "one_pass"),
     ({"rolling_context": 0}, "rolling_context"),
+    ({"press": "knorm", "rolling": "stream"}, "stream_budget=N"),
+    ({"press": "none", "rolling": "stream", "stream_budget": 64}, "use one of streaming_llm"),
+    ({"press": "snapkv", "rolling": "stream", "stream_budget": 256, "window_size": 32}, "set stream_chunk"),
     ({"short_context": "pad"}, "shrink"),
     ({"allow_extrapolation": "perhaps"}, "true or false"),
     ({"attn_implementation": "flash_attention_2"}, "sdpa or eager"),
@@ -45,6 +48,12 @@ def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], says: 
     message = str(caught.value)
     assert says in message
     assert "\n" not in message
+
+
+def test_the_window_of_a_stream_is_its_chunk() -> None:
+    given = {"press": "snapkv", "rolling": "stream", "stream_budget": 256, "stream_chunk": 32}
+    for own in ({}, {"window_size": 32}):
+        assert parse_arguments({**given, **own})[0].press.arguments["window_size"] == 32
 
 
 def test_press_arguments_and_hflm_arguments_are_told_apart() -> None:

@@ -45,6 +45,13 @@ def test_losses_beside_a_sweeps_results_are_found_whichever_folder_is_named(tmp_
         assert curves(place) == {"snapkv": expected}
 
 
+def test_that_a_stream_has_no_baseline_is_said_where_one_would_stand(tmp_path: Path) -> None:
+    write_stream(tmp_path, "snapkv")
+    (table,) = make_report([tmp_path]).tables
+    (mark,) = table.rows[0].marks
+    assert mark.label == "not run" and mark.text.startswith("A stream always has a press")
+
+
 def test_each_press_has_its_own_losses_and_of_two_runs_the_nearest_count(tmp_path: Path) -> None:
     write_stream(tmp_path / "a", "knorm")
     write_stream(tmp_path / "b", "snapkv", [[2.0] * 50, [2.0] * 40])

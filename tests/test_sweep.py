@@ -246,7 +246,7 @@ def test_a_finished_sweep_computes_nothing_again_and_more_cells_can_be_added(
 
 
 def test_streams_are_cells_too_and_keep_their_losses_by_position(
-    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"presses": "none,streaming_llm,knorm", "rolling": "prefix,stream", "ratios": "", "budgets": "64"}
     model_args = f"pretrained={checkpoint_dir},stream_chunk=16"
@@ -262,6 +262,7 @@ def test_streams_are_cells_too_and_keep_their_losses_by_position(
         "streaming_llm_stream_budget=64_rolling=stream",
         "knorm_stream_budget=64_rolling=stream",
     }
+    assert "no cell is the baseline" not in capsys.readouterr().err
     cell = tmp_path / "cells" / "knorm_stream_budget=64_rolling=stream"
     assert len(list((cell / "stream" / "sweep_rolling").glob("*.csv"))) == 6
 
@@ -280,6 +281,7 @@ BAD = [
     ({"model_args": "pretrained=x,presss=1"}, "unknown argument 'presss'"),
     ({"rolling": "streams"}, "rolling=streams is not known"),
     ({"rolling": "stream", "presses": "knorm"}, "give --budgets"),
+    ({"rolling": "stream", "presses": "none", "ratios": "", "budgets": "64"}, "nothing to run: rolling=stream needs"),
     ({"model": "hf"}, "choose one of pythia-kvpress, kvpress"),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
     ({"tasks": ""}, "a sweep needs tasks"),

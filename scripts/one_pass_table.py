@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,20 @@ def perplexities(arguments: argparse.Namespace, press: str, ratio: float, rollin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", default="builtin")
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"), help="wikitext2/ and pg19/ below it")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=os.environ.get("KVPRESS_DATA_DIR"),
+        help="wikitext2/ and pg19/ below it, see tasks/kvpress_ppl/README.md (default: KVPRESS_DATA_DIR)",
+    )
     parser.add_argument("--limit", type=int, default=10, help="documents per task (default: 10)")
-    parser.add_argument("--max-tokens", type=int, default=6000, help="tokens per book (default: 6000)")
+    parser.add_argument("--max_tokens", type=int, default=6000, help="tokens per book (default: 6000)")
     parser.add_argument("--output", type=Path, default=Path("runs/one_pass_table.json"))
     arguments = parser.parse_args()
+    if arguments.data_dir is None:
+        parser.error("give --data_dir, or set KVPRESS_DATA_DIR")
     if not (arguments.data_dir / "wikitext2" / "test.jsonl").is_file():
-        sys.exit(f"error: no wikitext2/test.jsonl below {arguments.data_dir}: pass --data-dir")
+        parser.error(f"--data_dir {arguments.data_dir} holds no wikitext2/test.jsonl")
     os.environ["HF_HUB_OFFLINE"] = "1"
     cells = [("none", 0.0), *((press, ratio) for ratio in (0.5, 0.9) for press in PRESSES)]
     figures: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The origin's benchmark again, as an experiment with conclusions: why was its perplexity the same for every press?
 
-    python scripts/reproduce_findings.py --data_dir ../shared/data                     the built-in checkpoint
+    python scripts/reproduce_findings.py --data_dir FOLDER                             the built-in checkpoint
     python scripts/reproduce_findings.py --pretrained EleutherAI/pythia-2.8b --dtype float16 --output runs/findings
 
 Writes OUTPUT/findings.md with its figures beside it, and findings.json with the numbers. WikiText and PG19 come from

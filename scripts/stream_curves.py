@@ -5,7 +5,7 @@ Every setting scores the same tokens at the same budget and chunk: full sliding 
 forward over the `budget` tokens before it), the window alone, sinks and window, the same with original positions, and
 tova. Losses are kept per book and setting, so a killed run goes on where it ended. The last line is one JSON document.
 
-    KVPRESS_DATA_DIR=FOLDER python scripts/stream_curves.py     # FOLDER/pg19/test.jsonl; by default ../shared/data
+    KVPRESS_DATA_DIR=FOLDER python scripts/stream_curves.py     # FOLDER/pg19/test.jsonl
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ BASE = "recomputation_512"
 
 def read_books() -> list[dict[str, str]]:
     """PG-19's test split, or the part of it that is there."""
-    folder = os.environ.get("KVPRESS_DATA_DIR") or Path(__file__).resolve().parents[2] / "shared" / "data"
-    with (Path(folder) / "pg19" / "test.jsonl").open(encoding="utf-8") as lines:
+    file = Path(os.environ.get("KVPRESS_DATA_DIR") or "") / "pg19" / "test.jsonl"
+    if not file.is_file():
+        raise SystemExit(f"no {file}: set KVPRESS_DATA_DIR to the folder of the books (tasks/kvpress_ppl/README.md)")
+    with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Cache bytes over the longest PG-19 book, streamed whole in a fixed cache. The last line is one JSON document.
 
-KVPRESS_DATA_DIR=FOLDER python scripts/stream_memory.py     # FOLDER/pg19/test.jsonl; by default ../shared/data
+KVPRESS_DATA_DIR=FOLDER python scripts/stream_memory.py     # FOLDER/pg19/test.jsonl
 """
 
 from __future__ import annotations

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
+from real_data import DATA
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.adapter import KVPress
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PRESSES = ("snapkv", "streaming_llm", "pyramidkv", "random")
 NUM_CHARACTERS = 3_500  # of each text: about 800 tokens
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real texts and tokenizer in {DATA.name}: see README")
+pytestmark = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"no real texts and tokenizer in {DATA}: set KVPRESS_DATA_DIR"
+)
 
 
 @pytest.fixture(scope="module")

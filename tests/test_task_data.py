@@ -12,11 +12,11 @@ from typing import Any
 import datasets
 import pytest
 from lm_eval.tasks.wikitext import preprocess_wikitext as stock
+from real_data import DATA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 
 WIKITEXT = {
     "hub_dataset": "EleutherAI/wikitext_document_level",

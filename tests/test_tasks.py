@@ -20,13 +20,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
+from real_data import DATA
 from transformers import AutoTokenizer
 
 from lm_eval_kvpress.telemetry import RollingScore
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "tasks"
-DATA = ROOT.parent / "shared" / "data"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
 
 GROUPS = {

@@ -6,8 +6,8 @@ PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth (docs/LOG.md
 On Zen 3, which has no AVX-512, only few rows by large weights gain. So the bounds are by instruction set, and for AMD's
 processors: on others the two were not compared and nothing changes.
 
-For every new number of rows oneDNN generates code, 0.3 to 4 ms and up to 1 MB each, and keeps it (0.45 GB was the most
-seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
+For every new number of rows oneDNN generates code, 0.3 to 1 ms and 0.3 to 0.6 MB each, and keeps it (0.45 GB was the
+most seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
 
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 No release promises it, so it is used only once it has multiplied small matrices correctly.

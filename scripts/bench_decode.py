@@ -41,7 +41,7 @@ from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.engine import PressableModel
 
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**29}
-WANTED = {"roofline": 0.6, "generate": 8.0, "press": 1.9}
+TARGETS = {"roofline": 0.6, "generate": 8.0, "press": 1.9}
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int, num_copies: int = 9) -> float:
@@ -131,7 +131,7 @@ def report_rows(
             "step_bytes": step_bytes(model, case, found[0][case]),
             "roofline_share": asdict(estimate([roofline_sec(case) / step_sec(one[case]) for one in found])),
             "value": asdict(estimate(values)),
-            "wanted": WANTED[name],
+            "target": TARGETS[name],
             **facts,
         }
 
@@ -167,11 +167,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         "of roofline",
         "figure",
         "is",
-        "wanted",
+        "target",
     )
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     for row in report["rows"]:
-        value, met = row["value"], "met" if row["value"]["median"] >= row["wanted"] else "MISSED"
+        value, met = row["value"], "met" if row["value"]["median"] >= row["target"] else "MISSED"
         cells = (
             *(str(row[name]) for name in ("batch_size", "num_prompt_tokens", "press")),
             *(f"{1000 * row[name]['median']:.2f}" for name in ("step_sec", "tpot_sec")),
@@ -179,7 +179,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{row['roofline_share']['median']:.0%}",
             f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]",
             sentences(report)[row["row"]],
-            f"{row['wanted']:.1f} {met}" if report["gpu"] else "on a GPU",
+            f"{row['target']:.1f} {met}" if report["gpu"] else "on a GPU",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

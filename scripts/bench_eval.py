@@ -51,7 +51,7 @@ class Row:
         rolling: our protocol of rolling perplexity; stock's is one_pass.
         against: ``stock``, ``pipeline``, ``pipeline-shared`` or ``generate``.
         agrees: whether both sides must give the same numbers.
-        wanted: model to the least ratio that was asked for.
+        target: model to the least ratio that this project set itself.
         memory: whether the peak memory of both sides is measured.
     """
 
@@ -60,7 +60,7 @@ class Row:
     against: str
     rolling: str = "one_pass"
     agrees: bool = False
-    wanted: Mapping[str, float] = field(default_factory=dict)
+    target: Mapping[str, float] = field(default_factory=dict)
     memory: bool = False
 
     @property
@@ -81,18 +81,18 @@ class Row:
 
 ROWS = (
     Row("choice-200", "none", "stock", agrees=True),
-    Row("choice-800", "none", "stock", agrees=True, wanted={"pythia-70m": 9, "builtin": 4}, memory=True),
+    Row("choice-800", "none", "stock", agrees=True, target={"pythia-70m": 9, "builtin": 4}, memory=True),
     Row("choice-1600", "none", "stock", agrees=True),
     Row("choice-200", "snapkv", "stock"),
-    Row("choice-800", "snapkv", "stock", wanted={"pythia-70m": 7.5, "builtin": 3.2}),
+    Row("choice-800", "snapkv", "stock", target={"pythia-70m": 7.5, "builtin": 3.2}),
     Row("choice-1600", "snapkv", "stock"),
-    Row("qa-short", "snapkv", "stock", agrees=True, wanted={"pythia-70m": 3}),
-    Row("rolling", "none", "stock", agrees=True, wanted={"pythia-70m": 1.3}, memory=True),
-    Row("rolling", "snapkv", "stock", rolling="prefix", wanted={"pythia-70m": 1 / 1.7, "builtin": 1 / 2.1}),
-    Row("choice-800", "snapkv", "pipeline", agrees=True, wanted=dict.fromkeys(("builtin", "pythia-70m"), 8)),
+    Row("qa-short", "snapkv", "stock", agrees=True, target={"pythia-70m": 3}),
+    Row("rolling", "none", "stock", agrees=True, target={"pythia-70m": 1.3}, memory=True),
+    Row("rolling", "snapkv", "stock", rolling="prefix", target={"pythia-70m": 1 / 1.7, "builtin": 1 / 2.1}),
+    Row("choice-800", "snapkv", "pipeline", agrees=True, target=dict.fromkeys(("builtin", "pythia-70m"), 8)),
     Row("choice-800", "snapkv", "pipeline-shared", agrees=True),
     *(Row(f"generate-64x{size}", "snapkv", "pipeline") for size in (1, 4, 8, 16)),
-    Row("generate-128x16", "snapkv", "pipeline", wanted=dict.fromkeys(("builtin", "pythia-70m"), 4)),
+    Row("generate-128x16", "snapkv", "pipeline", target=dict.fromkeys(("builtin", "pythia-70m"), 4)),
     *(Row(f"generate-64x{size}", "snapkv", "generate") for size in (1, 16)),
     Row("tiny-choice", "none", "stock", agrees=True),
     Row("tiny-choice", "none", "pipeline", agrees=True),
@@ -176,7 +176,7 @@ def measured(row: Row, model: str, models: Models, text: Text, arguments: argpar
         "num_requests": len(workload.instances),
         "num_prompts": workload.num_prompts,
         "repeats": arguments.repeats,
-        "wanted": row.wanted.get(model),
+        "target": row.target.get(model),
         **result,
     }
 
@@ -236,13 +236,13 @@ def merged(rows: Sequence[dict[str, Any]], earlier: Path) -> list[dict[str, Any]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    headings = ("model", "workload", "press", "against", "batch", "s", "their s", "times as fast", "wanted", "memory")
+    headings = ("model", "workload", "press", "against", "batch", "s", "their s", "times as fast", "target", "memory")
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in report["rows"]), ""])
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    ratio, wanted = row["times_as_fast"], row["wanted"]
+    ratio, target = row["times_as_fast"], row["target"]
     memory = "-"
     if "peak_extra_bytes" in row:
         mine, theirs = (row[key] / 2**20 for key in ("peak_extra_bytes", "their_peak_extra_bytes"))
@@ -255,7 +255,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['batch_size']} / {row['their_batch_size']}",
         *(f"{row[key]['median']:.2f}" for key in ("seconds", "their_seconds")),
         f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-        "-" if wanted is None else f"{wanted:.2f} {'met' if ratio['median'] >= wanted else 'MISSED'}",
+        "-" if target is None else f"{target:.2f} {'met' if ratio['median'] >= target else 'MISSED'}",
         memory,
     ]
 

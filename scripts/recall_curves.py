@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,15 @@ def cell(arguments: argparse.Namespace, press: str, ratio: float) -> dict[str, A
         "story_perplexity": facts["kvpress_story"]["token_perplexity_under_press"],
         "kept_share": facts["kvpress_recall"]["contexts_pressed"]["kept_share"],
         "notes": sorted({note for task in facts.values() for note in task["notes"]}),
+        "fell_back": _fell_back(facts.values()),
     }
+
+
+def _fell_back(facts: Iterable[Mapping[str, Any]]) -> float:
+    """The share of the pressed contexts in which another press ran than the one named."""
+    tasks = list(facts)
+    counts = [count for task in tasks for note, count in task["notes"].items() if "fell back" in note]
+    return sum(counts) / max(1, sum(task["contexts_pressed"]["num_contexts"] for task in tasks))
 
 
 def draw(figures: list[dict[str, Any]], file: Path) -> None:
@@ -98,7 +107,8 @@ def markdown(figures: list[dict[str, Any]]) -> str:
     ]
     for row in figures:
         recall = f"{100 * row['recall_question_seen']:.0f} % | {100 * row['recall_question_held_back']:.0f} %"
-        mark = " (as snapkv)" if any("fell back" in note for note in row["notes"]) else ""
+        share = row["fell_back"]
+        mark = f" ({'' if share == 1 else f'{100 * share:.0f} % of contexts '}as snapkv)" if share else ""
         lines.append(f"| {row['press']}{mark} | {row['removed']} | {recall} | {row['story_perplexity']:.2f} |")
     return "\n".join(lines)
 

@@ -36,7 +36,12 @@ def markdown(findings: Findings, figures: Mapping[str, str]) -> str:
 
 
 def introduction(findings: Findings) -> str:
-    lines = ["# Findings", "", "The experiment of the project's origin again, and what it could not see."]
+    lines = [
+        "# Findings",
+        "",
+        "This project began with a benchmark of Pythia-2.8B, here called the origin, whose perplexity was the same for "
+        "every press. This is its experiment again, and what it could not see.",
+    ]
     lines += ["", *(f"- {line}" for line in findings.setting), *(f"- Skipped: {line}" for line in findings.skipped)]
     lines += [
         "",

@@ -97,7 +97,7 @@ def test_ends_in_one_document_and_a_table(capsys: pytest.CaptureFixture[str], tm
     assert press["bytes_allow"] > 1 and generate["value"]["low"] > 0 and report["gpu"] is None
     lines = (tmp_path / "bench_decode.md").read_text().splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
-    assert all("on a GPU" in line for line in lines[2:]), "what is wanted of a GPU is not judged on a CPU"
+    assert all("on a GPU" in line for line in lines[2:]), "a target for a GPU is not judged on a CPU"
 
 
 def test_a_prompt_beyond_the_positions_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ def _(patch: MonkeyPatch) -> None:
     patch.setattr(Compressor, "__init__", holds_nothing_back)
 
 
-@fault("one forward per window", "no press can act: 10.96 everywhere", "action")
+@fault("one forward per window", "no press can act: every press gets the figure of none", "action")
 def _(patch: MonkeyPatch) -> None:
     def one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[plan.Window]:
         return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)

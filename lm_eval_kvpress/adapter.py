@@ -83,8 +83,8 @@ class KVPress(HFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         if Path(sys.argv[0]).name in COMMANDS:
             print_usage_errors_in_one_line(LogError)
-        pretrained = pretrained or self.DEFAULT_PRETRAINED
-        if pretrained is None:
+        pretrained = self.DEFAULT_PRETRAINED if pretrained is None else pretrained
+        if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
         self._settings, of_hflm = parse_arguments(arguments)
         self._pretrained_name = pretrained if isinstance(pretrained, str) else pretrained.name_or_path

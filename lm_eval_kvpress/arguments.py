@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ ROLLING = ("prefix", "one_pass", "stream")
 STREAM_POSITIONS = ("cache", "original")
 SHORT_CONTEXT = ("keep", "shrink", "error")
 BUILTIN = "builtin"
+
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+DEVICES = re.compile(r"(cpu|cuda|mps|npu|hpu)(:\d+)?")
+BATCH_SIZES = re.compile(r"auto(:\d+(\.\d+)?)?|[1-9]\d*")
 
 LOADING_ARGUMENTS = frozenset(
     {
@@ -174,11 +179,15 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
         UsageError: for an unknown name (a near one is suggested) or a wrong value.
     """
     rest = dict(arguments)
+    press_name = rest.pop("press", None)  # lm-eval reads "none" as None
+    if press_name == "":
+        raise UsageError("press= is empty: name a press, or press=none")
     try:
-        name, decoding = split_name(str(rest.pop("press", None) or "none"))  # lm-eval reads "none" as None
+        name, decoding = split_name("none" if press_name is None else str(press_name))
         of_decoding: dict[str, Any] = {}
         if decoding is not None:
             rest, of_decoding = split_arguments(rest)
+            _refuse_sizes_of_nothing(name, decoding, rest)
         of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
         press = parse_press(name, of_press)
     except ValueError as error:
@@ -187,11 +196,20 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     settings = _with_stream(Settings(press, **{key: _checked(key, value) for key, value in own.items()}), of_press)
     settings = _with_decoding(settings, decoding, of_decoding)
     _refuse_unknown(rest, press_argument_names(name), name)
+    _check_of_hflm(rest)
     _settle_attention(settings.press, rest)
     return settings, rest
 
 
+def _refuse_sizes_of_nothing(prefill: str, decoding: str, arguments: Mapping[str, Any]) -> None:
+    sizes = sorted({"compression_ratio", "kv_budget"} & arguments.keys())
+    if prefill == "none" and sizes:
+        raise UsageError(f"press=decoding:{decoding} keeps target_size entries: leave {' and '.join(sizes)} out")
+
+
 def _checked(key: str, value: Any) -> Any:
+    if key == "throughput_log" and not str(value).endswith((".jsonl", ".csv")):
+        raise UsageError(f"throughput_log={value}: the name must end in .jsonl or .csv")
     if key in ("stream_output", "throughput_log"):
         return str(value)
     choices = {"rolling": ROLLING, "short_context": SHORT_CONTEXT, "stream_positions": STREAM_POSITIONS}.get(key)
@@ -271,6 +289,22 @@ def _refuse_unknown(rest: Mapping[str, Any], of_press: frozenset[str], press: st
         )
     if rest.get("softmax_dtype") not in (None, "float32"):
         raise UsageError("softmax_dtype: log-probabilities are always computed in float32 here; leave it out")
+
+
+def _check_of_hflm(rest: Mapping[str, Any]) -> None:
+    """What ``HFLM`` would take for another value, or fail at only once weights are read."""
+    for key in ("max_length", "max_batch_size"):
+        if rest.get(key) is not None:
+            _checked(key, rest[key])
+    for key, known, says in (
+        ("batch_size", BATCH_SIZES, "must be auto or a whole number from 1 on"),
+        ("device", DEVICES, "is not known: cpu, cuda, cuda:N, mps"),
+    ):
+        if rest.get(key) is not None and not known.fullmatch(str(rest[key])):
+            raise UsageError(f"{key}={rest[key]} {says}")
+    dtype = rest.get("dtype")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype} is not known: choose one of {', '.join(DTYPES)}")
 
 
 def _settle_attention(press: PressSpec, rest: dict[str, Any]) -> None:

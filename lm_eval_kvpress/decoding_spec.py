@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_kvpress.press_catalog import DEFAULT_INTERVAL, STANDING
-from lm_eval_kvpress.press_grammar import NONE
+from lm_eval_kvpress.press_grammar import DECODING, NONE, PREFILL_DECODING
 from lm_eval_kvpress.presses import BUDGET, RATIO, PressSpec, parse_press
-
-DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from lm_eval_kvpress.press_arguments import arguments_of
 from lm_eval_kvpress.press_catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
 
 NONE = "none"
+DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
+"""Heads of names whose press acts while text is generated (`decoding_spec`)."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ def _row(name: str) -> Row:
             raise ValueError(f"press={name} is not supported: {unsupported.reason}")
     if name == NONE:
         raise ValueError("press=none removes nothing and cannot be wrapped or composed")
-    known_names = [NONE, *ROWS, *ALIASES]
+    known_names = [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
     near = difflib.get_close_matches(name, known_names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"unknown press '{name}': {hint}known are {', '.join([NONE, *ROWS])}")
+    raise ValueError(f"unknown press '{name}': {hint}known are {', '.join([NONE, *ROWS, DECODING, PREFILL_DECODING])}")
 
 
 def why_not_wrapped(row: Row, inner: Part) -> str:

@@ -14,6 +14,18 @@ from lm_eval_kvpress.arguments import UsageError, parse_arguments, resolve_pretr
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapvk"}, "snapkv"),
+    ({"press": ""}, "press=none"),
+    ({"press": "decodng:knorm"}, "did you mean 'decoding'"),
+    ({"press": "decoding:knorm", "target_size": 64, "compression_ratio": 0.5}, "leave compression_ratio out"),
+    ({"max_length": "abc"}, "max_length=abc must be a whole number"),
+    ({"max_length": -5}, "max_length=-5 must be at least 1"),
+    ({"max_length": 0}, "max_length=0 must be at least 1"),
+    ({"batch_size": 0}, "batch_size=0 must be auto or"),
+    ({"batch_size": "abc"}, "batch_size=abc must be auto or"),
+    ({"max_batch_size": 0}, "max_batch_size=0"),
+    ({"device": "gpu"}, "device=gpu is not known: cpu, cuda"),
+    ({"dtype": "float23"}, "dtype=float23 is not known: choose one of auto, float32"),
+    ({"throughput_log": "log.txt"}, ".jsonl or .csv"),
     ({"press": "snapkv", "window_sizes": 32}, "window_size"),
     ({"press": "snapkv", "bath_size": 32}, "batch_size"),
     ({"press": "streaming_llm", "window_size": 32}, "window_size"),

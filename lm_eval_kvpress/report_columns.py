@@ -181,7 +181,7 @@ def bytes_per_context(row: Row, name: str) -> float | None:
 
 
 def uncompressed(row: Row) -> float | None:
-    if not _kept(row) or row.cell is None or row.cell.press.is_none:
+    if not _kept(row) or row.cell is None or not row.cell.press.acts_on_prefill:
         return None
     return float(sum(one.num_contexts_unpressed for one in _kept(row)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lm_eval_kvpress.report_table import Mark, Row, Table
-from lm_eval_kvpress.results import Cell
+from lm_eval_kvpress.results import Cell, Kept
 
 FEW_DOCUMENTS = 10
 
@@ -90,16 +90,10 @@ def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
     num_pressed = sum(one.num_contexts_pressed for one in kept)
     num_contexts = num_pressed + sum(one.num_contexts_unpressed for one in kept)
     num_short = sum(one.num_short_contexts for one in kept)
-    is_stream = "stream_budget" in dict(cell.press.arguments)
-    if cell.press_acts_on_rolling is False:
+    if cell.rolling == "one_pass" and any(task.is_rolling for task in cell.tasks):
         text = "rolling=one_pass scores each window in one forward, which no press can act on: perplexities are those "
         yield Mark("one_pass", "one pass", text + "of the full cache.", True)
-    if is_stream and not any(one.num_tokens_scored_pressed for one in kept):
-        yield Mark("inert", "kept everything", "No document outgrew the stream's budget: nothing was evicted.", True)
-    elif not is_stream and kept and not num_pressed:
-        yield Mark("inert", "never ran", "No context went through the press: all were too short for it.", True)
-    elif num_pressed and all(one.share == 1 for one in kept if one.num_contexts_pressed):
-        yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
+    yield from _inert(cell, kept)
     if row.answers_are_the_baselines:
         text = "Every logged answer equals the baseline's to the last digit: the press acted on nothing."
         yield Mark("identical", "identical", text, True)
@@ -118,6 +112,28 @@ def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
         yield Mark(
             "note", label, f"{_capital(note)} ({count} of {num_pressed} contexts).", fell_back and count >= num_pressed
         )
+
+
+def _inert(cell: Cell, kept: Sequence[Kept]) -> Iterator[Mark]:
+    """That the press acted on nothing, if it did. Where nothing was measured, nothing can be said."""
+    if not kept or any(one.num_decode_compressions for one in kept):
+        return
+    num_pressed, num_unpressed = (
+        sum(getattr(one, name) for one in kept) for name in ("num_contexts_pressed", "num_contexts_unpressed")
+    )
+    if "stream_budget" in dict(cell.press.arguments):
+        if not any(one.num_tokens_scored_pressed for one in kept):
+            text = "No document outgrew the stream's budget: nothing was evicted."
+            yield Mark("inert", "kept everything", text, True)
+    elif not cell.press.acts_on_prefill:
+        text = "No answer grew long enough for the press to act, which it does only while text is generated."
+        yield Mark("inert", "never ran", text, True)
+    elif not num_pressed:
+        are_short = 0 < num_unpressed == sum(one.num_short_contexts for one in kept)
+        text = "No context went through the press" + (": all were too short for it." if are_short else ".")
+        yield Mark("inert", "never ran", text, True)
+    elif all(one.share == 1 for one in kept if one.num_contexts_pressed):
+        yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
 
 
 def _figures_are_the_baselines(row: Row) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PROTOCOL = (
 # What a folder of losses (stream_output) and a results file both say of what ran.
 IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
 Identity = tuple[str, ...]
+ROLLING = "loglikelihood_rolling"
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 
 
@@ -40,7 +41,8 @@ class Press:
     Attributes:
         name: as in ``press=``; ``none`` for the uncompressed cache and for stock lm-eval.
         arguments: sorted pairs, defaults included; for streams with ``stream_budget``.
-        removed_asked: the fraction that ``compression_ratio`` asks to remove; None under a budget.
+        removed_asked: the fraction that ``compression_ratio`` asks to remove; None under a budget, and for a press that
+            leaves the prefill alone.
     """
 
     name: str
@@ -50,6 +52,10 @@ class Press:
     @property
     def is_none(self) -> bool:
         return self.name == "none"
+
+    @property
+    def acts_on_prefill(self) -> bool:
+        return not self.is_none and not self.name.startswith("decoding:")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Kept:
     num_short_contexts: int
     num_tokens: int
     num_tokens_scored_pressed: int
+    num_decode_compressions: int
     share: float | None
     share_min_layer: float | None
     share_max_layer: float | None
@@ -85,11 +92,14 @@ class Kept:
 class Task:
     """One task of one run.
 
-    ``fingerprint`` is lm-eval's hash of its documents and prompts; None where no samples were logged.
+    Attributes:
+        is_rolling: whether whole texts are scored (lm-eval's ``loglikelihood_rolling``).
+        fingerprint: lm-eval's hash of its documents and prompts; None where no samples were logged.
     """
 
     name: str
     metrics: tuple[Metric, ...]
+    is_rolling: bool
     num_documents: int | None
     num_documents_available: int | None
     version: str
@@ -126,7 +136,6 @@ class Cell:
     batch_size: str
     model_settings: tuple[tuple[str, str], ...]
     protocol: tuple[tuple[str, str], ...]
-    press_acts_on_rolling: bool | None
     press: Press
     tasks: tuple[Task, ...]
     speed: Speed
@@ -139,8 +148,12 @@ class Cell:
         return self.protocol == STOCK_PROTOCOL
 
     @property
+    def rolling(self) -> str | None:
+        return dict(self.protocol).get("rolling")
+
+    @property
     def is_stream(self) -> bool:
-        return dict(self.protocol).get("rolling") == "stream"
+        return self.rolling == "stream"
 
     def task(self, name: str) -> Task | None:
         return next((task for task in self.tasks if task.name == name), None)
@@ -202,7 +215,6 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         batch_size=str(facts.get("batch_size") or config.get("batch_size")),
         model_settings=_model_settings(content, arguments),
         protocol=STOCK_PROTOCOL if protocol is None else _pairs({key: protocol.get(key) for key in PROTOCOL}),
-        press_acts_on_rolling=None if protocol is None else protocol.get("press_acts_on_rolling"),
         press=_press(facts.get("press"), protocol or {}),
         tasks=tuple(_tasks(file, content, facts.get("tasks") or {})),
         speed=_speed(throughput),
@@ -226,12 +238,13 @@ def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Pres
     arguments = {key: value for key, value in press["arguments"].items() if key not in told_apart}
     if press.get("kv_budget") is not None and not budget:
         arguments["kv_budget"] = press["kv_budget"]
-    ratio = None if budget else _number(press.get("compression_ratio"))
-    return Press(press["name"], _pairs(arguments | budget), ratio)
+    found = Press(press["name"], _pairs(arguments | budget), _number(press.get("compression_ratio")))
+    has_ratio = not budget and (found.acts_on_prefill or found.is_none)
+    return found if has_ratio else replace(found, removed_asked=None)
 
 
 def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[Task]:
-    counts = content.get("n-samples") or {}
+    counts, configs = content.get("n-samples") or {}, content.get("configs") or {}
     for name, figures in content["results"].items():
         better = (content.get("higher_is_better") or {}).get(name) or {}
         metrics = tuple(_metrics(figures, better))
@@ -243,6 +256,7 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         yield Task(
             name=name,
             metrics=metrics,
+            is_rolling=(configs.get(name) or {}).get("output_type") == ROLLING,
             num_documents=count.get("effective"),
             num_documents_available=count.get("original"),
             version=str((content.get("versions") or {}).get(name)),
@@ -271,6 +285,7 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
         num_short_contexts=fact["num_short_contexts"],
         num_tokens=pressed["num_tokens"],
         num_tokens_scored_pressed=fact["tokens_scored_under_press"],
+        num_decode_compressions=fact.get("num_decode_compressions", 0),
         share=pressed["kept_share"],
         share_min_layer=pressed["kept_share_min_layer"],
         share_max_layer=pressed["kept_share_max_layer"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,14 @@ def write_results(
     if scores is not None:
         lines = [sample_line(index, score) for index, score in enumerate(scores)]
         (place / "samples_recall_2026.jsonl").write_text("\n".join(lines) + "\n")
+    return file
+
+
+def amend(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Changes what was written."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
     return file
 
 

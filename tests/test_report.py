@@ -6,10 +6,11 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from report_files import NUM_DOCUMENTS, sample_line, write_results
+from report_files import NUM_DOCUMENTS, amend, sample_line, write_results
 from scipy.stats import bootstrap
 
 from lm_eval_kvpress import cli
@@ -96,6 +97,78 @@ def test_rows_that_cannot_be_trusted_are_marked(tmp_path: Path, facts: dict[str,
     write_results(tmp_path, "none", 0.0)
     write_results(tmp_path, "snapkv", 0.5, **facts)
     assert labels(tmp_path)["snapkv"] == [label]
+
+
+def without_prefill_press(
+    folder: Path,
+    press: str,
+    *,
+    num_compressions: int = 0,
+    num_short: int = 0,
+    acc: float = 0.4,
+    rolling: str = "prefix",
+) -> Path:
+    """A run whose press saw no context of the prefill."""
+    file = write_results(folder, press, 0.0, acc=acc)
+
+    def change(content: dict[str, Any]) -> None:
+        facts = content["config"]["kvpress"]
+        task = facts["tasks"]["recall"]
+        facts["protocol"] |= {"rolling": rolling, "press_acts_on_rolling": False}
+        task |= {"num_decode_compressions": num_compressions, "num_short_contexts": num_short}
+        task["contexts_unpressed"], task["contexts_pressed"] = task["contexts_pressed"], task["contexts_unpressed"]
+
+    return amend(file, change)
+
+
+def test_a_press_that_acts_while_text_is_generated_ran_if_it_compressed_then(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    without_prefill_press(tmp_path, "decoding:knorm", num_compressions=23)
+    without_prefill_press(tmp_path, "decoding:tova")
+    without_prefill_press(tmp_path, "prefill_decoding:snapkv+knorm", num_compressions=1, num_short=4)
+    without_prefill_press(tmp_path, "prefill_decoding:snapkv+tova", num_short=4)
+    rows = {row.cell.press.name: row for row in make_report([tmp_path]).tables[0].rows if row.cell}
+    assert {name: [mark.label for mark in row.marks] for name, row in rows.items()} == {
+        "none": [],
+        "decoding:knorm": [],
+        "decoding:tova": ["never ran"],
+        "prefill_decoding:snapkv+knorm": [],
+        "prefill_decoding:snapkv+tova": ["never ran"],
+    }
+    texts = {name: row.marks[0].text for name, row in rows.items() if row.marks}
+    assert texts["decoding:tova"].startswith("No answer grew long enough for the press to act")
+    assert texts["prefill_decoding:snapkv+tova"].endswith("all were too short for it.")
+
+
+def test_what_a_press_of_generated_text_removes_from_contexts_is_missing_and_not_zero(tmp_path: Path) -> None:
+    without_prefill_press(tmp_path, "decoding:knorm", num_compressions=23)
+    without_prefill_press(tmp_path, "prefill_decoding:snapkv+knorm", num_compressions=23)
+    rows = {row["press"]: row for row in json.loads(as_json(make_report([tmp_path])))["rows"]}
+    names = ("removed_asked", "kept_share", "num_uncompressed")
+    assert [rows["decoding:knorm"][name] for name in names] == [None, None, None]
+    assert [rows["prefill_decoding:snapkv+knorm"][name] for name in names] == [0.0, None, 4]
+
+
+def test_contexts_are_called_too_short_only_where_they_were(tmp_path: Path) -> None:
+    without_prefill_press(tmp_path, "snapkv")
+    (mark,) = make_report([tmp_path]).tables[0].rows[1].marks
+    assert (mark.label, mark.text) == ("never ran", "No context went through the press.")
+
+
+@pytest.mark.parametrize(
+    "rolling, output_type, expected",
+    [
+        ("one_pass", "loglikelihood_rolling", ["one pass"]),
+        ("one_pass", "multiple_choice", []),
+        ("prefix", "loglikelihood_rolling", []),
+    ],
+)
+def test_one_pass_is_marked_where_a_text_was_scored_in_one(
+    tmp_path: Path, rolling: str, output_type: str, expected: list[str]
+) -> None:
+    file = without_prefill_press(tmp_path, "decoding:knorm", num_compressions=1, rolling=rolling)
+    amend(file, lambda content: content.update(configs={"recall": {"output_type": output_type}}))
+    assert labels(tmp_path)["decoding:knorm"] == expected
 
 
 def test_the_newest_of_several_files_of_one_setting_counts(tmp_path: Path) -> None:

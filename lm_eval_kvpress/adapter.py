@@ -7,11 +7,13 @@ A thin subclass of lm-eval's ``HFLM``, which loads models and tokenizes. The thr
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import sys
+import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,10 +23,9 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lm_eval_kvpress import (
     answer_cache,
@@ -45,12 +46,13 @@ from lm_eval_kvpress.arguments import (
     print_usage_errors_in_one_line,
     resolve_pretrained,
 )
-from lm_eval_kvpress.compression import Compressor
+from lm_eval_kvpress.compression import Compressor, ShortContextError
 from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.loading import CheckedHFLM
 from lm_eval_kvpress.presses import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -63,10 +65,23 @@ from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Wo
 
 logger = logging.getLogger("lm_eval_kvpress")
 
+SAMPLED = 1_024
+"""Numbers of each weight that tell checkpoints apart."""
+
+NO_PART_OF_ANSWERS = frozenset(
+    {
+        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "force_download", "gpus"),
+        *("local_files_only", "low_cpu_mem_usage", "max_batch_size", "max_cpu_memory", "max_length", "max_memory"),
+        *("max_memory_per_gpu", "offload_folder", "offload_state_dict", "parallelize", "revision", "token"),
+        *("trust_remote_code", "use_safetensors"),
+    }
+)
+"""Arguments of ``HFLM`` that change no answer, or stand in a run's identity under another name."""
+
 COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "__main__.py")
 
 
-class KVPress(HFLM):
+class KVPress(CheckedHFLM):
     """Any architecture that kvpress or this package presents to it, evaluated through its compressed cache.
 
     Args:
@@ -100,7 +115,12 @@ class KVPress(HFLM):
                     f"press={self._settings.press.name} needs {needed} attention and the loaded model has {has}: call "
                     f"model.set_attn_implementation('{needed}') first, or pass the model's name"
                 )
+        if self._settings.stream_output is not None:
+            _check_folder("stream_output", Path(self._settings.stream_output))
         self._asked_max_length = of_hflm.get("max_length")
+        self._arguments_of_answers = {
+            name: str(value) for name, value in sorted(of_hflm.items()) if name not in NO_PART_OF_ANSWERS
+        }
         super().__init__(pretrained=pretrained, **of_hflm)
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
@@ -118,41 +138,6 @@ class KVPress(HFLM):
             )
 
     # -------------------------------------------------------------------------------------------------- loading
-
-    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        try:
-            super()._get_config(pretrained, **kwargs)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(
-                f"cannot load pretrained={pretrained}: {reason} Offline, pass the folder of a local checkpoint, or "
-                "pretrained=builtin for the small trained model that ships with this package"
-            ) from error
-        self._check_config(self._config, self._asked_max_length)
-
-    def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
-        if config.model_type in native.MODEL_TYPES:
-            try:
-                native.check_config(config)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
-        elif config.model_type != "gpt_neox":
-            raise UsageError(
-                f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
-                f"({', '.join(native.MODEL_TYPES)})"
-            )
-        positions = config.max_position_embeddings
-        if max_length and max_length > positions and not self._settings.allow_extrapolation:
-            raise UsageError(
-                f"max_length={max_length} exceeds the {positions} positions that the model was trained on: lower it, "
-                "or pass allow_extrapolation=true to measure what happens beyond"
-            )
-        self._settings.rolling_window(max_length or positions)
-        self._settings.check_stream(positions)
-        try:
-            self._settings.press.check_layers(config.num_hidden_layers)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
     def _presentable(self) -> PressableModel:
         """The loaded model, its basis changed if it is a GPTNeoX, with the way kvpress can hook it."""
@@ -222,23 +207,35 @@ class KVPress(HFLM):
         return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm)
 
     def _encoded(self, requests: Sequence[Instance]) -> list[list[int]]:
-        return encode_all(self, [request.args[0] for request in requests])
+        texts = encode_all(self, [request.args[0] for request in requests])
+        self._check_ids(texts)
+        return texts
+
+    def _check_ids(self, texts: Iterable[Sequence[int]]) -> None:
+        known, highest = self.model.get_input_embeddings().num_embeddings, max(map(max, filter(None, texts)), default=0)
+        if highest >= known:
+            raise UsageError(
+                f"token id {highest} is beyond the {known} embeddings of the model: the tokenizer has tokens that the "
+                "checkpoint does not know; use the one that belongs to it"
+            )
 
     def _truncated(
         self, pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[RequestId]
     ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        truncated = []
+        self._check_ids(itertools.chain.from_iterable(pairs))
+        truncated, cut = [], set()
         for index, (context, continuation) in enumerate(pairs):
             if not context or not continuation or len(continuation) > self.max_length:
-                raise ValueError(
+                raise UsageError(
                     f"request {index} of task '{ids[index].task}' has {len(context)} context and {len(continuation)} "
                     f"continuation tokens; each needs at least 1, and a continuation at most {self.max_length}"
                 )
             kept = plan.truncate_left(context, continuation, self.max_length)
             truncated.append((kept, tuple(continuation)))
-        num_cut = sum(len(kept) < len(context) for (kept, _), (context, _) in zip(truncated, pairs, strict=True))
-        if num_cut:
-            logger.warning("%d contexts were cut from the left to fit max_length=%d", num_cut, self.max_length)
+            if len(kept) < len(context):
+                cut.add(tuple(context))
+        if cut:
+            logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), self.max_length)
         return truncated
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -294,6 +291,7 @@ class KVPress(HFLM):
         keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
         return {key: facts[key] for key in keys} | {
             "revision": self.revision,
+            "arguments": self._arguments_of_answers,
             "weights": weights_fingerprint(self.model),
             "prefix_token": self.prefix_token_id,
             "seed": torch.initial_seed(),
@@ -332,12 +330,24 @@ class KVPress(HFLM):
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
         max_new_tokens = options.pop("max_gen_toks")
         room = self.max_length - max_new_tokens
-        if room < 1:
-            raise ValueError(f"max_gen_toks={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
-        sampler_for(options, [0], 1)  # unsupported arguments are refused before the first prefill
+        if max_new_tokens < 1 or room < 1:
+            raise UsageError(
+                f"max_gen_toks={max_new_tokens} must be at least 1 and leave room for a prompt within the "
+                f"{self.max_length} tokens of max_length"
+            )
+        try:
+            sampler_for(options, [0], 1)  # refuses before the first prefill
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         eos_ids = self.model.generation_config.eos_token_id
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
         generation = Generation(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
+        num_cut = sum(len(job.context) > room for job in prompts.values())
+        if num_cut:
+            logger.warning(
+                "%d prompts were cut from the left to %d tokens: max_length=%d less max_gen_toks=%d",
+                *(num_cut, room, self.max_length, max_new_tokens),
+            )
         cut = {index: replace(job, context=job.context[-room:]) for index, job in prompts.items()}
         return GenerationWork(cut, generation, lambda ids: self._text(list(ids), until))
 
@@ -368,8 +378,15 @@ class KVPress(HFLM):
         return [answers[index] for index in range(len(answers))]
 
     def _check_lengths(self, work: Work[Any]) -> None:
-        for segment in work.segments():
-            self._runner.compressor.check_lengths(work.contexts(segment))
+        self._check_lengths_for(self._runner, work)
+
+    @staticmethod
+    def _check_lengths_for(runner: Runner, work: Work[Any]) -> None:
+        try:
+            for segment in work.segments():
+                runner.compressor.check_lengths(work.contexts(segment))
+        except ShortContextError as error:
+            raise UsageError(str(error)) from error
 
     def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         """Requests and their answers, as they come; the totals are booked at the end."""
@@ -520,6 +537,15 @@ class KVPress(HFLM):
         }
 
 
+def _check_folder(argument: str, folder: Path) -> None:
+    """Makes a folder, or says before any work why it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{argument}={folder} cannot be written: {error.strerror}") from error
+
+
 def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
     """lm-eval passes a request with ``repeats: N`` on N times."""
     seen: Counter[RequestId] = Counter()
@@ -532,9 +558,11 @@ def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Tells checkpoints of one name apart: a checksum of 64 rows of the head, which no training leaves alone."""
-    rows = model.get_output_embeddings().weight[:64].detach().float().cpu().contiguous()
-    return f"{zlib.crc32(rows.numpy().tobytes()):08x}"
+    """Tells checkpoints of one name apart: a checksum of numbers from all over every weight, for adapters and frozen
+    parts leave some weights as they were."""
+    flat = [parameter.detach().flatten() for parameter in model.parameters() if parameter.device.type != "meta"]
+    samples = [weight[:: max(1, weight.numel() // SAMPLED)].float().cpu() for weight in flat]
+    return f"{zlib.crc32(torch.cat(samples).numpy().tobytes()):08x}"
 
 
 class PythiaKVPress(KVPress):

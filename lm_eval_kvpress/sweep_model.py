@@ -93,8 +93,7 @@ class SweepModel(KVPress):
 
     def _check_lengths(self, work: Work[Any]) -> None:
         for run in self._peers:
-            for segment in work.segments():
-                run.runner.compressor.check_lengths(work.contexts(segment))
+            self._check_lengths_for(run.runner, work)
 
     def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         keys = _keys(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress import linear_layers, runner
 from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.telemetry import RollingScore
@@ -253,10 +255,44 @@ def test_sampling_repeats_with_the_seed_and_does_not_depend_on_the_batch(checkpo
     assert texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("gen_kwargs", [{"num_beams": 4}, {"penalty_alpha": 0.6}, {"max_gen_toks": 100_000}])
+@pytest.mark.parametrize(
+    "gen_kwargs",
+    [
+        {"num_beams": 4},
+        {"penalty_alpha": 0.6},
+        {"do_sample": True, "top_p": 2},
+        *({"max_gen_toks": count} for count in (100_000, 0, -5)),
+    ],
+)
 def test_unsupported_generation_arguments_are_errors(checkpoint_dir: Path, gen_kwargs: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not supported|no room"):
+    with pytest.raises(UsageError, match="not supported|leave room|top_p"):
         ours(checkpoint_dir).generate_until(generation_requests(until=[], **gen_kwargs), disable_tqdm=True)
+
+
+def test_what_is_cut_to_fit_is_said(checkpoint_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lm, long = ours(checkpoint_dir, max_length=64), text(0, 400)
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        choices = [Instance("loglikelihood", {}, (long, f" {word}"), i, ("t", 0, 1)) for i, word in enumerate("ab")]
+        lm.loglikelihood(choices, disable_tqdm=True)
+        prompt = Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 4}), 0, ("t", 0, 0))
+        lm.generate_until([prompt], disable_tqdm=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 contexts were cut from the left to fit max_length=64",
+        "1 prompts were cut from the left to 60 tokens: max_length=64 less max_gen_toks=4",
+    ]
+
+
+def test_too_short_contexts_are_one_line(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="snapkv", window_size=32, short_context="error")
+    with pytest.raises(UsageError, match="shorter than"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("a few", " words"), 0, ("t", 0, 1))], disable_tqdm=True)
+
+
+def test_a_folder_for_streams_that_cannot_be_written_is_found_out_at_once(checkpoint_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"stream_output={place} cannot be written"):
+            ours(checkpoint_dir, press="knorm", rolling="stream", stream_budget=64, stream_output=str(place))
 
 
 def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(checkpoint_dir: Path) -> None:

@@ -1,0 +1,79 @@
+"""lm-eval's ``HFLM`` that reads a checkpoint only if it can be evaluated; each reason why not is one line.
+
+Config and tokenizer are looked at before weights are read. Knows checked settings. Does not know requests or presses'
+work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lm_eval_kvpress import native
+from lm_eval_kvpress.arguments import Settings, UsageError
+
+
+class CheckedHFLM(HFLM):
+    """What its subclass sets before ``HFLM`` loads anything:
+
+    Attributes:
+        _settings: how to compress and score.
+        _pretrained_name: as the user typed it.
+        _asked_max_length: as the user typed it, or None.
+    """
+
+    _settings: Settings
+    _pretrained_name: str
+    _asked_max_length: int | None
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        try:
+            super()._get_config(pretrained, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"cannot load pretrained={pretrained}: {reason} Offline, pass the folder of a local checkpoint, or "
+                "pretrained=builtin for the small trained model that ships with this package"
+            ) from error
+        self._check_config(self._config, self._asked_max_length)
+
+    def _create_tokenizer(self, pretrained: str | PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super()._create_tokenizer(pretrained, *args, **kwargs)
+        if not self.tokenizer.encode("text", add_special_tokens=False):  # transformers makes up an empty one
+            raise UsageError(
+                f"no tokenizer in {self._pretrained_name}: pass tokenizer=FOLDER, or save the model's own beside it"
+            )
+
+    def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
+
+    def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
+        if config.model_type in native.MODEL_TYPES:
+            try:
+                native.check_config(config)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        elif config.model_type != "gpt_neox":
+            raise UsageError(
+                f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
+                f"({', '.join(native.MODEL_TYPES)})"
+            )
+        positions = config.max_position_embeddings
+        if max_length and max_length > positions and not self._settings.allow_extrapolation:
+            raise UsageError(
+                f"max_length={max_length} exceeds the {positions} positions that the model was trained on: lower it, "
+                "or pass allow_extrapolation=true to measure what happens beyond"
+            )
+        self._settings.rolling_window(max_length or positions)
+        self._settings.check_stream(positions)
+        try:
+            self._settings.press.check_layers(config.num_hidden_layers)
+        except ValueError as error:
+            raise UsageError(str(error)) from error

@@ -1,0 +1,62 @@
+"""A checkpoint that cannot be evaluated is one line that says why, before weights are read where that can be known."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, GPTNeoXForCausalLM
+
+from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.arguments import UsageError
+
+
+@pytest.fixture
+def copied(checkpoint_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        KVPress(pretrained=str(folder), device="cpu")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_tokenizer_is_found_out_before_weights_are_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes up an empty one, under which every text has perplexity 1."""
+    for file in copied.glob("*token*"):
+        file.unlink()
+    monkeypatch.setattr(HFLM, "_create_model", lambda *_, **__: pytest.fail("weights were read"))
+    assert refused(copied).startswith(f"no tokenizer in {copied}: pass tokenizer=FOLDER")
+
+
+def test_torn_weights_are_one_line(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert refused(copied).startswith(f"cannot read the weights of pretrained={copied}: ")
+
+
+def test_missing_weights_are_one_line(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(copied)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_found_out_by_its_ids(
+    copied: Path, make_neox: Callable[..., GPTNeoXForCausalLM]
+) -> None:
+    num_tokens = len(AutoTokenizer.from_pretrained(copied))
+    make_neox(vocab_size=num_tokens // 2, max_positions=512).save_pretrained(copied)
+    lm = KVPress(pretrained=str(copied), device="cpu")
+    text = "the cold river ran past an old mill where seven grey geese slept"
+    for type, arguments in (
+        ("loglikelihood", (text, " slept")),
+        ("loglikelihood_rolling", (text,)),
+        ("generate_until", (text, {"until": []})),
+    ):
+        with pytest.raises(UsageError, match=f"beyond the {num_tokens // 2} embeddings"):
+            getattr(lm, type)([Instance(type, {}, arguments, 0, ("t", 0, 1))], disable_tqdm=True)

@@ -140,14 +140,13 @@ def build_tables(cells: Sequence[Cell]) -> list[Table]:
 
 def _of_the_same_documents(cells: Iterable[Cell]) -> list[list[Cell]]:
     """Groups that share a task and contradict each other in none; runs of other tasks or documents stand apart."""
-    groups: list[tuple[dict[str, tuple[object, ...]], list[Cell]]] = []
+    groups: list[tuple[dict[str, Task], list[Cell]]] = []
     for cell in sorted(cells, key=lambda cell: (-len(cell.tasks), str(cell.file))):
-        own: dict[str, tuple[object, ...]] = {
-            task.name: (task.num_documents, task.version, task.num_fewshot, task.fingerprint) for task in cell.tasks
-        }
+        own = {task.name: task for task in cell.tasks}
         for known, members in groups:
-            if own.keys() & known.keys() and all(_agree(known[name], own[name]) for name in own.keys() & known.keys()):
-                known.update({name: facts for name, facts in own.items() if facts[-1] or name not in known})
+            shared = own.keys() & known.keys()
+            if shared and all(_agree(known[name], own[name]) for name in shared):
+                known.update({name: _with_what_is_known(task, known.get(name)) for name, task in own.items()})
                 members.append(cell)
                 break
         else:
@@ -155,9 +154,20 @@ def _of_the_same_documents(cells: Iterable[Cell]) -> list[list[Cell]]:
     return [members for _, members in groups]
 
 
-def _agree(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    """Fingerprints, last, are compared where both runs logged samples."""
-    return one[:-1] == other[:-1] and (None in (one[-1], other[-1]) or one[-1] == other[-1])
+def _agree(one: Task, other: Task) -> bool:
+    """Of two runs that logged samples the hashes decide; else what both say that they loaded may not differ."""
+    if any(getattr(one, name) != getattr(other, name) for name in ("num_documents", "version", "num_fewshot")):
+        return False
+    if one.fingerprint is not None and other.fingerprint is not None:
+        return one.fingerprint == other.fingerprint
+    return None in (one.loaded, other.loaded) or one.loaded == other.loaded
+
+
+def _with_what_is_known(task: Task, known: Task | None) -> Task:
+    """So that a run which says nothing of its documents cannot bring together two that contradict each other."""
+    if known is None:
+        return task
+    return replace(task, fingerprint=known.fingerprint or task.fingerprint, loaded=known.loaded or task.loaded)
 
 
 def _table(setting: Setting, cells: Sequence[Cell]) -> Table:

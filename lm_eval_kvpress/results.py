@@ -95,6 +95,7 @@ class Task:
     Attributes:
         is_rolling: whether whole texts are scored (lm-eval's ``loglikelihood_rolling``).
         fingerprint: lm-eval's hash of its documents and prompts; None where no samples were logged.
+        loaded: what a task of texts says that it loaded (``metadata.loaded``); None where it says nothing.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Task:
     version: str
     num_fewshot: str
     fingerprint: str | None
+    loaded: str | None
     kept: Kept | None
     notes: tuple[tuple[str, int], ...]
     samples: Path | None
@@ -250,22 +252,35 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         metrics = tuple(_metrics(figures, better))
         if not metrics:  # a group without an aggregate
             continue
-        count = counts.get(name) or {}
-        fact = facts.get(name) or {}
+        count, config, fact = (one.get(name) or {} for one in (counts, configs, facts))
         samples = file.with_name(f"samples_{name}_{file.stem.removeprefix('results_')}.jsonl")
         yield Task(
             name=name,
             metrics=metrics,
-            is_rolling=(configs.get(name) or {}).get("output_type") == ROLLING,
+            is_rolling=config.get("output_type") == ROLLING,
             num_documents=count.get("effective"),
             num_documents_available=count.get("original"),
             version=str((content.get("versions") or {}).get(name)),
             num_fewshot=str((content.get("n-shot") or {}).get(name)),
             fingerprint=(content.get("task_hashes") or {}).get(name),
+            loaded=_loaded(config.get("metadata") or {}),
             kept=_kept(fact) if fact else None,
             notes=tuple(sorted((fact.get("notes") or {}).items())),
             samples=samples if samples.is_file() else None,
         )
+
+
+def _loaded(metadata: Mapping[str, Any]) -> str | None:
+    """The texts, and where they were cut, which stands beside them.
+
+    Not the folder or hub that they came from, and nothing else of the metadata, into which lm-eval mixes the model's
+    arguments: the same texts lie in many places and are asked under many presses.
+    """
+    loaded = metadata.get("loaded")
+    if not loaded:
+        return None
+    texts = {key: value for key, value in loaded.items() if key != "source"} if isinstance(loaded, Mapping) else loaded
+    return json.dumps([texts, metadata.get("max_tokens")], sort_keys=True)
 
 
 def _metrics(figures: Mapping[str, Any], better: Mapping[str, bool | None]) -> Iterator[Metric]:

@@ -78,6 +78,51 @@ def test_protocols_checkpoints_and_documents_are_never_mixed(tmp_path: Path) -> 
     assert [len(table.rows) for table in make_report([tmp_path]).tables] == [1] * 5
 
 
+def book(folder: Path, name: str, fingerprint: str | None = None, **metadata: Any) -> None:
+    """A run of a text that its task loaded; `metadata` is what the task's configuration says of it."""
+    file = write_results(folder, "none" if name == "0" else f"press{name}", 0.5, name=name)
+
+    def change(content: dict[str, Any]) -> None:
+        content["configs"] = {"recall": {"metadata": {"version": 1.0, **metadata}}}
+        content["task_hashes"] = {} if fingerprint is None else {"recall": fingerprint}
+
+    amend(file, change)
+
+
+CHAIN, FERRY = {"titles": ["The Chain"]}, {"titles": ["The Ferry"]}
+
+
+@pytest.mark.parametrize(
+    "other, num_tables",
+    [
+        ({"loaded": CHAIN | {"source": "elsewhere/test.jsonl"}, "max_tokens": 9, "press": "x", "data_dir": "y"}, 1),
+        ({"loaded": FERRY, "max_tokens": 9}, 2),
+        ({"loaded": CHAIN, "max_tokens": 8}, 2),
+        ({"loaded": CHAIN | {"tokenizer": "another"}, "max_tokens": 9}, 2),
+        ({}, 1),
+    ],
+)
+def test_texts_that_a_task_loaded_are_never_mixed(tmp_path: Path, other: dict[str, Any], num_tables: int) -> None:
+    book(tmp_path, "0", loaded=CHAIN | {"source": "here/test.jsonl"}, max_tokens=9)
+    book(tmp_path, "1", **other)
+    assert len(make_report([tmp_path]).tables) == num_tables
+
+
+def test_lm_evals_hash_of_the_documents_counts_more_than_what_was_loaded(tmp_path: Path) -> None:
+    """--limit 1 of two books scores the same text as one book."""
+    book(tmp_path, "0", "same", loaded=CHAIN)
+    book(tmp_path, "1", "same", loaded={"titles": ["The Chain", "The Ferry"]})
+    book(tmp_path, "2", "other", loaded=CHAIN)
+    assert sorted(len(table.rows) for table in make_report([tmp_path]).tables) == [2, 2]
+
+
+def test_what_one_run_says_of_its_documents_is_held_against_all_others_of_the_table(tmp_path: Path) -> None:
+    book(tmp_path, "0", "same")
+    book(tmp_path, "1", loaded=CHAIN)
+    book(tmp_path, "2", loaded=FERRY)
+    assert sorted(len(table.rows) for table in make_report([tmp_path]).tables) == [2, 2]
+
+
 def test_a_baseline_that_nobody_ran_is_a_row_that_says_so(tmp_path: Path) -> None:
     write_results(tmp_path, "snapkv", 0.5)
     assert labels(tmp_path) == {"missing": ["not run"], "snapkv": []}

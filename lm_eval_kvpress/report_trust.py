@@ -13,6 +13,7 @@ from lm_eval_kvpress.report_table import Mark, Row, Table
 from lm_eval_kvpress.results import Cell, Kept
 
 FEW_DOCUMENTS = 10
+NAMES_TOLD = 5
 
 
 def mark(tables: Sequence[Table]) -> list[Table]:
@@ -69,6 +70,7 @@ def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
         yield from _against(cell, baseline)
     if cell.parity is False:
         yield Mark("parity", "parity off", "At ratio 0 this run does not give what stock lm-eval gives.", True)
+    yield from _other_tasks(cell, table)
     yield from _fewer_documents(cell, table, tables)
 
 
@@ -150,6 +152,24 @@ def _against(cell: Cell, baseline: Cell) -> Iterator[Mark]:
     if (cell.device, cell.batch_size) != (baseline.device, baseline.batch_size):
         text = f"Run on {cell.device} in batches of {cell.batch_size}, the baseline on {baseline.device} in batches of "
         yield Mark("speed", "other speed", f"{text}{baseline.batch_size}: speeds do not compare.")
+
+
+def _other_tasks(cell: Cell, table: Table) -> Iterator[Mark]:
+    """Figures of tasks are compared task by task, but what was kept and how fast are means over all that a run did."""
+    most = table.baseline.cell or max((row.cell for row in table.rows if row.cell), key=lambda one: len(one.tasks))
+    left_out = [task.name for task in most.tasks if cell.task(task.name) is None]
+    added = [task.name for task in cell.tasks if most.task(task.name) is None]
+    if left_out or added:
+        told = [f"{word} {_first_names(names)}" for word, names in (("without", left_out), ("also", added)) if names]
+        text = f"Ran other tasks than {'the baseline' if table.baseline.cell else 'the row with most'} "
+        means = "kept, KV bytes and speeds are means over its own."
+        yield Mark("tasks", "other tasks", f"{text}({'; '.join(told)}): {means}")
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """Benchmarks of many subjects have dozens."""
+    rest = len(names) - NAMES_TOLD
+    return ", ".join(names[:NAMES_TOLD]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _fewer_documents(cell: Cell, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:

@@ -216,6 +216,43 @@ def test_one_pass_is_marked_where_a_text_was_scored_in_one(
     assert labels(tmp_path)["decoding:knorm"] == expected
 
 
+def with_tasks(folder: Path, press: str, *tasks: str) -> Path:
+    """A run of several tasks, all with the figures of `recall`."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key in ("results", "higher_is_better", "n-samples", "versions", "n-shot"):
+            content[key] = dict.fromkeys(tasks, content[key]["recall"])
+        facts = content["config"]["kvpress"]
+        facts["tasks"] = dict.fromkeys(tasks, facts["tasks"]["recall"])
+
+    return amend(write_results(folder, press, 0.5, acc=0.5 if press == "none" else 0.4), change)
+
+
+def test_rows_of_other_tasks_than_the_baselines_are_marked_and_not_void(tmp_path: Path) -> None:
+    with_tasks(tmp_path, "none", "recall", "story")
+    with_tasks(tmp_path, "knorm", "story", "recall")
+    with_tasks(tmp_path, "snapkv", "recall", "extra")
+    with_tasks(tmp_path, "tova", *(f"task{index}" for index in range(9)), "recall", "story")
+    (table,) = make_report([tmp_path]).tables
+    marks = {row.cell.press.name: row.marks for row in table.rows if row.cell}
+    assert marks["none"] == marks["knorm"] == ()
+    ((snapkv,), (tova,)) = (marks[name] for name in ("snapkv", "tova"))
+    assert (snapkv.label, snapkv.is_void) == ("other tasks", False)
+    told = "(without story; also extra): kept, KV bytes and speeds are means over its own."
+    assert snapkv.text == f"Ran other tasks than the baseline {told}"
+    assert "(also task0, task1, task2, task3, task4 and 4 more)" in tova.text
+
+
+def test_without_a_baseline_tasks_are_those_of_the_row_with_most(tmp_path: Path) -> None:
+    with_tasks(tmp_path, "knorm", "recall")
+    with_tasks(tmp_path, "snapkv", "recall", "story")
+    with_tasks(tmp_path, "tova", "story", "recall")
+    (table,) = make_report([tmp_path]).tables
+    marks = {row.cell.press.name: [mark.text for mark in row.marks] for row in table.rows if row.cell}
+    assert marks["snapkv"] == marks["tova"] == []
+    assert marks["knorm"][0].startswith("Ran other tasks than the row with most (without story): ")
+
+
 def test_the_newest_of_several_files_of_one_setting_counts(tmp_path: Path) -> None:
     for date, acc in ((1.0, 0.1), (3.0, 0.3), (2.0, 0.2)):
         write_results(tmp_path, "none", 0.0, name=str(date), date=date, acc=acc)

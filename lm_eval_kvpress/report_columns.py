@@ -151,14 +151,15 @@ def press_name(row: Row) -> str:
 
 
 def arguments(row: Row) -> str:
-    return "" if row.cell is None else ", ".join(f"{name}={value}" for name, value in row.cell.press.arguments)
+    pairs = () if row.cell is None else row.cell.press.arguments
+    return ", ".join(f"{name}={value}" for name, value in (*pairs, *row.seeds))
 
 
 def series(row: Row) -> str:
     """What one line of a curve over the kept share joins: a press with its arguments but for how much it keeps."""
     budgets = ("kv_budget", "stream_budget")
     pairs = () if row.cell is None else row.cell.press.arguments
-    rest = ", ".join(f"{name}={value}" for name, value in pairs if name not in budgets)
+    rest = ", ".join(f"{name}={value}" for name, value in (*pairs, *row.seeds) if name not in budgets)
     return f"{press_name(row)} {rest}".strip()
 
 

@@ -23,6 +23,7 @@ from lm_eval_kvpress.results import Identity, ResultsError, identity
 
 FIRST_BIN = 16  # tokens; each further bin ends sqrt(2) times as far as the one before it
 BINS_PER_OCTAVE = 2
+Folders = dict[Identity, list[tuple[Path, str | None]]]  # each with torch's seed, where it is known
 SETTINGS = "settings.json"
 HEADER = "position,loss_nats"
 
@@ -71,11 +72,14 @@ def _bins(num_tokens: int) -> npt.NDArray[np.int64]:
     return np.ceil(exponents).astype(np.int64)
 
 
-def _curves(row: Row, folders: dict[Identity, list[Path]]) -> Iterator[Curve]:
+def _curves(row: Row, folders: Folders) -> Iterator[Curve]:
     """Of the tasks whose losses are whole: a folder may hold another run's ``--limit``, or an unfinished run."""
     cell = row.cell
-    found = folders.get(cell.identity) if cell is not None and cell.identity is not None else None
-    if cell is None or not found:
+    if cell is None or cell.identity is None:
+        return
+    seed = dict(cell.seeds).get("torch_seed")
+    found = [folder for folder, known in folders.get(cell.identity, ()) if None in (known, seed) or known == seed]
+    if not found:
         return
     folder = max(found, key=lambda one: _nearness(one, cell.file))
     for task in cell.tasks:
@@ -90,19 +94,20 @@ def _nearness(folder: Path, file: Path) -> int:
     return next((index for index, (one, other) in enumerate(pairs) if one != other), 0)
 
 
-def _folders(tables: Sequence[Table], places: Sequence[Path]) -> dict[Identity, list[Path]]:
+def _folders(tables: Sequence[Table], places: Sequence[Path]) -> Folders:
     """By what ran. A sweep's cell has its losses in ``stream`` beside its ``results``."""
     rows = [row.cell for table in tables for row in table.rows if row.cell is not None]
     if not any(cell.is_stream for cell in rows):
         return {}
     beside = [cell.file.parents[index] / "stream" / SETTINGS for cell in rows for index in range(3)]
     below = [file for place in places if place.is_dir() for file in place.rglob(SETTINGS)]
-    folders: dict[Identity, list[Path]] = defaultdict(list)
+    folders: Folders = defaultdict(list)
     for file in sorted({one.resolve() for one in [*below, *beside] if one.is_file()}):
         settings = _settings(file)
         found = identity(settings, settings.get("revision")) if "protocol" in settings else None
         if found is not None:
-            folders[found].append(file.parent)
+            seed = settings.get("seed")
+            folders[found].append((file.parent, None if seed is None else str(seed)))
     return folders
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lm_eval_kvpress.report_bootstrap import intervals
 from lm_eval_kvpress.report_samples import Samples, Scores, aggregation, read_samples
-from lm_eval_kvpress.results import STOCK_PROTOCOL, Cell, Metric, Task
+from lm_eval_kvpress.results import SEEDS, STOCK_PROTOCOL, Cell, Metric, Task
 
 # Of several metrics of a task, the first of these leads; then the first that has a direction.
 LEADING = ("pressed_token_perplexity", "acc_norm", "acc", "exact_match")
@@ -78,11 +78,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """A run. ``cell`` is None for a baseline that nobody ran; ``num_older`` counts files that this one replaces."""
+    """A run.
+
+    Attributes:
+        cell: None for a baseline that nobody ran.
+        num_older: files that this one replaces.
+        seeds: named if they are not those of all rows of the table.
+    """
 
     cell: Cell | None
     is_baseline: bool
     num_older: int = 0
+    seeds: tuple[tuple[str, str], ...] = ()
     differences: Mapping[tuple[str, str, str], Difference] = field(default_factory=dict)
     answers_are_the_baselines: bool = False
     marks: tuple[Mark, ...] = ()
@@ -171,7 +178,7 @@ def _with_what_is_known(task: Task, known: Task | None) -> Task:
 
 
 def _table(setting: Setting, cells: Sequence[Cell]) -> Table:
-    rows = sorted(_newest(cells), key=lambda row: _order(row.cell))
+    rows = sorted(_with_seeds(list(_newest(cells))), key=lambda row: _order(row.cell))
     tasks = {task.name: task for row in rows if row.cell for task in row.cell.tasks}
     metrics = tuple(key for name in tasks for key in _metric_keys(name, [row.cell for row in rows if row.cell]))
     baseline = max(
@@ -189,16 +196,30 @@ def _newest(cells: Iterable[Cell]) -> Iterator[Row]:
     alike: dict[object, list[Cell]] = defaultdict(list)
     for cell in cells:
         names = tuple(sorted(task.name for task in cell.tasks))
-        alike[cell.press, names, cell.device, cell.batch_size].append(cell)
+        alike[cell.press, cell.seeds, names, cell.device, cell.batch_size].append(cell)
     for files in alike.values():
         yield Row(max(files, key=lambda cell: (cell.date, str(cell.file))), is_baseline=False, num_older=len(files) - 1)
+
+
+def _with_seeds(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows, their seeds named where these differ: one by its name, several as lm-eval's --seed takes them."""
+    known = [dict(row.cell.seeds) for row in rows if row.cell and row.cell.seeds]
+    differing = [name for name in SEEDS if len({seeds.get(name) for seeds in known}) > 1]
+    for row in rows:
+        pairs = row.cell.seeds if row.cell and differing else ()
+        if len(differing) == 1:
+            yield replace(row, seeds=tuple(pair for pair in pairs if pair[0] in differing))
+        else:
+            values = [value for _, value in pairs]
+            text = ",".join(values if len(set(values)) > 1 else values[:1])
+            yield replace(row, seeds=(("seeds", text),) if text else ())
 
 
 def _order(cell: Cell | None) -> tuple[object, ...]:
     assert cell is not None
     press = cell.press
     sizes = tuple((name, float(value)) for name, value in press.arguments if re.fullmatch(r"\d+(\.\d+)?", value))
-    return (press.name, press.removed_asked or 0.0, sizes, press.arguments, str(cell.file))
+    return (press.name, press.removed_asked or 0.0, sizes, press.arguments, cell.seeds, str(cell.file))
 
 
 def _metric_keys(task: str, cells: Sequence[Cell]) -> list[MetricKey]:

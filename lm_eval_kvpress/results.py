@@ -26,6 +26,8 @@ PROTOCOL = (
 # What a folder of losses (stream_output) and a results file both say of what ran.
 IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
 Identity = tuple[str, ...]
+# In the order of lm-eval's --seed. What draws (a random press, sampled answers) draws otherwise under another of them.
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 ROLLING = "loglikelihood_rolling"
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 
@@ -126,7 +128,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """One results file. ``parity`` is None where the certificate was not asked for, ``identity`` for stock lm-eval."""
+    """One results file. ``parity`` is None where the certificate was not asked for, ``identity`` for stock lm-eval.
+
+    ``seeds`` are empty in files that say none, and hold "None" for a seed that was left alone.
+    """
 
     file: Path
     date: float
@@ -139,6 +144,7 @@ class Cell:
     model_settings: tuple[tuple[str, str], ...]
     protocol: tuple[tuple[str, str], ...]
     press: Press
+    seeds: tuple[tuple[str, str], ...]
     tasks: tuple[Task, ...]
     speed: Speed
     parity: bool | None
@@ -218,6 +224,7 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         model_settings=_model_settings(content, arguments),
         protocol=STOCK_PROTOCOL if protocol is None else _pairs({key: protocol.get(key) for key in PROTOCOL}),
         press=_press(facts.get("press"), protocol or {}),
+        seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tuple(_tasks(file, content, facts.get("tasks") or {})),
         speed=_speed(throughput),
         parity=None if parity is None else bool(parity["passed"]),

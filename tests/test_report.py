@@ -16,6 +16,7 @@ from scipy.stats import bootstrap
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_bootstrap import NUM_RESAMPLES, intervals
+from lm_eval_kvpress.report_columns import arguments, press_name
 from lm_eval_kvpress.report_figures import write_figures
 from lm_eval_kvpress.report_latex import latex
 from lm_eval_kvpress.report_samples import _parse, read_samples
@@ -260,6 +261,45 @@ def test_the_newest_of_several_files_of_one_setting_counts(tmp_path: Path) -> No
     (row,) = report.tables[0].rows
     assert row.cell is not None and row.cell.date == 3.0
     assert any("2 older results" in notice for notice in report.notices[0])
+
+
+def with_seeds(folder: Path, press: str, random: int | None, torch: int | None, acc: float = 0.4) -> None:
+    """A run under seeds as lm-eval 0.4.13 writes them."""
+    seeds = {"random_seed": random, "numpy_seed": 1234, "torch_seed": torch, "fewshot_seed": 1234}
+    file = write_results(folder, press, 0.5, name=f"{press}-{random}-{torch}", acc=acc)
+    amend(file, lambda content: content["config"].update(seeds))
+
+
+def arguments_shown(folder: Path) -> list[tuple[str, str]]:
+    (table,) = make_report([folder]).tables
+    return [(press_name(row), arguments(row)) for row in table.rows]
+
+
+@pytest.mark.parametrize("press", ["none", "random", "decoding:knorm"])
+def test_runs_of_other_seeds_are_rows_of_their_own_and_told_apart(tmp_path: Path, press: str) -> None:
+    with_seeds(tmp_path, press, 0, 1)
+    with_seeds(tmp_path, press, 0, 2)
+    rows = [pair for pair in arguments_shown(tmp_path) if pair[1]]
+    assert rows == [(press, f"window_size=64, torch_seed={seed}") for seed in (1, 2)]
+    assert not any("older" in notice for notice in make_report([tmp_path]).notices[0])
+
+
+def test_several_seeds_are_named_as_lm_eval_takes_them(tmp_path: Path) -> None:
+    with_seeds(tmp_path, "none", 0, 1234)
+    with_seeds(tmp_path, "random", 1234, 1234)
+    with_seeds(tmp_path, "random", None, 2)
+    assert arguments_shown(tmp_path) == [
+        ("none", "window_size=64, seeds=0,1234,1234,1234"),
+        ("random", "window_size=64, seeds=1234"),
+        ("random", "window_size=64, seeds=None,1234,2,1234"),
+    ]
+
+
+def test_seeds_that_all_runs_share_are_not_named_and_make_no_row(tmp_path: Path) -> None:
+    with_seeds(tmp_path, "none", 0, 7)
+    with_seeds(tmp_path, "random", 0, 7)
+    write_results(tmp_path, "tova", 0.5, acc=0.3)  # a file without seeds
+    assert [text for _, text in arguments_shown(tmp_path)] == ["window_size=64"] * 3
 
 
 def test_ranking_keeps_the_baseline_on_top_and_the_missing_last(tmp_path: Path) -> None:

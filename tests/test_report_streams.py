@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_files import STREAMED, write_results, write_stream
+from report_files import STREAMED, amend, write_results, write_stream
 
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_html import html
@@ -67,6 +67,14 @@ def test_each_press_has_its_own_losses_and_of_two_runs_the_nearest_count(tmp_pat
 def test_losses_of_another_run_are_not_shown(tmp_path: Path, changed: dict[str, Any]) -> None:
     write_stream(tmp_path, "snapkv", **changed)
     assert curves(tmp_path) == {"snapkv": ()}
+
+
+def test_losses_of_another_seed_are_not_shown(tmp_path: Path) -> None:
+    """A folder that does not say its seed may be of any."""
+    for name, seed in (("a", {"seed": 2}), ("b", {"seed": 1}), ("c", {})):
+        file = write_stream(tmp_path / name, "random", **seed)
+        amend(file, lambda content: content["config"].update(torch_seed=1))
+    assert [bool(curves(tmp_path / name)["random"]) for name in "abc"] == [False, True, True]
 
 
 def test_losses_of_other_than_the_rows_documents_are_not_shown_and_it_is_said(tmp_path: Path) -> None:

@@ -82,13 +82,14 @@ class Row:
 
     Attributes:
         cell: None for a baseline that nobody ran.
-        num_older: files that this one replaces.
+        num_older, num_newer: files of the same setting that this one stands for.
         seeds: named if they are not those of all rows of the table.
     """
 
     cell: Cell | None
     is_baseline: bool
     num_older: int = 0
+    num_newer: int = 0
     seeds: tuple[tuple[str, str], ...] = ()
     differences: Mapping[tuple[str, str, str], Difference] = field(default_factory=dict)
     answers_are_the_baselines: bool = False
@@ -192,13 +193,37 @@ def _table(setting: Setting, cells: Sequence[Cell]) -> Table:
 
 
 def _newest(cells: Iterable[Cell]) -> Iterator[Row]:
-    """Of several files of one setting, the newest, and how many it replaces."""
+    """Of several files of one setting, the one that counts, and how many it stands for."""
     alike: dict[object, list[Cell]] = defaultdict(list)
     for cell in cells:
         names = tuple(sorted(task.name for task in cell.tasks))
         alike[cell.press, cell.seeds, names, cell.device, cell.batch_size].append(cell)
     for files in alike.values():
-        yield Row(max(files, key=lambda cell: (cell.date, str(cell.file))), is_baseline=False, num_older=len(files) - 1)
+        cell = _counting(files)
+        num_newer = sum(_age(one) > _age(cell) for one in files)
+        yield Row(cell, is_baseline=False, num_older=len(files) - 1 - num_newer, num_newer=num_newer)
+
+
+def _counting(files: Sequence[Cell]) -> Cell:
+    """The newest, but the newest that was measured where a later run only gave the same answers from a cache."""
+    newest = max(files, key=_age)
+    if not newest.unmeasured_tasks:
+        return newest
+    measured = [one for one in files if not one.unmeasured_tasks and _told(one) == _told(newest)]
+    return max(measured, key=_age, default=newest)
+
+
+def _age(cell: Cell) -> tuple[float, str]:
+    return cell.date, str(cell.file)
+
+
+def _told(cell: Cell) -> set[str]:
+    """What a file says of the answers; as text, because NaN equals nothing."""
+    return {
+        f"{task.name} {task.samples is None} {metric.name},{metric.filter} {metric.value}"
+        for task in cell.tasks
+        for metric in task.metrics
+    }
 
 
 def _with_seeds(rows: Sequence[Row]) -> Iterator[Row]:

@@ -53,10 +53,22 @@ def notices(table: Table) -> list[str]:
             f"No losses by position for {curveless} of {len(streams)} runs (stream_output): absent, unfinished, or of "
             "other documents or another setting than the results."
         )
-    older = sum(row.num_older for row in table.rows)
+    return [*found, *_of_left_out_files(table)]
+
+
+def _of_left_out_files(table: Table) -> Iterator[str]:
+    older, newer = sum(row.num_older for row in table.rows), sum(row.num_newer for row in table.rows)
     if older:
-        found.append(f"{older} older results of settings that were run again are left out: the newest file counts.")
-    return found
+        yield f"{_results(older, 'older')} left out, their setting having been run again: the newest file counts."
+    if newer:
+        yield (
+            f"{_results(newer, 'newer')} left out, being the same answers again from a cache or an earlier run: the "
+            "file that was measured counts."
+        )
+
+
+def _results(count: int, age: str) -> str:
+    return f"1 {age} result is" if count == 1 else f"{count} {age} results are"
 
 
 def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
@@ -70,6 +82,11 @@ def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
         yield from _against(cell, baseline)
     if cell.parity is False:
         yield Mark("parity", "parity off", "At ratio 0 this run does not give what stock lm-eval gives.", True)
+    if cell.unmeasured_tasks:
+        text = (
+            f"Nothing was measured of {_first_names(cell.unmeasured_tasks)}: answers came from a cache or an earlier "
+        )
+        yield Mark("unmeasured", "not measured", text + "run, whose file says what was kept and how fast it was.")
     yield from _other_tasks(cell, table)
     yield from _fewer_documents(cell, table, tables)
 

@@ -130,7 +130,8 @@ class Speed:
 class Cell:
     """One results file. ``parity`` is None where the certificate was not asked for, ``identity`` for stock lm-eval.
 
-    ``seeds`` are empty in files that say none, and hold "None" for a seed that was left alone.
+    ``seeds`` are empty in files that say none, and hold "None" for a seed that was left alone. ``num_batches`` counts
+    what was timed, and is None for stock lm-eval.
     """
 
     file: Path
@@ -147,6 +148,7 @@ class Cell:
     seeds: tuple[tuple[str, str], ...]
     tasks: tuple[Task, ...]
     speed: Speed
+    num_batches: int | None
     parity: bool | None
     versions: tuple[tuple[str, str], ...]
     identity: Identity | None = None
@@ -162,6 +164,14 @@ class Cell:
     @property
     def is_stream(self) -> bool:
         return self.rolling == "stream"
+
+    @property
+    def unmeasured_tasks(self) -> tuple[str, ...]:
+        """Tasks whose answers came from lm-eval's cache or an earlier run, so that no model computed them here."""
+        if self.num_batches is None:
+            return ()
+        tasks = (task for task in self.tasks if task.num_documents)
+        return tuple(task.name for task in tasks if task.kept is None or self.num_batches == 0)
 
     def task(self, name: str) -> Task | None:
         return next((task for task in self.tasks if task.name == name), None)
@@ -227,6 +237,7 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tuple(_tasks(file, content, facts.get("tasks") or {})),
         speed=_speed(throughput),
+        num_batches=throughput.get("num_batches"),
         parity=None if parity is None else bool(parity["passed"]),
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
         identity=identity(facts, arguments.get("revision")) if facts else None,

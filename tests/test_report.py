@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_files import NUM_DOCUMENTS, amend, sample_line, write_results
+from report_files import NUM_DOCUMENTS, amend, sample_line, write_results, write_stream
 from scipy.stats import bootstrap
 
 from lm_eval_kvpress import cli
@@ -261,6 +261,68 @@ def test_the_newest_of_several_files_of_one_setting_counts(tmp_path: Path) -> No
     (row,) = report.tables[0].rows
     assert row.cell is not None and row.cell.date == 3.0
     assert any("2 older results" in notice for notice in report.notices[0])
+
+
+def unmeasured(folder: Path, press: str, *, name: str = "", **facts: Any) -> Path:
+    """A run whose answers all came from a cache, as our models record it."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["config"]["kvpress"] |= {"tasks": {}, "throughput": {"num_batches": 0, "ttft_sec": None}}
+
+    return amend(write_results(folder, press, 0.5, name=name, **facts), change)
+
+
+def test_a_run_whose_answers_came_from_a_cache_is_marked_and_not_void(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    unmeasured(tmp_path, "snapkv", acc=0.4)
+    row = make_report([tmp_path]).tables[0].rows[1]
+    (mark,) = row.marks
+    assert (mark.label, mark.is_void) == ("not measured", False)
+    assert mark.text.startswith("Nothing was measured of recall")
+
+
+def test_a_stream_that_was_finished_before_is_marked(tmp_path: Path) -> None:
+    """What was scored is known from its losses; what the caches took is not."""
+
+    def change(content: dict[str, Any]) -> None:
+        facts = content["config"]["kvpress"]
+        facts["tasks"]["recall"] |= {"contexts_pressed": facts["tasks"]["recall"]["contexts_unpressed"]}
+        facts["throughput"] = {"num_batches": 0}
+
+    amend(write_stream(tmp_path, "snapkv"), change)
+    assert labels(tmp_path)["snapkv"] == ["not measured"]
+
+
+def test_of_several_tasks_those_are_named_that_came_from_a_cache(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        facts = content["config"]["kvpress"]
+        del facts["tasks"]["recall"]
+        facts["throughput"]["num_batches"] = 3
+
+    with_tasks(tmp_path, "none", "recall", "story")
+    amend(with_tasks(tmp_path, "snapkv", "recall", "story"), change)
+    (mark,) = make_report([tmp_path]).tables[0].rows[1].marks
+    assert mark.label == "not measured" and "measured of recall:" in mark.text
+
+
+@pytest.mark.parametrize(
+    "newer, date, notice",
+    [
+        ({"acc": 0.4}, 1.0, "1 newer result is left out"),
+        ({"acc": 0.3}, 3.0, "1 older result "),
+        ({"scores": [0, 0, 1, 1, 0] * (NUM_DOCUMENTS // 5)}, 3.0, "1 older result "),
+    ],
+)
+def test_a_cached_answer_does_not_replace_what_was_measured_unless_it_says_more(
+    tmp_path: Path, newer: dict[str, Any], date: float, notice: str
+) -> None:
+    write_results(tmp_path, "none", 0.0, acc=0.9)
+    write_results(tmp_path, "snapkv", 0.5, name="a", acc=0.4, date=1.0)
+    unmeasured(tmp_path, "snapkv", name="b", date=3.0, **newer)
+    report = make_report([tmp_path])
+    row = report.tables[0].rows[1]
+    assert row.cell is not None and row.cell.date == date
+    assert any(notice in one for one in report.notices[0]), report.notices[0]
 
 
 def with_seeds(folder: Path, press: str, random: int | None, torch: int | None, acc: float = 0.4) -> None:

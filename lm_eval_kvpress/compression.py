@@ -42,7 +42,8 @@ class CompressedBatch:
         cache: one row per context.
         queries: the held-back end of each context.
         pressed: per context, whether what is scored now counts as scored under the press: it ran, or there is none
-            and the context is cached in full. So the baseline's figures cover the same tokens as every press's.
+            and the context is cached in full. So the baseline's figures cover the same tokens as those of a press for
+            which no context is too short.
         records: what was kept, per context.
         borrowed_sec: seconds of the prefill that were spent before, on forwards shared with other presses.
     """

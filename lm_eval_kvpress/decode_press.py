@@ -22,7 +22,7 @@ from torch import nn
 
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
 from lm_eval_kvpress.engine import PressableModel
-from lm_eval_kvpress.streaming import Scorer
+from lm_eval_kvpress.streaming import Scorer, highest
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,19 @@ class Keeper:
     """Compresses the cache of one batch while it is decoded.
 
     Attributes:
-        acts: per compression, the forwards before it, and the entries per row, in the fullest layer, that it found.
+        acts: per compression, the tokens of each row before it, and the entries per row, in the fullest layer, that it
+            found.
     """
 
     def __init__(self, model: PressableModel, plan: DecodingPlan) -> None:
         self._model, self._plan = model, plan
         self._hidden: dict[int, torch.Tensor] = {}
-        self._num_forwards = 0
+        self._num_tokens = 0
         self.acts: list[tuple[int, list[int]]] = []
 
-    def is_due(self, num_forwards: int) -> bool:
-        """Whether the cache is compressed after so many forwards."""
-        self._num_forwards = num_forwards
+    def is_due(self, num_forwards: int, num_tokens: int) -> bool:
+        """Whether the cache is compressed after so many forwards, which have made so many tokens of each row."""
+        self._num_tokens = num_tokens
         return num_forwards > 0 and num_forwards % self._plan.interval == 0
 
     def held(self, row: int, num_new_tokens: int) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Keeper:
     def compress(self, cache: CompressedCache) -> CompressedCache:
         """What stays of a standing cache, rows of which may be padded anywhere."""
         positions = torch.tensor(cache.next_position, device=self._model.device)
-        self.acts.append((self._num_forwards, [round(max(entries)) for entries in cache.kept()]))
+        self.acts.append((self._num_tokens, [round(max(entries)) for entries in cache.kept()]))
         with self._model.presented():
             layers = [self._compress_layer(index, layer, positions) for index, layer in enumerate(cache.layers)]
         self._hidden.clear()
@@ -120,8 +121,7 @@ class Keeper:
         kwargs = {"hidden_states": hidden, "position_embeddings": angles}
         press = self._plan.press_for(keys.shape[2])
         scores = press.score(module, hidden, keys, values, None, kwargs)  # (G, H, T)
-        stay = scores.topk(self._plan.target_size, dim=-1).indices.sort(dim=-1).values[..., None]
-        stay = stay.expand(-1, -1, -1, keys.shape[3])
+        stay = highest(scores, self._plan.target_size)[..., None].expand(-1, -1, -1, keys.shape[3])
         return keys.gather(2, stay), values.gather(2, stay)
 
 

@@ -106,7 +106,7 @@ def decode(
             if step and repeated:
                 repeated()
             elif step:
-                if keeper is not None and keeper.is_due(step - (max(num_held_back) == 0)):
+                if keeper is not None and keeper.is_due(step - (max(num_held_back) == 0), step):
                     steps = steps.over(keeper.compress(steps.standing()), max_new_tokens - step)
                 choose(steps.next(ids[:, prompt + step - 1]), step)
             arrivals.send(ids[:, prompt + step])

@@ -201,9 +201,9 @@ class PressSpec:
         """The row's window and sink sizes for a context of that length, shrunk if it is too short for them."""
         arguments = self._arguments_of(row)
         sizes = {name: arguments[name] for name in row.protects}
-        if row.no_ratio or context_tokens >= _min_context(row, arguments):
-            return sizes
         room, total = context_tokens // 4, sum(sizes.values())
+        if row.no_ratio or context_tokens >= _min_context(row, arguments) or not total:
+            return sizes
         return {name: max(int(BOUNDS[name][0]), size * room // total) for name, size in sizes.items()}
 
     def _construct(self, ratio: float | None, context_tokens: int | None = None) -> BasePress:

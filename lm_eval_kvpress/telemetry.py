@@ -222,6 +222,13 @@ class TaskTotals:
             self.num_tokens_pressed += len(logprobs)
             self.loglikelihood_pressed += total
 
+    def _perplexity_under_press(self) -> float | None:
+        """None where contexts with tokens were too short for the press: without one, their tokens count, so this figure
+        would be of other tokens than the baseline's."""
+        if self.num_short_contexts and self.unpressed.num_tokens:
+            return None
+        return perplexity(self.loglikelihood_pressed, self.num_tokens_pressed)
+
     def summary(self) -> dict[str, Any]:
         """Everything above plus token perplexities, ready for JSON; what was not measured is None."""
         return {
@@ -232,7 +239,7 @@ class TaskTotals:
             "tokens_scored": self.num_tokens,
             "tokens_scored_under_press": self.num_tokens_pressed,
             "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
-            "token_perplexity_under_press": perplexity(self.loglikelihood_pressed, self.num_tokens_pressed),
+            "token_perplexity_under_press": self._perplexity_under_press(),
             "tokens_generated": self.num_tokens_generated,
             "num_decode_compressions": self.num_decode_compressions,
             "max_decode_entries": self.max_decode_entries,

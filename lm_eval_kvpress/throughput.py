@@ -10,13 +10,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from lm_eval_kvpress.telemetry import Clock, ContextRecord, PhaseTiming
 
 PERCENTILES = (50, 90, 99)
+PHASES = ("prefill", "press", "score", "decode")
+LATENCIES = ("ttft_sec", "tpot_sec")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ class RequestRecord:
     kv_bytes_effective: int
 
 
+Timed = TypeVar("Timed", BatchRecord, RequestRecord)
+
+
 class Recorder(Protocol):
     """What records are handed to as soon as they are complete."""
 
@@ -144,7 +149,7 @@ class Meter:
         self._requests: list[RequestRecord] = []
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
-        self._itls: list[float] | None = []
+        self._itls: dict[RequestRecord, list[float]] = {}
 
     def restore(self, records: Iterable[BatchRecord | RequestRecord]) -> None:
         """Takes up the records of an interrupted run; what they were recorded to has them already. They do not hold the
@@ -154,8 +159,6 @@ class Meter:
                 self._batches.append(record)
             else:
                 self._requests.append(record)
-                if record.ttft_sec is not None:
-                    self._itls = None
 
     def start(self) -> None:
         """Marks the start of a batch; what a batch that failed left on the clock is dropped."""
@@ -186,27 +189,32 @@ class Meter:
             record = _request_record(id, request_type, parts)
             self._requests.append(record)
             self._write(record)
-            if not record.is_warmup and self._itls is not None:
-                self._itls += [itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()]
+            self._itls[record] = [itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()]
         self._open.clear()
 
     def summary(self) -> dict[str, Any]:
-        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up left out where there is more."""
-        steady = [batch for batch in self._batches if not batch.is_warmup]
-        batches = steady or self._batches
-        requests = [request for request in self._requests if not request.is_warmup] or self._requests
+        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up is left out of every figure for
+        which there is more; ``includes_warmup`` names the others (ITL goes with TPOT)."""
+        chosen: dict[str, list[Any]] = {
+            **{phase: _steady([b for b in self._batches if getattr(b, f"{phase}_sec")]) for phase in PHASES},
+            **{name: _steady([r for r in self._requests if getattr(r, name) is not None]) for name in LATENCIES},
+        }
         return {
             "num_batches": len(self._batches),
-            "num_batches_warmup": len(self._batches) - len(steady),
-            "includes_warmup": not steady,
+            "num_batches_warmup": sum(batch.is_warmup for batch in self._batches),
+            "includes_warmup": [name for name, items in chosen.items() if any(item.is_warmup for item in items)],
             "num_requests": len(self._requests),
             "seconds_total": sum(batch.seconds for batch in self._batches),
-            **_phase_sums(batches),
-            "ttft_sec": _percentiles([r.ttft_sec for r in requests if r.ttft_sec is not None]),
-            "tpot_sec": _percentiles([r.tpot_sec for r in requests if r.tpot_sec is not None]),
-            "itl_sec": _percentiles(self._itls or ()),
+            **{phase: _phase_sum(phase, chosen[phase]) for phase in PHASES if chosen[phase]},
+            **{name: _percentiles([getattr(record, name) for record in chosen[name]]) for name in LATENCIES},
+            "itl_sec": self._itl(chosen["tpot_sec"]),
             "peak_memory_bytes": max(filter(None, map(_peak_memory, self._batches)), default=None),
         }
+
+    def _itl(self, requests: Sequence[RequestRecord]) -> dict[str, float] | None:
+        if any(request not in self._itls for request in requests):
+            return None  # of a run that was interrupted
+        return _percentiles([itl for request in requests for itl in self._itls[request]])
 
     def decoding_steps(self) -> dict[str, int]:
         """How many batches were decoded by steps of which make."""
@@ -333,22 +341,16 @@ def _peak_memory(batch: BatchRecord) -> int | None:
     return max(filter(None, peaks), default=None)
 
 
-def _phase_sums(batches: Sequence[BatchRecord]) -> dict[str, dict[str, float | None]]:
-    sums: dict[str, dict[str, float | None]] = {}
-    for phase in ("prefill", "press", "score", "decode"):
-        of_phase = [batch for batch in batches if getattr(batch, f"{phase}_sec")]
-        if not of_phase:
-            continue
-        seconds = sum(getattr(batch, f"{phase}_sec") for batch in of_phase)
-        before = phase in ("prefill", "press")
-        tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in of_phase)
-        sums[phase] = {
-            "num_batches": len(of_phase),
-            "num_tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_sec": tokens / seconds,
-        }
-    return sums
+def _steady(items: Sequence[Timed]) -> list[Timed]:
+    """Those beyond warm-up; all of them where there is nothing else."""
+    return [item for item in items if not item.is_warmup] or list(items)
+
+
+def _phase_sum(phase: str, batches: Sequence[BatchRecord]) -> dict[str, float]:
+    seconds = sum(getattr(batch, f"{phase}_sec") for batch in batches)
+    before = phase in ("prefill", "press")
+    tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in batches)
+    return {"num_batches": len(batches), "num_tokens": tokens, "seconds": seconds, "tokens_per_sec": tokens / seconds}
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -98,7 +98,8 @@ class LikelihoodWork:
         for item, group in enumerate(self._groups):
             outcome = outcomes[item]
             assert outcome.context is not None
-            ledger.context(self._ids[group.members[0]].task, outcome.context)
+            for task in dict.fromkeys(self._ids[member].task for member in group.members):
+                ledger.context(task, outcome.context)
             for member, branch in zip(group.members, outcome.branches, strict=True):
                 ledger.totals[self._ids[member].task].scored(branch.logprobs, pressed=outcome.pressed)
 

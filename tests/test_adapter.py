@@ -244,6 +244,41 @@ def test_contexts_too_short_for_the_press_follow_the_policy(checkpoint_dir: Path
     assert record["num_shrunk_contexts"] == (1 if policy == "shrink" else 0)
 
 
+def test_a_context_that_two_tasks_share_is_one_of_each(checkpoint_dir: Path) -> None:
+    lm, context = ours(checkpoint_dir, press="knorm"), text(0, 200)
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, (context, " geese"), 0, (t, 0, 1)) for t in "ab"], disable_tqdm=True
+    )
+    tasks = lm.describe()["tasks"]
+    assert tasks["a"]["contexts_pressed"] == tasks["b"]["contexts_pressed"]
+    assert tasks["b"]["contexts_pressed"]["num_contexts"] == 1
+
+
+def test_no_perplexity_is_given_of_fewer_tokens_than_the_baselines(checkpoint_dir: Path) -> None:
+    long, short, empty = (text(0, 300), text(0, 20), "")
+    requests = [
+        Instance("loglikelihood", {}, (c, " geese"), i, ("t", i, 1)) for i, c in enumerate((long, short, empty))
+    ]
+
+    def figures(requests: list[Instance]) -> tuple[bool, bool]:
+        found = []
+        for press in ({"press": "none"}, {"press": "snapkv", "window_size": 64}):
+            lm = ours(checkpoint_dir, **press)
+            lm.loglikelihood(requests, disable_tqdm=True)
+            found.append(lm.describe()["tasks"]["t"]["token_perplexity_under_press"] is not None)
+        return found[0], found[1]
+
+    assert figures(requests) == (True, False)
+    assert figures([requests[0], requests[2]]) == (True, True), "an empty context counts for neither"
+
+
+def test_one_token_and_no_sinks_leave_nothing_to_shrink(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="streaming_llm", n_sink=0, short_context="shrink")
+    ids = lm.tok_encode(text(0, 60))
+    lm._loglikelihood_tokens([(("", ""), ids[:2], ids[2:4])], disable_tqdm=True)
+    assert lm.describe()["tasks"][""]["tokens_scored"] == 2
+
+
 def test_sampling_repeats_with_the_seed_and_does_not_depend_on_the_batch(checkpoint_dir: Path) -> None:
     requests = generation_requests(until=[], max_gen_toks=10, do_sample=True, temperature=1.3, top_p=0.95, top_k=40)
     texts = []

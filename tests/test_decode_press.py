@@ -104,6 +104,39 @@ def test_a_batch_equals_batches_of_one(model: PressableModel, prefill: str) -> N
     assert found == [decoded(model, [context], "knorm", 2, prefill)[0][0] for context in contexts]
 
 
+class Tied:
+    """Scores that differ by rounding alone, as norms of a repeated token's keys do in another batch."""
+
+    def __init__(self, ratio: float) -> None: ...
+
+    def score(self, module: Any, hidden: torch.Tensor, keys: torch.Tensor, *_: Any) -> torch.Tensor:
+        return 1 + 1e-7 * torch.rand(keys.shape[:3])
+
+
+def test_of_equal_scores_the_newest_entries_stay(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress, num_acts = Keeper.compress, 0
+
+    def checked(self: Keeper, cache: CompressedCache) -> CompressedCache:
+        nonlocal num_acts
+        kept, num_acts = compress(self, cache), num_acts + 1
+        for before, after in zip(cache.layers, kept.layers, strict=True):
+            assert torch.equal(after.keys, before.keys[:, :, -TARGET:])
+        return kept
+
+    monkeypatch.setitem(BASES, "tied", Tied)
+    monkeypatch.setattr(Keeper, "compress", checked)
+    decoded(model, CONTEXTS[:1], "tied", 1)
+    assert num_acts == (NUM_NEW - 1) // INTERVAL
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_what_came_after_a_rows_last_token_is_not_counted(model: PressableModel, held: int) -> None:
+    _, keeper = decoded(model, CONTEXTS[:1], "knorm", held)
+    before_the_first = INTERVAL + (held == 0)  # without held-back tokens the first one takes no forward
+    assert keeper.held(0, before_the_first) == (0, 0)
+    assert keeper.held(0, before_the_first + 1)[0] == 1
+
+
 def test_the_budget_is_held_and_changes_the_tokens(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[float] = []
     compress = Keeper.compress

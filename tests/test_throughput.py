@@ -217,10 +217,26 @@ def test_the_first_use_of_a_shape_is_warmup_and_left_out_of_the_summary() -> Non
     assert [r.is_warmup for r in records if isinstance(r, BatchRecord)] == [True, False, False]
     assert [r.is_warmup for r in records if isinstance(r, RequestRecord)] == [True, False, False]
     summary = meter.summary()
-    assert (summary["num_batches"], summary["num_batches_warmup"], summary["includes_warmup"]) == (3, 1, False)
+    assert (summary["num_batches"], summary["num_batches_warmup"], summary["includes_warmup"]) == (3, 1, [])
     assert summary["decode"]["num_tokens"] == 4
     only, _ = run_meter((0.1, 0.2))
-    assert only.summary()["includes_warmup"], "a single batch is all there is, and the summary says so"
+    named = ["prefill", "decode", "ttft_sec", "tpot_sec"]
+    assert only.summary()["includes_warmup"] == named, "a single batch is all there is, and the summary says so"
+
+
+def test_one_batch_of_a_kind_is_stated_beside_many_of_another() -> None:
+    """Each figure falls back on warm-up by itself: other kinds of batches do not make it disappear."""
+    meter, _ = run_meter((0.1, 0.2))
+    for index in range(3):
+        meter.start()
+        with meter._clock.phase("score", num_tokens=7):
+            time.sleep(1e-4)
+        meter.batch("loglikelihood", 1, [RequestShare(RequestId("s", index, 0), 5, 7)])
+    meter.finish("loglikelihood")
+    summary = meter.summary()
+    assert summary["includes_warmup"] == ["prefill", "decode", "ttft_sec", "tpot_sec"]
+    assert summary["decode"]["num_tokens"] == 2 and summary["itl_sec"]["p50"] == pytest.approx(0.1)
+    assert summary["score"]["num_batches"] == 2
 
 
 @pytest.mark.parametrize("press", ["snapkv", "pyramidkv", "streaming_llm", "knorm", "tova"])

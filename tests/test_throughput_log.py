@@ -191,7 +191,8 @@ def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoi
     (log,) = lm._runner.meter._recorders
     assert isinstance(log, ThroughputLog)
     assert lm._runner.meter.summary()["itl_sec"] is not None
-    lm._runner.meter.restore(list(log.records()))
+    lm._runner.meter = Meter(lm._runner.clock, lm._runner.meter._labels)
+    lm._runner.meter.restore(log.records())
     lm.generate_until(requests, disable_tqdm=True)
     summary = lm._runner.meter.summary()
     assert summary["itl_sec"] is None and summary["tpot_sec"] is not None

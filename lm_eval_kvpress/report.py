@@ -6,8 +6,10 @@ Thin: reads arguments, calls the rooms in order and writes files. Needs neither 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,19 +31,21 @@ TITLE = "KV-cache compression"
 def main(argv: Sequence[str]) -> int:
     """Writes what was asked for; without ``-o`` the Markdown goes to the screen."""
     args = _parser().parse_args(argv)
-    outputs: list[Path] = args.output or []
-    for output in outputs:
-        if output.suffix not in WRITERS:
-            raise ResultsError(f"-o {output}: the ending must be one of {', '.join(WRITERS)}")
-    report = make_report(args.results, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
+    places = [_named("report", name) for name in args.results]
+    outputs = [_output(name) for name in args.output or ()]
+    figures = None if args.figures is None else _figures_folder(args.figures)
+    report = make_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
     for output in outputs:
         text = WRITERS[output.suffix](report)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        with _writing("-o", output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
         print(f"{output}: {sum(len(table.rows) for table in report.tables)} rows in {len(report.tables)} tables")
-    if args.figures is not None:
-        print(f"{args.figures}: {len(write_figures(report, args.figures))} files")
-    if not outputs and args.figures is None:
+    if figures is not None:
+        with _writing("--figures", figures):
+            files = write_figures(report, figures)
+        print(f"{figures}: {len(files)} files")
+    if not outputs and figures is None:
         sys.stdout.write(markdown(report))
     return 0
 
@@ -78,16 +82,62 @@ WRITERS: dict[str, Callable[[Report], str]] = {
 }
 
 
+def _named(option: str, name: str) -> Path:
+    """An empty name, as of a shell variable that is not set, would be the folder one stands in."""
+    if not name:
+        raise ResultsError(f"{option} '': the name is empty; write . for this folder")
+    return Path(name)
+
+
+def _output(name: str) -> Path:
+    place = _named("-o", name)
+    if place.suffix not in WRITERS:
+        raise ResultsError(f"-o {place}: the ending must be one of {', '.join(WRITERS)}")
+    if os.path.isdir(place):
+        raise ResultsError(f"-o {place} is a folder: name a file in it, such as {place / 'report.md'}")
+    _refuse_unwritable("-o", place)
+    return place
+
+
+def _figures_folder(name: str) -> Path:
+    place = _named("--figures", name)
+    if os.path.exists(place) and not os.path.isdir(place):
+        raise ResultsError(f"--figures {place} is a file: name a folder")
+    _refuse_unwritable("--figures", place)
+    return place
+
+
+def _refuse_unwritable(option: str, place: Path) -> None:
+    """As far as it can be known before the work: what is there already must be a folder that may be written to.
+
+    `os.path`, because pathlib raises for a folder that may not be looked into.
+    """
+    there = next(one for one in (place, *place.parents) if os.path.exists(one))
+    if there != place and not os.path.isdir(there):
+        raise ResultsError(f"{option} {place}: {there} is a file and cannot hold it: name another place")
+    if not os.access(there, os.W_OK):
+        raise ResultsError(f"{option} {place}: {there} may not be written to: name another place")
+
+
+@contextmanager
+def _writing(option: str, place: Path) -> Iterator[None]:
+    """What cannot be known before: a full disk, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(
+            f"{option} {place} cannot be written ({error.strerror or error}): make room or name another place"
+        ) from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lm-eval-kvpress report", description=__doc__.partition("\n")[0])
+    parser.add_argument("results", nargs="+", metavar="DIR", help="folders with results_*.json, or such files")
+    parser.add_argument("-o", "--output", action="append", metavar="FILE", help="; ".join(WRITERS))
     parser.add_argument(
-        "results", nargs="+", type=Path, metavar="DIR", help="folders with results_*.json, or such files"
+        "--sort", action="append", metavar="COLUMN", help="rank by a column, best first; --sort=-COLUMN: worst first"
     )
-    parser.add_argument("-o", "--output", action="append", type=Path, metavar="FILE", help="; ".join(WRITERS))
-    parser.add_argument(
-        "--sort", action="append", metavar="COLUMN", help="rank by a column, best first; -COLUMN: worst"
-    )
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder for PNG and SVG figures")
+    parser.add_argument("--figures", metavar="DIR", help="folder for PNG and SVG figures")
     parser.add_argument("--title", default=TITLE, help="of the page (default: %(default)s)")
     parser.add_argument(
         "--all-metrics", action="store_true", help="every metric of each task, not the leading one only"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +434,79 @@ def test_500_rows_are_in_every_format(tmp_path: Path) -> None:
     assert markdown(report).count("\n| press") == latex(report).count("\npress") == 499
     assert len(list(csv.DictReader(io.StringIO(as_csv(report))))) == 500
     assert len(json.loads(as_json(report))["rows"]) == 500
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("-o", "folder.md"), "is a folder: name a file in it, such as"),
+        (("-o", "file.md/page.html"), "file.md is a file and cannot hold it: name another place"),
+        (("-o", "file.md/deep/page.html"), "file.md is a file and cannot hold it: name another place"),
+        (("--figures", "file.md"), "is a file: name a folder"),
+        (("--figures", "file.md/f"), "file.md is a file and cannot hold it: name another place"),
+        (("-o", "locked/page.html"), "locked may not be written to: name another place"),
+        (("-o", "locked/deep/page.html"), "locked may not be written to: name another place"),
+        (("-o", "locked.md"), "locked.md may not be written to: name another place"),
+        (("--figures", "locked"), "locked may not be written to: name another place"),
+        (("-o", ""), "-o '': the name is empty"),
+        (("--figures", ""), "--figures '': the name is empty"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_read(
+    tmp_path: Path,
+    arguments: tuple[str, str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may = os.access  # root may write everywhere, so who may not is made up
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in Path(path).name and may(path, mode))
+    monkeypatch.setattr("lm_eval_kvpress.report.make_report", lambda *_, **__: pytest.fail("results were read"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder.md", "locked"):
+        Path(folder).mkdir()
+    for file in ("file.md", "locked.md"):
+        Path(file).touch()
+    assert cli.main(["report", ".", *arguments]) == cli.BAD_INPUT
+    captured = capsys.readouterr()
+    assert captured.out == "" and said in captured.err and len(captured.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option, name", [("-o", "t.md"), ("--figures", "f")])
+def test_what_goes_wrong_in_writing_is_one_line(
+    tmp_path: Path, option: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_results(tmp_path, "none", 0.0)
+    write_results(tmp_path, "snapkv", 0.5)
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert cli.main(["report", str(tmp_path), option, str(tmp_path / name)]) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"{option} {tmp_path / name} cannot be written (No space left on device)" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_an_empty_name_is_not_the_folder_one_stands_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results(tmp_path, "none", 0.0)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", ""]) == cli.BAD_INPUT
+    assert "report '': the name is empty" in capsys.readouterr().err
+
+
+def test_the_help_says_what_ranks_worst_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for press, acc in (("none", 0.9), ("a", 0.2), ("b", 0.7)):
+        write_results(tmp_path, press, 0.5, acc=acc)
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--help"])
+    assert "--sort=-COLUMN" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--sort=-recall.acc"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("| none (") < text.index("| a (") < text.index("| b (")
 
 
 @pytest.mark.parametrize("text", [None, '{"results": {'])

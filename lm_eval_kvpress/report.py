@@ -91,10 +91,10 @@ def _named(option: str, name: str) -> Path:
 
 def _output(name: str) -> Path:
     place = _named("-o", name)
-    if place.suffix not in WRITERS:
-        raise ResultsError(f"-o {place}: the ending must be one of {', '.join(WRITERS)}")
     if os.path.isdir(place):
         raise ResultsError(f"-o {place} is a folder: name a file in it, such as {place / 'report.md'}")
+    if place.suffix not in WRITERS:
+        raise ResultsError(f"-o {place}: the ending must be one of {', '.join(WRITERS)}")
     _refuse_unwritable("-o", place)
     return place
 

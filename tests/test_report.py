@@ -440,6 +440,7 @@ def test_500_rows_are_in_every_format(tmp_path: Path) -> None:
     "arguments, said",
     [
         (("-o", "folder.md"), "is a folder: name a file in it, such as"),
+        (("-o", "folder"), "is a folder: name a file in it, such as"),
         (("-o", "file.md/page.html"), "file.md is a file and cannot hold it: name another place"),
         (("-o", "file.md/deep/page.html"), "file.md is a file and cannot hold it: name another place"),
         (("--figures", "file.md"), "is a file: name a folder"),
@@ -463,7 +464,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_read(
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in Path(path).name and may(path, mode))
     monkeypatch.setattr("lm_eval_kvpress.report.make_report", lambda *_, **__: pytest.fail("results were read"))
     monkeypatch.chdir(tmp_path)
-    for folder in ("folder.md", "locked"):
+    for folder in ("folder.md", "folder", "locked"):
         Path(folder).mkdir()
     for file in ("file.md", "locked.md"):
         Path(file).touch()

@@ -65,15 +65,24 @@ class CheckedHFLM(HFLM):
                 f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
                 f"({', '.join(native.MODEL_TYPES)})"
             )
-        positions = config.max_position_embeddings
-        if max_length and max_length > positions and not self._settings.allow_extrapolation:
-            raise UsageError(
-                f"max_length={max_length} exceeds the {positions} positions that the model was trained on: lower it, "
-                "or pass allow_extrapolation=true to measure what happens beyond"
-            )
-        self._settings.rolling_window(max_length or positions)
-        self._settings.check_stream(positions)
-        try:
-            self._settings.press.check_layers(config.num_hidden_layers)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        check_settings(self._settings, config, max_length)
+
+
+def check_settings(settings: Settings, config: PretrainedConfig, max_length: int | None) -> None:
+    """Refuses settings that do not fit the model.
+
+    Raises:
+        UsageError: in one line.
+    """
+    positions = config.max_position_embeddings
+    if max_length and max_length > positions and not settings.allow_extrapolation:
+        raise UsageError(
+            f"max_length={max_length} exceeds the {positions} positions that the model was trained on: lower it, or "
+            "pass allow_extrapolation=true to measure what happens beyond"
+        )
+    settings.rolling_window(max_length or positions)
+    settings.check_stream(positions)
+    try:
+        settings.press.check_layers(config.num_hidden_layers)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

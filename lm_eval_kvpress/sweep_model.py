@@ -16,8 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import Settings, parse_arguments
+from lm_eval_kvpress.arguments import Settings, UsageError, parse_arguments
 from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.loading import check_settings
 from lm_eval_kvpress.presses import PressSpec, parse_press
 from lm_eval_kvpress.runner import Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -54,7 +55,9 @@ class SweepModel(KVPress):
     """
 
     def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
-        super().__init__(pretrained, **arguments)
+        # Cells that stream have a budget each; the model itself is loaded under the default protocol.
+        own = {name: value for name, value in arguments.items() if name != "rolling" and not name.startswith("stream_")}
+        super().__init__(pretrained, **own)
         self._shared_arguments = arguments
         self._shared_prefills = SharedPrefills(self._press_model)
         self._peers: list[CellRun] = []
@@ -68,6 +71,10 @@ class SweepModel(KVPress):
     def open(self, cell: Cell, store: CellStore) -> CellRun:
         """A cell ready to be run, with what an earlier call answered."""
         settings, _ = parse_arguments({**self._shared_arguments, **cell.arguments})
+        try:
+            check_settings(settings, self.model.config, self._asked_max_length)
+        except UsageError as error:
+            raise UsageError(f"cell {cell.name}: {error}") from error
         if settings.rolling == "stream":
             settings = replace(settings, stream_output=str(store.folder / "stream"))
         store.folder.mkdir(parents=True, exist_ok=True)

@@ -176,6 +176,8 @@ def parse_settings(argv: Sequence[str]) -> SweepSettings:
     if missing:
         raise UsageError(f"a sweep needs {', '.join(missing)}: see lm-eval-kvpress sweep --help")
     settings = SweepSettings(**{key: _converted(key, value) for key, value in merged.items() if value is not None})
+    if settings.include_path is not None and not Path(settings.include_path).is_dir():
+        raise UsageError(f"include_path={settings.include_path}: there is no such folder")
     for key in settings.model_args:
         if key in SWEPT:
             raise UsageError(f"model_args: {key} is what a sweep varies: give it under {SWEPT[key]}")

@@ -56,7 +56,12 @@ class SweepStore:
             if (self.folder / "cells").exists():
                 raise ValueError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
             return
-        before = json.loads(file.read_text())
+        if self._holds_nothing():
+            return
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: choose another folder") from error
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in changed)
@@ -64,6 +69,11 @@ class SweepStore:
                 f"output_path={self.folder} holds a sweep of other settings, which are never mixed: it had {was}; "
                 "choose another folder, or give the same settings"
             )
+
+    def _holds_nothing(self) -> bool:
+        """Whether no cell has answered anything, as after a mistake in the command."""
+        cells = self.folder / "cells"
+        return not any(any(cells.glob(f"*/{what}")) for what in ("answers.jsonl", "results", "stream/*/*.csv"))
 
     def claim(self, fingerprint: str) -> None:
         """Makes the folder that of these settings and weights; before that nothing in it says so.
@@ -75,6 +85,9 @@ class SweepStore:
             ValueError: in one line.
         """
         file = self.folder / "weights"
+        if self._holds_nothing():
+            shutil.rmtree(self.folder / "cells", ignore_errors=True)
+            file.unlink(missing_ok=True)
         write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
         if not file.exists():
             write_whole(file, fingerprint)

@@ -122,7 +122,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=list(CHECKS),
         help=f"some of them, separated by commas: {', '.join(CHECKS)}",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="write every measurement there")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.checks if name not in CHECKS]
     if unknown:
@@ -132,5 +132,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _model_args(text: str) -> dict[str, Any]:
     """``a=1,b=2`` or a JSON object, as on lm-eval's command line."""
-    found: dict[str, Any] = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
+    try:
+        found: dict[str, Any] = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give NAME=VALUE,... or a JSON object, not {text!r}") from error
     return found
+
+
+def _writable(text: str) -> Path:
+    try:
+        open(text, "a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
+    return Path(text)

@@ -114,7 +114,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
     "sweep_store": {"stream_store", "runner", "scoring", "telemetry"},
     "sweep_model": {
-        *("adapter", "arguments", "ledger", "presses", "runner", "shared_prefill", "sweep_plan", "sweep_store"),
+        *(
+            "adapter",
+            "arguments",
+            "ledger",
+            "loading",
+            "presses",
+            "runner",
+            "shared_prefill",
+            "sweep_plan",
+            "sweep_store",
+        ),
         *("throughput_log", "work", "tqdm"),
     },
     "sweep": {

@@ -284,6 +284,7 @@ BAD = [
     ({"rolling": "stream", "presses": "none", "ratios": "", "budgets": "64"}, "nothing to run: rolling=stream needs"),
     ({"model": "hf"}, "choose one of pythia-kvpress, kvpress"),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
+    ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),
     ({"config": "no-such.yaml"}, "no-such.yaml"),
 ]
@@ -361,11 +362,37 @@ def test_other_settings_and_two_sweeps_in_one_folder_are_refused(tmp_path: Path)
     with pytest.raises(ValueError, match="being written by another sweep"):
         SweepStore(tmp_path, {"tasks": ["a"], "limit": 3})
     first.claim("1")
+    first.cell("a").add({"key": Generated((1,), ContextRecord(7, (7.0,), 100, 100, False))})
     first.close()
     with pytest.raises(ValueError, match="never mixed: it had limit=3"):
         SweepStore(tmp_path, {"tasks": ["a"], "limit": 4})
     with pytest.raises(ValueError, match="other weights"):
         SweepStore(tmp_path, {"tasks": ["a"], "limit": 3}).claim("2")
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sweep\.json is damaged"):
+        SweepStore(tmp_path, {"tasks": ["a"], "limit": 3})
+
+
+def test_a_folder_in_which_nothing_was_answered_is_free(tmp_path: Path) -> None:
+    """The first command had a mistake that came out when lm-eval loaded the task."""
+    for settings, fingerprint in (({"limit": -3}, "1"), ({"limit": 3}, "2")):
+        store = SweepStore(tmp_path, settings)
+        store.claim(fingerprint)
+        store.cell("a").part()
+        store.close()
+    assert json.loads((tmp_path / "sweep.json").read_text()) == {"limit": 3}
+    assert (tmp_path / "weights").read_text() == "2"
+
+
+@pytest.mark.parametrize("stream", [{"rolling": "stream"}, {"model_args": "rolling=stream,stream_chunk=16"}])
+def test_streams_beyond_the_trained_positions_are_refused(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, stream: dict[str, str]
+) -> None:
+    """And a protocol of model_args reaches the cells, whichever way it was given."""
+    model_args = ",".join([f"pretrained={checkpoint_dir}", *([stream["model_args"]] if "model_args" in stream else [])])
+    settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": "", "budgets": "4096"}
+    with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
+        sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, **settings))
 
 
 def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:

@@ -143,10 +143,21 @@ def test_documentation_describes_every_check_in_order() -> None:
     assert re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE) == list(CHECKS)
 
 
-def test_an_unknown_check_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--checks", "basis,bases"], "unknown check 'bases'"),
+        (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json cannot be written: No such file"),
+        (["--model_args", "{bad"], "give NAME=VALUE,... or a JSON object, not '{bad'"),
+    ],
+)
+def test_a_mistake_is_told_before_the_checks(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "load", lambda _: pytest.fail("a checkpoint was loaded"))
     with pytest.raises(SystemExit):
-        main(["--checks", "basis,bases"])
-    assert "unknown check 'bases'" in capsys.readouterr().err
+        main(arguments)
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

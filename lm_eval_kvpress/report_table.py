@@ -205,8 +205,8 @@ def _newest(cells: Iterable[Cell]) -> Iterator[Row]:
 
 
 def _counting(files: Sequence[Cell]) -> Cell:
-    """The newest, but the newest that was measured where a later run only gave the same answers from a cache."""
-    newest = max(files, key=_age)
+    """The newest with figures, but the newest measured one where a later run only gave the same from a cache."""
+    newest = max([one for one in files if any(task.metrics for task in one.tasks)] or files, key=_age)
     if not newest.unmeasured_tasks:
         return newest
     measured = [one for one in files if not one.unmeasured_tasks and _told(one) == _told(newest)]
@@ -256,6 +256,8 @@ def _metric_keys(task: str, cells: Sequence[Cell]) -> list[MetricKey]:
         if one.name == task
         for metric in one.metrics
     }
+    if not found:
+        return []
     keys = list(found.values())
     directed = [key for key in keys if key.higher_is_better is not None] or keys
     main = min(directed, key=lambda key: LEADING.index(key.name) if key.name in LEADING else len(LEADING))

@@ -40,6 +40,10 @@ def notices(table: Table) -> list[str]:
     ]
     if limited:
         found.append(f"Run with --limit: {', '.join(limited)}.")
+    scored = {key.task for key in table.metrics}
+    unscored = [name for name, _ in table.documents if name not in scored]
+    if unscored:
+        found.append(f"No figures of {_first_names(unscored)}: --predict_only logs answers and scores none.")
     few = [f"{name} ({count})" for name, count in table.documents if count is not None and count < FEW_DOCUMENTS]
     if few and len(cells) > 1:
         found.append(f"Few documents, so intervals are rough: {', '.join(few)}.")
@@ -62,8 +66,8 @@ def _of_left_out_files(table: Table) -> Iterator[str]:
         yield f"{_results(older, 'older')} left out, their setting having been run again: the newest file counts."
     if newer:
         yield (
-            f"{_results(newer, 'newer')} left out, being the same answers again from a cache or an earlier run: the "
-            "file that was measured counts."
+            f"{_results(newer, 'newer')} left out, with no other figures (from a cache, an earlier run or "
+            "--predict_only): the file that says more counts."
         )
 
 

@@ -28,6 +28,7 @@ IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "
 Identity = tuple[str, ...]
 # In the order of lm-eval's --seed. What draws (a random press, sampled answers) draws otherwise under another of them.
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+PLACEHOLDER = "bypass"  # lm-eval's, for all metrics of a task under --predict_only; its 999 is no figure
 ROLLING = "loglikelihood_rolling"
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 
@@ -95,6 +96,7 @@ class Task:
     """One task of one run.
 
     Attributes:
+        metrics: none where answers were logged and not scored (``--predict_only``).
         is_rolling: whether whole texts are scored (lm-eval's ``loglikelihood_rolling``).
         fingerprint: lm-eval's hash of its documents and prompts; None where no samples were logged.
         loaded: what a task of texts says that it loaded (``metadata.loaded``); None where it says nothing.
@@ -274,7 +276,7 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         samples = file.with_name(f"samples_{name}_{file.stem.removeprefix('results_')}.jsonl")
         yield Task(
             name=name,
-            metrics=metrics,
+            metrics=tuple(metric for metric in metrics if metric.name != PLACEHOLDER),
             is_rolling=config.get("output_type") == ROLLING,
             num_documents=count.get("effective"),
             num_documents_available=count.get("original"),

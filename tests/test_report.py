@@ -18,8 +18,9 @@ from scipy.stats import bootstrap
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_bootstrap import NUM_RESAMPLES, intervals
-from lm_eval_kvpress.report_columns import arguments, press_name
+from lm_eval_kvpress.report_columns import arguments, kept_share, press_name
 from lm_eval_kvpress.report_figures import write_figures
+from lm_eval_kvpress.report_html import html
 from lm_eval_kvpress.report_latex import latex
 from lm_eval_kvpress.report_samples import _parse, read_samples
 from lm_eval_kvpress.report_text import as_csv, as_json, markdown
@@ -325,6 +326,46 @@ def test_a_cached_answer_does_not_replace_what_was_measured_unless_it_says_more(
     row = report.tables[0].rows[1]
     assert row.cell is not None and row.cell.date == date
     assert any(notice in one for one in report.notices[0]), report.notices[0]
+
+
+def predict_only(folder: Path, press: str, **facts: Any) -> Path:
+    """A run of `--predict_only`, as lm-eval 0.4.13 writes it: a metric that is no figure stands for all others."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["results"]["recall"] = {"alias": "recall", "bypass,none": 999, "bypass_stderr,none": "N/A"}
+        content["higher_is_better"]["recall"] = {"bypass": True}
+
+    return amend(write_results(folder, press, 0.5, **facts), change)
+
+
+def test_the_placeholder_of_predict_only_is_no_figure(tmp_path: Path) -> None:
+    predict_only(tmp_path, "none")
+    predict_only(tmp_path, "snapkv", kept=0.4)
+    report = make_report([tmp_path])
+    (table,) = report.tables
+    assert table.metrics == () and table.documents == (("recall", NUM_DOCUMENTS),)
+    assert [kept_share(row) for row in table.rows] == [1.0, 0.4]
+    assert any(notice.startswith("No figures of recall: ") for notice in report.notices[0]), report.notices[0]
+    assert html(report)
+    for text in (markdown(report), latex(report), as_csv(report), as_json(report)):
+        assert "bypass" not in text
+    assert len(write_figures(report, tmp_path / "f")) == 0
+
+
+def test_a_task_that_was_scored_in_another_row_keeps_its_column(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    predict_only(tmp_path, "snapkv")
+    report = make_report([tmp_path])
+    assert [key.name for key in report.tables[0].metrics] == ["acc", "acc_at_100", "acc_at_800"]
+    assert not any(notice.startswith("No figures") for notice in report.notices[0])
+
+
+def test_a_newer_run_without_figures_does_not_replace_one_with_figures(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.5, name="a", acc=0.4, date=1.0)
+    predict_only(tmp_path, "none", name="b", date=2.0)
+    report = make_report([tmp_path])
+    assert report.tables[0].baseline.cell is not None and report.tables[0].baseline.cell.date == 1.0
+    assert any(notice.startswith("1 newer result is left out") for notice in report.notices[0])
 
 
 def with_seeds(folder: Path, press: str, random: int | None, torch: int | None, acc: float = 0.4) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_files import NUM_DOCUMENTS, amend, sample_line, write_results, write_stream
+from report_files import NUM_DOCUMENTS, amend, predict_only, sample_line, write_results, write_stream
 from scipy.stats import bootstrap
 
 from lm_eval_kvpress import cli
@@ -326,16 +326,6 @@ def test_a_cached_answer_does_not_replace_what_was_measured_unless_it_says_more(
     row = report.tables[0].rows[1]
     assert row.cell is not None and row.cell.date == date
     assert any(notice in one for one in report.notices[0]), report.notices[0]
-
-
-def predict_only(folder: Path, press: str, **facts: Any) -> Path:
-    """A run of `--predict_only`, as lm-eval 0.4.13 writes it: a metric that is no figure stands for all others."""
-
-    def change(content: dict[str, Any]) -> None:
-        content["results"]["recall"] = {"alias": "recall", "bypass,none": 999, "bypass_stderr,none": "N/A"}
-        content["higher_is_better"]["recall"] = {"bypass": True}
-
-    return amend(write_results(folder, press, 0.5, **facts), change)
 
 
 def test_the_placeholder_of_predict_only_is_no_figure(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import NUM_DOCUMENTS, write_results, write_stream
+from report_files import NUM_DOCUMENTS, predict_only, write_results, write_stream
 
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_html import html, safe_json
@@ -198,6 +198,17 @@ def test_perplexity_over_the_position_is_plotted_where_streams_were_run(chromium
         assert chromium.find_element("css selector", "[data-plot='position']").is_displayed()
         lines = _traces(chromium, "position")
         assert [line["name"] for line in lines] == ["knorm", "snapkv"] and lines[0]["x"][-1] == 50
+
+
+def test_a_table_without_any_figure_has_its_rows_and_no_plot(chromium: Any, tmp_path: Path) -> None:
+    for press in ("none", "snapkv"):
+        predict_only(tmp_path, press)
+    file = tmp_path / "page.html"
+    file.write_text(html(make_report([tmp_path])), encoding="utf-8")
+    with opened(chromium, file):
+        assert len(chromium.find_elements("css selector", "tbody tr")) == 2
+        plots = chromium.find_elements("css selector", "[data-plot]")
+        assert plots and not any(plot.is_displayed() for plot in plots)
 
 
 def test_500_rows_are_shown_sorted_and_searched(chromium: Any, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def notices(table: Table) -> list[str]:
 def _of_left_out_files(table: Table) -> Iterator[str]:
     older, newer = sum(row.num_older for row in table.rows), sum(row.num_newer for row in table.rows)
     if older:
-        yield f"{_results(older, 'older')} left out, their setting having been run again: the newest file counts."
+        yield f"{_results(older, 'older')} left out: the setting was run again, and the newest file counts."
     if newer:
         yield (
             f"{_results(newer, 'newer')} left out, with no other figures (from a cache, an earlier run or "
@@ -90,7 +90,8 @@ def _marks(row: Row, table: Table, tables: Sequence[Table]) -> Iterator[Mark]:
         text = (
             f"Nothing was measured of {_first_names(cell.unmeasured_tasks)}: answers came from a cache or an earlier "
         )
-        yield Mark("unmeasured", "not measured", text + "run, whose file says what was kept and how fast it was.")
+        text += "run, whose file says what was kept and how fast it was, or there was nothing to score."
+        yield Mark("unmeasured", "not measured", text)
     yield from _other_tasks(cell, table)
     yield from _fewer_documents(cell, table, tables)
 

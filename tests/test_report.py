@@ -281,7 +281,10 @@ def test_a_run_whose_answers_came_from_a_cache_is_marked_and_not_void(tmp_path: 
     row = make_report([tmp_path]).tables[0].rows[1]
     (mark,) = row.marks
     assert (mark.label, mark.is_void) == ("not measured", False)
-    assert mark.text.startswith("Nothing was measured of recall")
+    assert mark.text.startswith(
+        "Nothing was measured of recall: answers came from a cache or an earlier run, whose file"
+    )
+    assert mark.text.endswith("or there was nothing to score."), "a checkpoint that reads every text as no token"
 
 
 def test_a_stream_that_was_finished_before_is_marked(tmp_path: Path) -> None:

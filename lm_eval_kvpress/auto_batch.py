@@ -40,9 +40,7 @@ def tokens_per_batch(model: PressableModel, press: PressSpec, free: int | None, 
     if free is None:
         return CPU_TOKENS
     config, weight = model.model.config, model.model.get_input_embeddings().weight
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    full_cache = 2 * config.num_hidden_layers * heads * head_dim * weight.element_size()
+    full_cache = 2 * config.num_hidden_layers * model.num_key_value_heads * model.head_dim * weight.element_size()
     activations = ACTIVATIONS_PER_TOKEN * config.hidden_size * weight.element_size()
     num_copies = 2 if decodes else 1
     return max(1, int(SHARE_OF_FREE * free / (full_cache * kept_share(press, config) * num_copies + activations)))

@@ -42,11 +42,6 @@ class LayerKV:
         """T, the allocated entries, attended or not."""
         return self.keys.shape[2]
 
-    @property
-    def num_bytes(self) -> int:
-        """Allocated bytes of keys and values, all rows."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
-
     def kept_per_row(self) -> list[float]:
         """Entries that can be attended, per row; the mean over heads where heads keep different entries."""
         batch = self.keys.shape[0]
@@ -81,11 +76,6 @@ class CompressedCache:
     def is_empty(self) -> bool:
         """Whether no layer of no row holds an entry."""
         return all(layer.num_entries == 0 for layer in self.layers)
-
-    @property
-    def num_bytes(self) -> int:
-        """Allocated bytes over all layers and rows."""
-        return sum(layer.num_bytes for layer in self.layers)
 
     def kept(self) -> list[list[float]]:
         """Entries that can be attended: one list per row, one number per layer."""

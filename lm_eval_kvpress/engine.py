@@ -64,16 +64,23 @@ class PressableModel:
         return self.model.config.num_attention_heads
 
     @property
+    def num_key_value_heads(self) -> int:
+        return getattr(self.model.config, "num_key_value_heads", None) or self.num_query_heads
+
+    @property
+    def head_dim(self) -> int:
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // self.num_query_heads
+
+    @property
     def last_feed_forward(self) -> nn.Module:
         """The part of the last layer that comes after, or beside, its attention."""
         return self.model.base_model.layers[-1].mlp
 
     def empty_cache(self, batch: int) -> CompressedCache:
         """A cache of ``batch`` contexts of which nothing has been prefilled."""
-        config = self.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return empty_cache(batch, len(self.attentions), heads, head_dim, self.model.get_input_embeddings().weight)
+        like = self.model.get_input_embeddings().weight
+        return empty_cache(batch, len(self.attentions), self.num_key_value_heads, self.head_dim, like)
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""

@@ -33,12 +33,10 @@ class Work(Protocol[Outcome]):
 
     Attributes:
         request_type: lm-eval's name for it.
-        num_requests: how many answers it has.
         splits_requests: whether a request may have several items, and so no answer before the end.
     """
 
     request_type: str
-    num_requests: int
     splits_requests: bool
 
     def segments(self) -> Iterator[list[int]]:
@@ -69,7 +67,7 @@ class LikelihoodWork:
     request_type, splits_requests = "loglikelihood", False
 
     def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
-        self._groups, self._ids, self.num_requests = plan.group_by_context(pairs), ids, len(pairs)
+        self._groups, self._ids = plan.group_by_context(pairs), ids
 
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))
@@ -113,7 +111,7 @@ class RollingWork:
         """One sequence of windows per document."""
         items = [(index, window) for index, of_one in enumerate(windows) for window in of_one]
         items.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
-        self._items, self._ids, self.num_requests = items, ids, len(windows)
+        self._items, self._ids, self._num_documents = items, ids, len(windows)
 
     def segments(self) -> Iterator[list[int]]:
         for _, run in itertools.groupby(enumerate(self._items), key=lambda item: item[1][1].pressed):
@@ -138,7 +136,7 @@ class RollingWork:
     def answers(self, outcomes: Mapping[int, Scored]) -> dict[int, RollingScore]:
         if len(outcomes) < len(self._items):
             return {}
-        parts: list[list[Scored]] = [[] for _ in range(self.num_requests)]
+        parts: list[list[Scored]] = [[] for _ in range(self._num_documents)]
         for item, (index, _) in enumerate(self._items):
             parts[index].append(outcomes[item])
         return {index: _rolling_score(scored) for index, scored in enumerate(parts)}
@@ -162,7 +160,6 @@ class GenerationWork:
         """Request to prompt; ``to_text`` makes the answer of the new token ids."""
         self._members = sorted(jobs, key=lambda member: -len(jobs[member].context))
         self._jobs, self._generation, self._to_text = jobs, generation, to_text
-        self.num_requests = len(jobs)
 
     def _job(self, item: int) -> Job:
         return self._jobs[self._members[item]]

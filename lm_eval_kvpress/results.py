@@ -17,6 +17,7 @@ PATTERN = "results_*.json"
 MODEL_ARGUMENTS = (
     *("revision", "subfolder", "peft", "delta", "load_in_8bit", "load_in_4bit", "gguf_file", "tokenizer"),
     *("add_bos_token", "prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "enable_thinking"),
+    *("think_end_token", "chat_template_args"),
 )
 # What of our protocol makes figures incomparable. A stream's budget is its compression, not its protocol.
 PROTOCOL = (

@@ -5,7 +5,7 @@ Every setting is warmed up once; then all settings are repeated, in an order tha
 machine that slows down slows all of them down. Figures are medians over the repeats with 95 % bootstrap intervals.
 Exactly NEW tokens are decoded, greedily; an end-of-text token does not end a row here.
 
-    python scripts/benchmark.py                                       the built-in checkpoint, about two minutes
+    python scripts/benchmark.py                                       the built-in checkpoint, about a minute
     python scripts/benchmark.py --shape pythia-410m                   random weights: speed and memory, no perplexity
     python scripts/benchmark.py --pretrained EleutherAI/pythia-2.8b --dtype float16
 

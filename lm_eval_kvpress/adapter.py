@@ -31,6 +31,7 @@ from lm_eval_kvpress import (
     answer_cache,
     auto_batch,
     heap,
+    identity,
     linear_layers,
     native,
     neox,
@@ -64,19 +65,6 @@ from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
 from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
 
 logger = logging.getLogger("lm_eval_kvpress")
-
-SAMPLED = 1_024
-"""Numbers of each weight that tell checkpoints apart."""
-
-NO_PART_OF_ANSWERS = frozenset(
-    {
-        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "force_download", "gpus"),
-        *("local_files_only", "low_cpu_mem_usage", "max_batch_size", "max_cpu_memory", "max_length", "max_memory"),
-        *("max_memory_per_gpu", "offload_folder", "offload_state_dict", "parallelize", "revision", "token"),
-        *("trust_remote_code", "use_safetensors"),
-    }
-)
-"""Arguments of ``HFLM`` that change no answer, or stand in a run's identity under another name."""
 
 COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "__main__.py")
 
@@ -118,9 +106,7 @@ class KVPress(CheckedHFLM):
         if self._settings.stream_output is not None:
             _check_folder("stream_output", Path(self._settings.stream_output))
         self._asked_max_length = of_hflm.get("max_length")
-        self._arguments_of_answers = {
-            name: str(value) for name, value in sorted(of_hflm.items()) if name not in NO_PART_OF_ANSWERS
-        }
+        self._arguments_of_answers = identity.arguments_of_answers(of_hflm)
         super().__init__(pretrained=pretrained, **of_hflm)
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
         self._press_model = self._presentable()
@@ -292,7 +278,7 @@ class KVPress(CheckedHFLM):
         return {key: facts[key] for key in keys} | {
             "revision": self.revision,
             "arguments": self._arguments_of_answers,
-            "weights": weights_fingerprint(self.model),
+            "weights": identity.weights_fingerprint(self.model),
             "prefix_token": self.prefix_token_id,
             "seed": torch.initial_seed(),
         }
@@ -555,14 +541,6 @@ def _request_ids(requests: Sequence[Instance]) -> list[RequestId]:
         ids.append(replace(first, repeat=seen[first]))
         seen[first] += 1
     return ids
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Tells checkpoints of one name apart: a checksum of numbers from all over every weight, for adapters and frozen
-    parts leave some weights as they were."""
-    flat = [parameter.detach().flatten() for parameter in model.parameters() if parameter.device.type != "meta"]
-    samples = [weight[:: max(1, weight.numel() // SAMPLED)].float().cpu() for weight in flat]
-    return f"{zlib.crc32(torch.cat(samples).numpy().tobytes()):08x}"
 
 
 class PythiaKVPress(KVPress):

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native": {"torch", "transformers"},
     "heap": set(),
     "plan": set(),
+    "identity": {"torch", "transformers"},
     "cache": {"torch", "transformers"},
     "telemetry": {"torch"},
     "recall": set(),
@@ -96,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
         *("compression", "engine", "generation", "ledger", "loading", "runner", "shared_prefill", "throughput", "work"),
         *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
-        *("heap", "neox_forward", "step_trial", "throughput_log", "metrics"),
+        *("heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     # layer 3: the commands
@@ -128,7 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("throughput_log", "work", "tqdm"),
     },
     "sweep": {
-        *("adapter", "arguments", "plugin", "stream_store", "sweep_model", "sweep_plan", "sweep_store"),
+        *("adapter", "arguments", "identity", "plugin", "stream_store", "sweep_model", "sweep_plan", "sweep_store"),
         *("lm_eval", "rich"),
     },
     # layer 3, over result files alone: neither torch nor lm-eval

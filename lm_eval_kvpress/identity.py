@@ -17,7 +17,7 @@ SAMPLED = 1_024
 
 NO_PART_OF_ANSWERS = frozenset(
     {
-        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "force_download", "gpus"),
+        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "dtype", "force_download", "gpus"),
         *("local_files_only", "low_cpu_mem_usage", "max_batch_size", "max_cpu_memory", "max_length", "max_memory"),
         *("max_memory_per_gpu", "offload_folder", "offload_state_dict", "parallelize", "revision", "token"),
         *("trust_remote_code", "use_safetensors"),

@@ -22,5 +22,5 @@ def test_any_weight_that_differs_is_another_checkpoint(make_neox: Callable[..., 
 
 
 def test_arguments_that_change_no_answer_are_left_out() -> None:
-    given = {"batch_size": 4, "device": "cpu", "peft": "some/adapter", "add_bos_token": True}
+    given = {"batch_size": 4, "device": "cpu", "dtype": "auto", "peft": "some/adapter", "add_bos_token": True}
     assert arguments_of_answers(given) == {"add_bos_token": "True", "peft": "some/adapter"}

@@ -106,6 +106,8 @@ class KVPress(CheckedHFLM):
         if self._settings.stream_output is not None:
             _check_folder("stream_output", Path(self._settings.stream_output))
         self._asked_max_length = of_hflm.get("max_length")
+        is_one_for_all = isinstance(pretrained, str) and not {"parallelize", "device_map"} & of_hflm.keys()
+        self._asked_device = of_hflm.get("device") if is_one_for_all else None
         self._arguments_of_answers = identity.arguments_of_answers(of_hflm)
         super().__init__(pretrained=pretrained, **of_hflm)
         stock = parity.stock_answers(self) if self._settings.parity else None  # before the change of basis
@@ -276,8 +278,8 @@ class KVPress(CheckedHFLM):
         facts = self.describe()
         keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
         return {key: facts[key] for key in keys} | {
+            **self._arguments_of_answers,
             "revision": self.revision,
-            "arguments": self._arguments_of_answers,
             "weights": identity.weights_fingerprint(self.model),
             "prefix_token": self.prefix_token_id,
             "seed": torch.initial_seed(),

@@ -28,8 +28,8 @@ STREAM_POSITIONS = ("cache", "original")
 SHORT_CONTEXT = ("keep", "shrink", "error")
 BUILTIN = "builtin"
 
-DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-DEVICES = re.compile(r"(cpu|cuda|mps|npu|hpu)(:\d+)?")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64", "float", "half", "double")
+DEVICES = re.compile(r"cpu|mps(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
 BATCH_SIZES = re.compile(r"auto(:\d+(\.\d+)?)?|[1-9]\d*")
 
 LOADING_ARGUMENTS = frozenset(
@@ -193,7 +193,10 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     except ValueError as error:
         raise UsageError(str(error)) from error
     own = {field: rest.pop(field) for field in ARGUMENTS if field != "press" and field in rest}
-    settings = _with_stream(Settings(press, **{key: _checked(key, value) for key, value in own.items()}), of_press)
+    settings = Settings(press, **{key: _checked(key, value) for key, value in own.items()})
+    if decoding is not None and settings.rolling == "stream":
+        raise UsageError("rolling=stream compresses as it goes: name the press itself, without decoding")
+    settings = _with_stream(settings, of_press)
     settings = _with_decoding(settings, decoding, of_decoding)
     _refuse_unknown(rest, press_argument_names(name), name)
     _check_of_hflm(rest)
@@ -208,7 +211,7 @@ def _refuse_sizes_of_nothing(prefill: str, decoding: str, arguments: Mapping[str
 
 
 def _checked(key: str, value: Any) -> Any:
-    if key == "throughput_log" and not str(value).endswith((".jsonl", ".csv")):
+    if key == "throughput_log" and Path(str(value)).suffix not in (".jsonl", ".csv"):
         raise UsageError(f"throughput_log={value}: the name must end in .jsonl or .csv")
     if key in ("stream_output", "throughput_log"):
         return str(value)
@@ -223,7 +226,7 @@ def _checked(key: str, value: Any) -> Any:
         return value
     lowest = 0 if key == "query_tokens" else 1
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
-        raise UsageError(f"{key}={value} must be a whole number")
+        raise UsageError(f"{key}={value!r} must be a whole number")
     if value < lowest:
         raise UsageError(f"{key}={value} must be at least {lowest}")
     if key == "metrics_port" and value > 65_535:
@@ -262,8 +265,6 @@ def _with_decoding(settings: Settings, name: str | None, of_decoding: Mapping[st
             if value is not None:
                 raise UsageError(f"{key} belongs to press=decoding:PRESS or prefill_decoding:PREFILL+PRESS")
         return settings
-    if settings.rolling == "stream":
-        raise UsageError("rolling=stream compresses as it goes: name the press itself, without decoding")
     try:
         decoding = parse_decoding(settings.press, name, of_decoding, size, interval)
     except ValueError as error:

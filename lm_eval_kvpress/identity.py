@@ -1,39 +1,62 @@
 """What an answer depends on besides its request: which weights, and which arguments of ``HFLM``.
 
-Knows models as their parameters. Does not know presses, text or files.
+Knows models as their parameters, and ``HFLM``'s signature. Does not know presses, text or files.
 """
 
 from __future__ import annotations
 
+import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-
-SAMPLED = 1_024
-"""Numbers of each weight that tell checkpoints apart."""
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NO_PART_OF_ANSWERS = frozenset(
     {
-        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "dtype", "force_download", "gpus"),
-        *("local_files_only", "low_cpu_mem_usage", "max_batch_size", "max_cpu_memory", "max_length", "max_memory"),
-        *("max_memory_per_gpu", "offload_folder", "offload_state_dict", "parallelize", "revision", "token"),
-        *("trust_remote_code", "use_safetensors"),
+        *("attn_implementation", "batch_size", "cache_dir", "device", "device_map", "dtype", "force_download"),
+        *("local_files_only", "logits_cache", "low_cpu_mem_usage", "max_batch_size", "max_cpu_memory", "max_length"),
+        *("max_memory", "max_memory_per_gpu", "offload_folder", "offload_state_dict", "parallelize", "revision"),
+        *("token", "trust_remote_code", "truncation", "use_safetensors"),
     }
 )
-"""Arguments of ``HFLM`` that change no answer, or stand in a run's identity under another name."""
+"""Arguments of ``HFLM`` that change no answer here, or stand in a run's identity under another name."""
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def arguments_of_answers(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Of the arguments of ``HFLM`` those that an answer depends on; JSON can hold them."""
-    return {name: str(value) for name, value in sorted(arguments.items()) if name not in NO_PART_OF_ANSWERS}
+    """Of the arguments of ``HFLM`` those that an answer depends on, less what is so by default; JSON can hold them."""
+    defaults = {name: value.default for name, value in inspect.signature(HFLM.__init__).parameters.items()}
+    return {
+        name: _in_words(value)
+        for name, value in sorted(arguments.items())
+        if name not in NO_PART_OF_ANSWERS and value is not None and value != defaults.get(name)
+    }
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, PreTrainedTokenizerBase):  # whose text changes when lm-eval gives it a padding token
+        return f"{value.name_or_path} of {value.vocab_size} tokens"
+    return str(value)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Tells checkpoints of one name apart: a checksum of numbers from all over every weight, for adapters and frozen
-    parts leave some weights as they were."""
-    flat = [parameter.detach().flatten() for parameter in model.parameters() if parameter.device.type != "meta"]
-    samples = [weight[:: max(1, weight.numel() // SAMPLED)].float().cpu() for weight in flat]
-    return f"{zlib.crc32(torch.cat(samples).numpy().tobytes()):08x}"
+    """Tells checkpoints of one name apart, also by an adapter or training that left most weights as they were.
+
+    Of every number of every weight, in integers: sums of these are the same in any order and on any device.
+    """
+    sums = [total for parameter in model.parameters() for total in _sums(parameter.detach())]
+    return f"{zlib.crc32(repr(sums).encode()):08x}"
+
+
+def _sums(weight: torch.Tensor) -> Iterator[int]:
+    """The numbers of a weight, as the integers of their bits, weighted by row and by column."""
+    if weight.device.type == "meta":  # offloaded
+        return
+    bits = weight.reshape(len(weight) if weight.ndim > 1 else 1, -1).contiguous().view(INTEGERS[weight.element_size()])
+    for dim in (0, 1):
+        totals = bits.sum(dim=dim, dtype=torch.int64)
+        yield int((totals * torch.arange(1, len(totals) + 1, device=totals.device)).sum())

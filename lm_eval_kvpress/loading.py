@@ -6,8 +6,10 @@ work.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,12 +24,13 @@ class CheckedHFLM(HFLM):
     Attributes:
         _settings: how to compress and score.
         _pretrained_name: as the user typed it.
-        _asked_max_length: as the user typed it, or None.
+        _asked_max_length, _asked_device: as the user typed them, or None; the latter where it is one for all weights.
     """
 
     _settings: Settings
     _pretrained_name: str
     _asked_max_length: int | None
+    _asked_device: str | None
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
@@ -39,12 +42,24 @@ class CheckedHFLM(HFLM):
                 "pretrained=builtin for the small trained model that ships with this package"
             ) from error
         self._check_config(self._config, self._asked_max_length)
+        self._check_device()
 
-    def _create_tokenizer(self, pretrained: str | PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        super()._create_tokenizer(pretrained, *args, **kwargs)
-        if not self.tokenizer.encode("text", add_special_tokens=False):  # transformers makes up an empty one
+    def _check_device(self) -> None:
+        """``HFLM`` takes another one where it does not find the one that was asked for."""
+        if self._asked_device is None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return
+        asked = torch.device(self._asked_device)
+        if asked.type != self.device.type or asked.index not in (None, self.device.index):
+            raise UsageError(f"device={asked} is not on this machine, and {self.device} would take its place")
+
+    def _create_tokenizer(
+        self, pretrained: str | PreTrainedModel, tokenizer: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+        if len(self.tokenizer) <= len(self.tokenizer.added_tokens_decoder):  # transformers makes up an empty one
             raise UsageError(
-                f"no tokenizer in {self._pretrained_name}: pass tokenizer=FOLDER, or save the model's own beside it"
+                f"no tokenizer in {tokenizer or self._pretrained_name}: pass tokenizer=FOLDER with one, or save the "
+                "model's own beside its weights"
             )
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ Knows results and samples; not how a table looks.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -230,9 +230,12 @@ def _with_seeds(rows: Sequence[Row]) -> Iterator[Row]:
     """The rows, their seeds named where these differ: one by its name, several as lm-eval's --seed takes them."""
     known = [dict(row.cell.seeds) for row in rows if row.cell and row.cell.seeds]
     differing = [name for name in SEEDS if len({seeds.get(name) for seeds in known}) > 1]
+    twins = Counter(row.cell.press for row in rows if row.cell)
     for row in rows:
         pairs = row.cell.seeds if row.cell and differing else ()
-        if len(differing) == 1:
+        if row.cell and known and not row.cell.seeds and twins[row.cell.press] > 1:
+            yield replace(row, seeds=(("seeds", "unknown"),))
+        elif len(differing) == 1:
             yield replace(row, seeds=tuple(pair for pair in pairs if pair[0] in differing))
         else:
             values = [value for _, value in pairs]

@@ -118,12 +118,7 @@ def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
         text = "rolling=one_pass scores each window in one forward, which no press can act on: perplexities are those "
         yield Mark("one_pass", "one pass", text + "of the full cache.", True)
     yield from _inert(cell, kept)
-    if row.answers_are_the_baselines:
-        text = "Every logged answer equals the baseline's to the last digit: the press acted on nothing."
-        yield Mark("identical", "identical", text, True)
-    elif _figures_are_the_baselines(row):
-        text = "All figures equal the baseline's: the press acted on nothing, or the task does not resolve it."
-        yield Mark("identical", "identical", text, True)
+    yield from _identical(row, acted=any(one.num_decode_compressions for one in kept))
     if num_short and num_pressed:
         text = f"{num_short} of {num_contexts} contexts were too short for the press and stayed uncompressed."
         yield Mark("short", "short contexts", text)
@@ -158,6 +153,20 @@ def _inert(cell: Cell, kept: Sequence[Kept]) -> Iterator[Mark]:
         yield Mark("inert", "never ran", text, True)
     elif all(one.share == 1 for one in kept if one.num_contexts_pressed):
         yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
+
+
+def _identical(row: Row, *, acted: bool) -> Iterator[Mark]:
+    """``acted`` says that entries are known to have been evicted: then it is the task that shows nothing of it."""
+    if not row.answers_are_the_baselines and not _figures_are_the_baselines(row):
+        return
+    what = "Every logged answer equals" if row.answers_are_the_baselines else "All figures equal"
+    if acted:
+        why = "the press evicted entries while text was generated, and the task does not resolve it."
+    elif row.answers_are_the_baselines:
+        why = "the press acted on nothing."
+    else:
+        why = "the press acted on nothing, or the task does not resolve it."
+    yield Mark("identical", "identical", f"{what} the baseline's: {why}", not acted)
 
 
 def _figures_are_the_baselines(row: Row) -> bool:

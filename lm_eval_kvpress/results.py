@@ -284,20 +284,20 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             version=str((content.get("versions") or {}).get(name)),
             num_fewshot=str((content.get("n-shot") or {}).get(name)),
             fingerprint=(content.get("task_hashes") or {}).get(name),
-            loaded=_loaded(config.get("metadata") or {}),
+            loaded=_loaded(config.get("metadata")),
             kept=_kept(fact) if fact else None,
             notes=tuple(sorted((fact.get("notes") or {}).items())),
             samples=samples if samples.is_file() else None,
         )
 
 
-def _loaded(metadata: Mapping[str, Any]) -> str | None:
+def _loaded(metadata: Any) -> str | None:
     """The texts, and where they were cut, which stands beside them.
 
     Not the folder or hub that they came from, and nothing else of the metadata, into which lm-eval mixes the model's
     arguments: the same texts lie in many places and are asked under many presses.
     """
-    loaded = metadata.get("loaded")
+    loaded = metadata.get("loaded") if isinstance(metadata, Mapping) else None
     if not loaded:
         return None
     texts = {key: value for key, value in loaded.items() if key != "source"} if isinstance(loaded, Mapping) else loaded

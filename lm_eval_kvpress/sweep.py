@@ -98,7 +98,9 @@ LAUNCHERS: Mapping[str, Callable[[SweepSettings, Sequence[Cell], SweepStore], No
 
 def _load(settings: SweepSettings) -> SweepModel:
     arguments = dict(settings.model_args)
-    pretrained = arguments.pop("pretrained", MODELS[settings.model].DEFAULT_PRETRAINED)
+    pretrained = arguments.pop("pretrained", None)
+    if pretrained is None:
+        pretrained = MODELS[settings.model].DEFAULT_PRETRAINED
     if settings.device is not None:
         arguments["device"] = settings.device
     return SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)

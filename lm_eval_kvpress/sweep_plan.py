@@ -117,14 +117,14 @@ class SweepSettings:
             raise UsageError(f"presses: {json.dumps(press)} has no key 'press'")
         name = str(own["press"])
         try:
-            prefill, _ = split_name(name)
+            prefill, decoding = split_name(name)
             press_arguments = press_argument_names(prefill) & own.keys()
             spec = parse_press(prefill, {key: own[key] for key in press_arguments})
         except ValueError as error:
             raise UsageError(f"presses: {error}") from error
         sizes: list[dict[str, Any]]
         streams = protocol.get("rolling", self.model_args.get("rolling")) == "stream"
-        if streams and spec.is_none:
+        if streams and spec.is_none and decoding is None:
             return  # a stream without a press has no budget
         if streams:
             sizes = [{"stream_budget": budget} for budget in self.budgets]

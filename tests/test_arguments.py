@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
@@ -17,7 +18,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": ""}, "press=none"),
     ({"press": "decodng:knorm"}, "did you mean 'decoding'"),
     ({"press": "decoding:knorm", "target_size": 64, "compression_ratio": 0.5}, "leave compression_ratio out"),
-    ({"max_length": "abc"}, "max_length=abc must be a whole number"),
+    ({"max_length": "abc"}, "max_length='abc' must be a whole number"),
     ({"max_length": -5}, "max_length=-5 must be at least 1"),
     ({"max_length": 0}, "max_length=0 must be at least 1"),
     ({"batch_size": 0}, "batch_size=0 must be auto or"),
@@ -26,6 +27,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"device": "gpu"}, "device=gpu is not known: cpu, cuda"),
     ({"dtype": "float23"}, "dtype=float23 is not known: choose one of auto, float32"),
     ({"throughput_log": "log.txt"}, ".jsonl or .csv"),
+    ({"throughput_log": ".jsonl"}, ".jsonl or .csv"),
     ({"press": "snapkv", "window_sizes": 32}, "window_size"),
     ({"press": "snapkv", "bath_size": 32}, "batch_size"),
     ({"press": "streaming_llm", "window_size": 32}, "window_size"),
@@ -66,6 +68,20 @@ def test_the_window_of_a_stream_is_its_chunk() -> None:
     given = {"press": "snapkv", "rolling": "stream", "stream_budget": 256, "stream_chunk": 32}
     for own in ({}, {"window_size": 32}):
         assert parse_arguments({**given, **own})[0].press.arguments["window_size"] == 32
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"dtype": dtype} for dtype in ("auto", "half", "float32", torch.bfloat16)),
+        *({"batch_size": size} for size in (4, "8", "auto", "auto:4")),
+        *({"device": device} for device in ("cpu", "cuda:1", "mps", "xpu:0", torch.device("cpu"))),
+        {"max_length": 256.0},
+    ],
+    ids=str,
+)
+def test_what_hflm_takes_is_passed_on(given: dict[str, Any]) -> None:
+    assert parse_arguments(given)[1].items() >= given.items()
 
 
 def test_press_arguments_and_hflm_arguments_are_told_apart() -> None:

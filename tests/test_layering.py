@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native": {"torch", "transformers"},
     "heap": set(),
     "plan": set(),
-    "identity": {"torch", "transformers"},
+    "identity": {"lm_eval", "torch", "transformers"},
     "cache": {"torch", "transformers"},
     "telemetry": {"torch"},
     "recall": set(),
@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "encoding": {"lm_eval"},
     "parity": {"recall", "lm_eval", "torch"},
-    "loading": {"arguments", "native", "lm_eval", "safetensors", "transformers"},
+    "loading": {"arguments", "native", "lm_eval", "safetensors", "torch", "transformers"},
     "adapter": {
         *(
             "loading",
@@ -158,8 +158,8 @@ OWNERS = {
     "plotly": {"report_html"},
     "kvpress": {"presses", "press_catalog"},
     "lm_eval": {
-        *("adapter", "arguments", "encoding", "loading", "plugin", "cli", "parity", "checks_scores", "checks_results"),
-        *("sweep", "sweep_plan", "verify"),
+        *("adapter", "arguments", "encoding", "identity", "loading", "plugin", "cli", "parity", "checks_scores"),
+        *("checks_results", "sweep", "sweep_plan", "verify"),
     },
     "transformers.models": {"neox", "neox_forward", "neox_step", "step_trial", "stream_window", "streaming"},
     "triton": {"decode_attention", "decode_kernels", "step_trial"},

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
@@ -33,6 +35,22 @@ def test_no_tokenizer_is_found_out_before_weights_are_read(copied: Path, monkeyp
         file.unlink()
     monkeypatch.setattr(HFLM, "_create_model", lambda *_, **__: pytest.fail("weights were read"))
     assert refused(copied).startswith(f"no tokenizer in {copied}: pass tokenizer=FOLDER")
+
+
+def test_the_folder_that_was_named_is_told_and_a_small_alphabet_is_a_tokenizer(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    shutil.copy(copied / "config.json", tmp_path / "none")
+    with pytest.raises(UsageError, match=f"no tokenizer in {tmp_path / 'none'}: "):
+        KVPress(pretrained=str(copied), tokenizer=str(tmp_path / "none"), device="cpu")
+    letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate("ACGT|")}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="|").save_pretrained(copied)
+    assert KVPress(pretrained=str(copied), device="cpu").tok_encode("GATTACA") == [2, 0, 3, 3, 0, 1, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_other_device_takes_the_place_of_the_one_asked_for(checkpoint_dir: Path) -> None:
+    with pytest.raises(UsageError, match="device=cuda:1 is not on this machine, and cpu would take its place"):
+        KVPress(pretrained=str(checkpoint_dir), device="cuda:1")
 
 
 def test_torn_weights_are_one_line(copied: Path) -> None:

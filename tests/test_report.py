@@ -120,6 +120,13 @@ def test_lm_evals_hash_of_the_documents_counts_more_than_what_was_loaded(tmp_pat
     assert sorted(len(table.rows) for table in make_report([tmp_path]).tables) == [2, 2]
 
 
+def test_a_configuration_of_another_shape_says_nothing_of_the_documents(tmp_path: Path) -> None:
+    book(tmp_path, "0", loaded=CHAIN)
+    file = write_results(tmp_path, "snapkv", 0.5)
+    amend(file, lambda content: content.update(configs={"recall": {"metadata": [{"version": 1.0}]}}))
+    assert len(make_report([tmp_path]).tables) == 1
+
+
 def test_what_one_run_says_of_its_documents_is_held_against_all_others_of_the_table(tmp_path: Path) -> None:
     book(tmp_path, "0", "same")
     book(tmp_path, "1", loaded=CHAIN)
@@ -187,6 +194,14 @@ def test_a_press_that_acts_while_text_is_generated_ran_if_it_compressed_then(tmp
     texts = {name: row.marks[0].text for name, row in rows.items() if row.marks}
     assert texts["decoding:tova"].startswith("No answer grew long enough for the press to act")
     assert texts["prefill_decoding:snapkv+tova"].endswith("all were too short for it.")
+
+
+def test_the_same_figures_do_not_void_a_press_that_is_known_to_have_acted(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    without_prefill_press(tmp_path, "decoding:knorm", num_compressions=3, acc=0.5)
+    row = make_report([tmp_path]).tables[0].rows[1]
+    (mark,) = row.marks
+    assert mark.label == "identical" and mark.text.endswith("the task does not resolve it.") and not row.is_void
 
 
 def test_what_a_press_of_generated_text_removes_from_contexts_is_missing_and_not_zero(tmp_path: Path) -> None:
@@ -391,6 +406,13 @@ def test_several_seeds_are_named_as_lm_eval_takes_them(tmp_path: Path) -> None:
         ("random", "window_size=64, seeds=1234"),
         ("random", "window_size=64, seeds=None,1234,2,1234"),
     ]
+
+
+def test_a_file_without_seeds_is_told_from_a_later_run_of_its_press(tmp_path: Path) -> None:
+    with_seeds(tmp_path, "random", 0, 7)
+    write_results(tmp_path, "random", 0.5, acc=0.3)
+    shown = [text for _, text in arguments_shown(tmp_path) if text]
+    assert shown == ["window_size=64, seeds=unknown", "window_size=64"]
 
 
 def test_seeds_that_all_runs_share_are_not_named_and_make_no_row(tmp_path: Path) -> None:

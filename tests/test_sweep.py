@@ -283,6 +283,10 @@ BAD = [
     ({"rolling": "stream", "presses": "knorm"}, "give --budgets"),
     ({"rolling": "stream", "presses": "none", "ratios": "", "budgets": "64"}, "nothing to run: rolling=stream needs"),
     ({"model": "hf"}, "choose one of pythia-kvpress, kvpress"),
+    (
+        {"rolling": "stream", "presses": "decoding:knorm", "ratios": "", "budgets": "64"},
+        "name the press itself, without decoding",
+    ),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
     ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),

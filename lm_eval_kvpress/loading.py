@@ -45,8 +45,9 @@ class CheckedHFLM(HFLM):
         self._check_device()
 
     def _check_device(self) -> None:
-        """``HFLM`` takes another one where it does not find the one that was asked for."""
-        if self._asked_device is None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        """``HFLM`` takes another one where it does not find the one that was asked for. The first GPU is what lm-eval's
+        command asks for where nobody did, also on a machine without any."""
+        if self._asked_device in (None, "cuda", "cuda:0") or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return
         asked = torch.device(self._asked_device)
         if asked.type != self.device.type or asked.index not in (None, self.device.index):

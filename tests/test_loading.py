@@ -51,6 +51,7 @@ def test_the_folder_that_was_named_is_told_and_a_small_alphabet_is_a_tokenizer(c
 def test_no_other_device_takes_the_place_of_the_one_asked_for(checkpoint_dir: Path) -> None:
     with pytest.raises(UsageError, match="device=cuda:1 is not on this machine, and cpu would take its place"):
         KVPress(pretrained=str(checkpoint_dir), device="cuda:1")
+    assert KVPress(pretrained=str(checkpoint_dir), device="cuda:0").device.type == "cpu", "lm-eval's default"
 
 
 def test_torn_weights_are_one_line(copied: Path) -> None:

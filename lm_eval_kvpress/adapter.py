@@ -221,9 +221,11 @@ class KVPress(CheckedHFLM):
             kept = plan.truncate_left(context, continuation, self.max_length)
             truncated.append((kept, tuple(continuation)))
             if len(kept) < len(context):
-                cut.add(tuple(context))
+                cut.add((ids[index].task, tuple(context)))
         if cut:
             logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), self.max_length)
+        for task, _ in cut:
+            self._ledger.totals[task].num_cut_contexts += 1
         return truncated
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -330,12 +332,14 @@ class KVPress(CheckedHFLM):
         eos_ids = self.model.generation_config.eos_token_id
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
         generation = Generation(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
-        num_cut = sum(len(job.context) > room for job in prompts.values())
-        if num_cut:
+        too_long = [job for job in prompts.values() if len(job.context) > room]
+        if too_long:
             logger.warning(
                 "%d prompts were cut from the left to %d tokens: max_length=%d less max_gen_toks=%d",
-                *(num_cut, room, self.max_length, max_new_tokens),
+                *(len(too_long), room, self.max_length, max_new_tokens),
             )
+        for job in too_long:
+            self._ledger.totals[job.id.task].num_cut_contexts += 1
         cut = {index: replace(job, context=job.context[-room:]) for index, job in prompts.items()}
         return GenerationWork(cut, generation, lambda ids: self._text(list(ids), until))
 

@@ -189,6 +189,7 @@ class TaskTotals:
         pressed, unpressed: contexts that went through a press, and those that did not.
         num_short_contexts: unpressed because shorter than the press needs.
         num_shrunk_contexts: pressed with a window shrunk to fit.
+        num_cut_contexts: contexts and prompts that lost their beginning, since they did not fit into ``max_length``.
         num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
         num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
         num_tokens_generated: tokens produced by ``generate_until``.
@@ -203,6 +204,7 @@ class TaskTotals:
     unpressed: KeptTotals = field(default_factory=KeptTotals)
     num_short_contexts: int = 0
     num_shrunk_contexts: int = 0
+    num_cut_contexts: int = 0
     num_tokens: int = 0
     num_tokens_pressed: int = 0
     loglikelihood: float = 0.0
@@ -236,6 +238,7 @@ class TaskTotals:
             "contexts_unpressed": self.unpressed.summary(),
             "num_short_contexts": self.num_short_contexts,
             "num_shrunk_contexts": self.num_shrunk_contexts,
+            "num_cut_contexts": self.num_cut_contexts,
             "tokens_scored": self.num_tokens,
             "tokens_scored_under_press": self.num_tokens_pressed,
             "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),

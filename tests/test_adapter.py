@@ -315,6 +315,7 @@ def test_what_is_cut_to_fit_is_said(checkpoint_dir: Path, caplog: pytest.LogCapt
         "1 contexts were cut from the left to fit max_length=64",
         "1 prompts were cut from the left to 60 tokens: max_length=64 less max_gen_toks=4",
     ]
+    assert lm.describe()["tasks"]["t"]["num_cut_contexts"] == 2
 
 
 def test_too_short_contexts_are_one_line(checkpoint_dir: Path) -> None:

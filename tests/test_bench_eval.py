@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -132,5 +133,12 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     calls = f"lambda: torch.ones({size // 4}) + 1", f"lambda: torch.ones({size // 4})"
     for call, expected in zip(calls, (2 * size, size), strict=True):
         code = f"import torch; from bench_eval_memory import peak_extra_bytes as peak; print(peak({call}))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=scripts, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=scripts,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         assert int(done.stdout) == pytest.approx(expected, rel=0.2)

@@ -16,7 +16,6 @@ Letters in shape comments: B rows, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,10 +30,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 
 from lm_eval_kvpress.cache import GrowingLayer
 from lm_eval_kvpress.neox_forward import every_module_is_watched, has_plain_gelu
+from lm_eval_kvpress.triton_support import why_not_on
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LEAST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU. Older ones have no tensor cores for bfloat16, and Triton 3.1 aborts the process on some."""
 
 
 def why_not(model: GPTNeoXForCausalLM) -> str:
@@ -43,10 +41,6 @@ def why_not(model: GPTNeoXForCausalLM) -> str:
     body = model.gpt_neox
     tensors = list(body.parameters())
     checks = {
-        "Triton is not installed": find_spec("triton") is not None,
-        f"the GPU is not an NVIDIA of compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or higher": (
-            can_run_on(tensors[0].device)
-        ),
         f"attn_implementation is {model.config._attn_implementation}, not sdpa": (
             model.config._attn_implementation == "sdpa"
         ),
@@ -61,14 +55,7 @@ def why_not(model: GPTNeoXForCausalLM) -> str:
             and all(map(_is_plain_layer, body.layers))
         ),
     }
-    return next((reason for reason, holds in checks.items() if not holds), "")
-
-
-def can_run_on(device: torch.device) -> bool:
-    """Whether Triton compiles these kernels for a device, and launches them there: on the current one."""
-    if device.type != "cuda" or torch.version.cuda is None or device.index != torch.cuda.current_device():
-        return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return why_not_on(tensors[0].device) or next((reason for reason, holds in checks.items() if not holds), "")
 
 
 def _is_watched(body: nn.Module) -> bool:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from subprocess import SubprocessError
 
 import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 
+from lm_eval_kvpress import triton_support
 from lm_eval_kvpress.cache import GrowingLayer
 from lm_eval_kvpress.neox_step import NeoxStep, why_not
 
@@ -144,19 +144,6 @@ class Batch:
             return step, step(tokens, positions).clone()
         except torch.OutOfMemoryError:
             raise  # a smaller batch is the answer
-        except _refusals() as error:
-            lines = str(error).strip().splitlines() or [repr(error)]
-            is_tritons = type(error).__module__.startswith("triton")  # which says first where, and last what
-            self._maker.refuse(lines[-1 if is_tritons else 0].strip())
+        except triton_support.refusals() as error:
+            self._maker.refuse(triton_support.cause(error))
             return None
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What Triton raises where it cannot be loaded or cannot make a kernel: another glibc, no C compiler or headers, no
-    libcuda to link with, no room for files, too little shared memory, a GPU or an argument that it does not know."""
-    errors = (RuntimeError, OSError, ImportError, SubprocessError, AssertionError, LookupError, ValueError, TypeError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return errors
-    return (TritonError, *errors)

@@ -29,8 +29,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "press_catalog": {"kvpress", "transformers"},
     "neox": {"torch", "transformers"},
     "neox_forward": {"torch", "transformers"},
-    "neox_step": {"cache", "decode_attention", "decode_kernels", "neox_forward", "torch", "transformers"},
-    "step_trial": {"cache", "neox_step", "torch", "transformers", "triton"},
+    "triton_support": {"torch", "triton"},
+    "neox_step": {
+        *("cache", "decode_attention", "decode_kernels", "neox_forward", "triton_support"),
+        *("torch", "transformers"),
+    },
+    "step_trial": {"cache", "neox_step", "triton_support", "torch", "transformers"},
     "decode_attention": {"torch", "triton"},
     "decode_kernels": {"torch", "triton"},
     "native": {"torch", "transformers"},
@@ -162,7 +166,7 @@ OWNERS = {
         *("checks_results", "sweep", "sweep_plan", "verify"),
     },
     "transformers.models": {"neox", "neox_forward", "neox_step", "step_trial", "stream_window", "streaming"},
-    "triton": {"decode_attention", "decode_kernels", "step_trial"},
+    "triton": {"decode_attention", "decode_kernels", "triton_support"},
 }
 
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -12,7 +12,7 @@ import torch
 from neox_steps import NUM_NEW, decoded, kernels_after_trial
 from torch import nn
 
-from lm_eval_kvpress import decode_graph, neox_step, step_trial
+from lm_eval_kvpress import decode_graph, step_trial, triton_support
 from lm_eval_kvpress.engine import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
@@ -49,7 +49,7 @@ def test_other_settings_agree_too(
 def test_without_triton_the_modules_run_and_it_is_said_once(
     make_for_gpu: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(neox_step, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
     model = make_for_gpu(num_layers=2)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert model.step_maker() is None and model.step_maker() is None
@@ -148,20 +148,6 @@ def test_nor_for_other_kinds_of_model(
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert make_for_gpu(**setting).step_maker() is None
     assert told in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("capability", "cuda", "current", "can"),
-    [((9, 0), "13.0", 0, True), ((8, 0), "13.0", 0, True), ((7, 5), "13.0", 0, False), ((9, 0), None, 0, False),
-     ((9, 0), "13.0", 1, False)],
-)  # fmt: skip
-def test_kernels_are_for_ampere_and_later_on_the_current_device(
-    capability: tuple[int, int], cuda: str | None, current: int, can: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert neox_step.can_run_on(torch.device("cuda", 0)) is can
 
 
 @pytest.mark.usefixtures("few_kernels_anywhere")

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from lm_eval_kvpress import (
     answer_cache,
     auto_batch,
+    grouped_attention,
     heap,
     identity,
     linear_layers,
@@ -133,7 +134,8 @@ class KVPress(CheckedHFLM):
             self._model = self.model.merge_and_unload()
         model = self.model
         if model.config.model_type != "gpt_neox":
-            return PressableModel(model, native.attention_modules(model), functools.partial(native.presented, model))
+            attentions, presented = native.attention_modules(model), functools.partial(native.presented, model)
+            return PressableModel(model, attentions, presented, functools.partial(grouped_attention.lent, attentions))
         try:
             neox.prepare(model)
         except ValueError as error:

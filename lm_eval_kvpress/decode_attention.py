@@ -3,12 +3,13 @@
 PyTorch's attention has one block per row and head, which leaves a GPU idle at few rows, and goes through the whole
 buffer. Here a head's entries are cut into spans, which blocks of their own attend to and a second kernel merges (flash
 decoding, Dao et al. 2023, over the online softmax of Milakov and Gimelshein, arXiv:1805.02867), up to the newest entry.
-On an H200 one row of 1,900 entries takes 12.6 us for 85, 32 rows 173 for 489, at nine tenths of the memory's bandwidth
-(docs/LOG.md).
+On an H200 one row of 1,900 entries takes 12.6 us for 85, 32 rows 173 for 489, at nine tenths of the memory's bandwidth;
+where four query heads share a key-value head, 8 us for 87 and 69 for 133 (docs/LOG.md).
 
 Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device.
 
-Letters in shape comments: B rows, H heads, D head_dim, C capacity of the buffers.
+Letters in shape comments: B rows, H query heads, G query heads per key-value head, D head_dim, C capacity of the
+buffers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 
 BLOCK_TOKENS = 32
 QUERY_ROWS = 16
-"""What a tensor core multiplies at least; the query fills one of them."""
+"""What a tensor core multiplies at least; the queries of a key-value head fill one of them each."""
 WANTED_BLOCKS = 512
 LEAST_SPANS = 4
 """Of a head: blocks that are shorter leave less to wait for at the end. With these two, of 512 to 8,192 blocks, each of
@@ -45,20 +46,22 @@ def _attend_to_spans(
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     QUERY_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
 ):
     index, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     of_all = (row * tl.num_programs(1) + head).to(tl.int64)
     dim, token, lane = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_TOKENS), tl.arange(0, QUERY_ROWS)
-    inside, is_query = dim < DIM, lane[:, None] == 0
-    query_at = query_ptr + of_all * DIM + dim[None, :] + 0 * lane[:, None]
-    query = tl.load(query_at, mask=is_query & inside[None, :], other=0.0)
+    inside, is_query = dim < DIM, lane < GROUP
+    queries, is_number = of_all * GROUP + lane, is_query[:, None] & inside[None, :]
+    query = tl.load(query_ptr + queries[:, None] * DIM + dim[None, :], mask=is_number, other=0.0)
     start = index * span
     end = tl.minimum(start + span, tl.load(place_ptr).to(tl.int32) + 1)
     highest = tl.full([QUERY_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_ROWS], tl.float32)
     mixed = tl.zeros([QUERY_ROWS, BLOCK_DIM], tl.float32)
     head_at = of_all * capacity * DIM
-    mask_at = mask_ptr + row.to(tl.int64) * mask_row + head * mask_head
+    mask_at = mask_ptr + row.to(tl.int64) * mask_row + head * GROUP * mask_head
     for first in tl.range(start, end, BLOCK_TOKENS):
         at = first + token
         there = at < end
@@ -66,7 +69,11 @@ def _attend_to_spans(
             keys_ptr + head_at + at[None, :] * DIM + dim[:, None], mask=there[None, :] & inside[:, None], other=0.0
         )
         scores = tl.dot(query, keys, input_precision="ieee") * scale
-        scores += tl.load(mask_at + at, mask=there, other=0.0).to(tl.float32)[None, :]
+        if MASK_PER_QUERY:
+            masks_at = mask_at + lane[:, None] * mask_head + at[None, :]
+            scores += tl.load(masks_at, mask=is_query[:, None] & there[None, :], other=0.0).to(tl.float32)
+        else:  # which is twice as fast
+            scores += tl.load(mask_at + at, mask=there, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         risen = tl.maximum(highest, tl.max(scores, 1))
         shares, shrunk = tl.exp(scores - risen[:, None]), tl.exp(highest - risen)
@@ -76,11 +83,10 @@ def _attend_to_spans(
         mixed = mixed * shrunk[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
         total = total * shrunk + tl.sum(shares, 1)
         highest = risen
-    out = of_all * tl.num_programs(0) + index
-    mixed = tl.sum(tl.where(is_query, mixed, 0.0), 0)
-    tl.store(mixed_ptr + out * DIM + dim, mixed, mask=inside)
-    tl.store(highest_ptr + out + 0 * lane, highest, mask=lane == 0)
-    tl.store(total_ptr + out + 0 * lane, total, mask=lane == 0)
+    out = queries * tl.num_programs(0) + index
+    tl.store(mixed_ptr + out[:, None] * DIM + dim[None, :], mixed, mask=is_number)
+    tl.store(highest_ptr + out, highest, mask=is_query)
+    tl.store(total_ptr + out, total, mask=is_query)
 
 
 @triton.jit(do_not_specialize=["num_spans"])
@@ -112,12 +118,15 @@ class Attention:
     Args:
         rows, heads, dim: of the queries, ``(B, H, D)``.
         capacity: the largest C.
+        per_key_head: G.
         like: dtype and device of the result.
     """
 
-    def __init__(self, rows: int, heads: int, dim: int, capacity: int, like: torch.Tensor) -> None:
+    def __init__(
+        self, rows: int, heads: int, dim: int, capacity: int, like: torch.Tensor, *, per_key_head: int = 1
+    ) -> None:
         num_blocks = -(-capacity // BLOCK_TOKENS)
-        num_spans = min(num_blocks, max(LEAST_SPANS, WANTED_BLOCKS // (rows * heads)))
+        num_spans = min(num_blocks, max(LEAST_SPANS, WANTED_BLOCKS * per_key_head // (rows * heads)))
         self._span = -(-num_blocks // num_spans) * BLOCK_TOKENS
         parts = (rows, heads, -(-capacity // self._span))
         self.block_spans = triton.next_power_of_2(parts[2])
@@ -126,7 +135,10 @@ class Attention:
         self._highest, self._total = (like.new_empty(parts, dtype=torch.float32) for _ in range(2))
         self._out = like.new_empty(rows, heads * dim)
         self._sizes = {"DIM": dim, "BLOCK_DIM": max(16, triton.next_power_of_2(dim))}  # 16: the least of a tensor core
-        self._launch = {"num_warps": 1 if dim <= 128 else 2, "num_stages": 3 if like.element_size() == 2 else 2}
+        query_rows = max(QUERY_ROWS, triton.next_power_of_2(per_key_head))
+        self._group = {"GROUP": per_key_head, "QUERY_ROWS": query_rows}
+        num_stages = 3 if like.element_size() == 2 and dim < 128 else 2
+        self._launch = {"num_warps": 1 if dim <= 128 else 2, "num_stages": num_stages}
 
     def __call__(
         self,
@@ -141,12 +153,12 @@ class Attention:
 
         Args:
             query: ``(B, H, D)``.
-            keys, values: ``(B, H, C, D)``, of which entries up to ``place``, ``(1,)``, are written.
+            keys, values: ``(B, H / G, C, D)``, of which entries up to ``place``, ``(1,)``, are written.
             mask: ``(1 or B, 1 or H, 1, C)``, is added to the scores.
         """
         rows, heads, num_spans, _ = self._mixed.shape
         parts = (self._mixed, self._highest, self._total)
-        _attend_to_spans[(num_spans, heads, rows)](
+        _attend_to_spans[(num_spans, keys.shape[1], rows)](
             query,
             keys,
             values,
@@ -160,7 +172,8 @@ class Attention:
             _stride(mask, 1),
             **self._sizes,
             BLOCK_TOKENS=BLOCK_TOKENS,
-            QUERY_ROWS=QUERY_ROWS,
+            **self._group,
+            MASK_PER_QUERY=self._group["GROUP"] > 1 and mask.shape[1] > 1,
             **self._launch,
         )
         spans = {"BLOCK_SPANS": self.block_spans}

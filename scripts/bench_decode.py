@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from bench_eval import machine, synchronize
-from benchmark import SHAPES, Bench, Case, Measurement, count, estimate, prompts, random_model
+from benchmark import GROUPED_SHAPES, SHAPES, Bench, Case, Measurement, count, estimate, prompts, random_model
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.engine import PressableModel
@@ -226,7 +226,12 @@ def more_than_one(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="pythia-2.8b", help="random weights (default: %(default)s)")
+    parser.add_argument(
+        "--shape",
+        choices=[*SHAPES, *GROUPED_SHAPES],
+        default="pythia-2.8b",
+        help="random weights (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--press", default="snapkv", help="in the batch (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.75, help="fraction that it removes (default: %(default)s)")

@@ -35,7 +35,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
@@ -63,6 +63,14 @@ SHAPES = {
     "pythia-2.8b": (32, 2560, 32, 50_304),
     "pythia-6.9b": (32, 4096, 32, 50_432),
     "pythia-12b": (36, 5120, 40, 50_688),
+}
+
+# Of Llama architecture, several query heads to a key-value head: layers, hidden size, heads, key-value heads, width of
+# the feed-forward, vocabulary, whether the head has the embeddings' weights.
+GROUPED_SHAPES = {
+    "smollm2-135m": (30, 576, 9, 3, 1_536, 49_152, True),
+    "llama-3.2-1b": (16, 2048, 32, 8, 8_192, 128_256, True),
+    "llama-3.1-8b": (32, 4096, 32, 8, 14_336, 128_256, False),
 }
 
 
@@ -208,23 +216,37 @@ def summarize(runs: Sequence[Measurement]) -> dict[str, Any]:
     return columns
 
 
-def random_model(shape: str, dtype: str) -> GPTNeoXForCausalLM:
-    """Random weights in the shape of a Pythia: as fast and as large as the trained one."""
-    layers, hidden, heads, vocabulary = SHAPES[shape]
-    config = GPTNeoXConfig(
+def random_model(shape: str, dtype: str) -> PreTrainedModel:
+    """Random weights in the shape of a model: as fast and as large as the trained one."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = config_of(shape)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+
+
+def config_of(shape: str) -> PretrainedConfig:
+    if shape in SHAPES:
+        layers, hidden, heads, vocabulary = SHAPES[shape]
+        return GPTNeoXConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+            vocab_size=vocabulary,
+            rotary_pct=0.25,
+            max_position_embeddings=2048,
+        )
+    layers, hidden, heads, key_value_heads, width, vocabulary, is_tied = GROUPED_SHAPES[shape]
+    return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        intermediate_size=4 * hidden,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=width,
         vocab_size=vocabulary,
-        rotary_pct=0.25,
-        max_position_embeddings=2048,
-        attn_implementation="sdpa",
-        dtype=getattr(torch, dtype),
+        tie_word_embeddings=is_tied,
+        max_position_embeddings=8192,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return GPTNeoXForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def load(arguments: argparse.Namespace) -> KVPress:
@@ -392,7 +414,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--pretrained", default="builtin", help="folder, hub name or builtin (default: builtin)")
-    model.add_argument("--shape", choices=SHAPES, help="random weights in the shape of a Pythia")
+    model.add_argument("--shape", choices=[*SHAPES, *GROUPED_SHAPES], help="random weights in the shape of a Pythia")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--presses", default=PRESSES, help="comma-separated (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.5, help="fraction of the cache that is removed (default: 0.5)")

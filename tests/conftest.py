@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import native, neox, neox_forward, neox_step, step_trial, triton_support
+from lm_eval_kvpress import grouped_attention, native, neox, neox_forward, neox_step, step_trial, triton_support
 from lm_eval_kvpress.engine import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -140,7 +140,9 @@ def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
-    return PressableModel(model, native.attention_modules(model), lambda: native.presented(model))
+    attentions = native.attention_modules(model)
+    grouped = functools.partial(grouped_attention.lent, attentions)
+    return PressableModel(model, attentions, functools.partial(native.presented, model), grouped)
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,23 @@ def random(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def difference(
-    rows: int, capacity: int, place: int, *, hidden: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+    rows: int,
+    capacity: int,
+    place: int,
+    *,
+    hidden: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    group: int = 1,
 ) -> float:
     """The largest, from PyTorch's in fp32. What is not written is NaN: whoever reads it is found out."""
-    query = 2 * random(rows, HEADS, DIM, seed=0, dtype=dtype)
+    heads = HEADS * group
+    query = 2 * random(rows, heads, DIM, seed=0, dtype=dtype)
     keys, values = (random(rows, HEADS, capacity, DIM, seed=seed, dtype=dtype) for seed in (1, 2))
     keys[:, :, place + 1 :] = values[:, :, place + 1 :] = torch.nan
     mask = torch.zeros(1, 1, 1, capacity, dtype=dtype, device=DEVICE)
     if hidden is not None:
         mask = mask.masked_fill(hidden[:, :, None].to(DEVICE), torch.finfo(dtype).min)
-    attend = decode_attention.Attention(rows, HEADS, DIM, capacity, query)
+    attend = decode_attention.Attention(rows, heads, DIM, capacity, query, per_key_head=group)
     found = attend(query, keys, values, mask, torch.tensor([place], device=DEVICE), DIM**-0.5)
     written = slice(0, place + 1)
     wanted = nn.functional.scaled_dot_product_attention(
@@ -37,6 +44,7 @@ def difference(
         keys[:, :, written].float(),
         values[:, :, written].float(),
         attn_mask=mask[..., written].float(),
+        enable_gqa=True,
     )
     return (found.float() - wanted[:, :, 0].reshape(rows, -1)).abs().max().item()
 
@@ -68,3 +76,12 @@ def test_hides_what_the_mask_hides_whole_spans_too(heads: int, dtype: torch.dtyp
     hidden[:, :, 120] = False
     assert difference(2, 144, 120, hidden=hidden, dtype=dtype) < CLOSE[dtype]
     assert difference(2, 144, 120, dtype=dtype) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("group", [2, 5, 20])
+def test_heads_of_a_group_share_keys_and_have_masks_of_their_own(group: int) -> None:
+    hidden = torch.rand(2, HEADS * group, 80, generator=torch.Generator().manual_seed(5)) < 0.5
+    hidden[:, :, 60] = False
+    assert difference(2, 80, 60, group=group) < CLOSE[torch.float32]
+    assert difference(2, 80, 60, group=group, hidden=hidden) < CLOSE[torch.float32]
+    assert difference(2, 80, 60, group=group, hidden=hidden[:, :1]) < CLOSE[torch.float32]

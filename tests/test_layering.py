@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode_attention": {"torch", "triton"},
     "decode_kernels": {"torch", "triton"},
     "native": {"torch", "transformers"},
+    "grouped_attention": {"grouped_kernel", "torch", "transformers"},
+    "grouped_kernel": {"decode_attention", "triton_support", "torch"},
     "heap": set(),
     "plan": set(),
     "identity": {"lm_eval", "torch", "transformers"},
@@ -101,7 +103,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
         *("compression", "engine", "generation", "ledger", "loading", "runner", "shared_prefill", "throughput", "work"),
         *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
-        *("heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
+        *("grouped_attention", "heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },
     # layer 3: the commands

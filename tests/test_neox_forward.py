@@ -200,3 +200,102 @@ def test_gradients_are_those_of_transformers(make_neox: MakeNeox) -> None:
     with in_place(model):
         found = gradients(model)
     assert expected and all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------- rows of the first layer
+
+
+@pytest.fixture
+def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neox_forward, "LEAST_TOKENS", 2)
+
+
+REPEATED = torch.randint(1, 12, (2, 23), generator=torch.Generator().manual_seed(6))
+DISTINCT = len(REPEATED.unique())
+
+
+def rows_and_logits(model: GPTNeoXForCausalLM, ids: Tensor = REPEATED, **kwargs: Any) -> tuple[list[int], Tensor]:
+    """How many rows each product was given: of queries, keys and values, and of the feed-forward, layer by layer."""
+    rows: list[int] = []
+    weights = {id(part.weight) for layer in model.gpt_neox.layers for part in products(layer)}
+    linear = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) in weights:
+            rows.append(x.numel() // x.shape[-1])
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(nn.functional, "linear", counted)
+        logits = model(ids, **kwargs).logits
+    return rows, logits
+
+
+def products(layer: Any) -> tuple[nn.Linear, nn.Linear]:
+    return layer.attention.query_key_value, layer.mlp.dense_h_to_4h
+
+
+@pytest.mark.usefixtures("few_are_enough")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_first_layer_computes_a_row_for_each_distinct_token(make_neox: MakeNeox, shape: dict[str, Any]) -> None:
+    model = neox.prepare(make_neox(**shape))
+    every, expected = rows_and_logits(model, position_ids=POSITIONS)
+    with in_place(model):
+        rows, logits = rows_and_logits(model, position_ids=POSITIONS)
+        again, others = rows_and_logits(model, REPEATED[:, :20], position_ids=POSITIONS[:, :20])
+    feed_forward = DISTINCT if shape.get("parallel", True) else REPEATED.numel()  # else it comes after attention
+    assert every == [46] * 6 and rows == [DISTINCT, feed_forward, 46, 46, 46, 46]
+    assert again[0] == len(REPEATED[:, :20].unique()) and again[2:] == [40] * 4
+    exact = {"atol": 0, "rtol": 0} if model.dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(logits, expected, **exact)
+    torch.testing.assert_close(
+        others, expected[:, :20], atol=1e-5, rtol=1e-2 if model.dtype == torch.bfloat16 else 1e-5
+    )
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_rows_that_somebody_made_differ_are_all_computed(make_neox: MakeNeox) -> None:
+    """A hook that adds to the embeddings what depends on the place, and one behind a norm."""
+    model = neox.prepare(make_neox())
+    noise = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(7))
+    for module in (model.gpt_neox.embed_in, model.gpt_neox.layers[0].post_attention_layernorm):
+        with module.register_forward_hook(lambda _, args, output: output + noise):
+            _, expected = rows_and_logits(model)
+            with in_place(model):
+                rows, logits = rows_and_logits(model)
+        norm_only = module is not model.gpt_neox.embed_in
+        assert rows[:2] == [DISTINCT if norm_only else 46, 46]
+        torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.usefixtures("few_are_enough")
+@pytest.mark.parametrize("name", ["attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"])
+def test_who_watches_a_product_sees_all_rows(make_neox: MakeNeox, name: str) -> None:
+    model, seen = neox.prepare(make_neox()), list[torch.Size]()
+    product = model.gpt_neox.layers[0].get_submodule(name)
+    for register in (product.register_forward_hook, product.register_forward_pre_hook):
+        with register(lambda _, args, *output: seen.append(args[0].shape[:-1])), in_place(model):
+            model(REPEATED)
+    assert seen == [REPEATED.shape] * 2
+
+
+@pytest.mark.parametrize("ids", [REPEATED, torch.randperm(200)[None]], ids=["few tokens", "all distinct"])
+def test_all_rows_are_computed_where_that_saves_nothing(make_neox: MakeNeox, ids: Tensor) -> None:
+    model = neox.prepare(make_neox())
+    with in_place(model), pytest.MonkeyPatch.context() as patch:
+        if ids is not REPEATED:
+            patch.setattr(neox_forward, "LEAST_TOKENS", 2)
+        rows, _ = rows_and_logits(model, ids)
+    assert rows == [ids.numel()] * 6
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_embeddings_instead_of_tokens_after_a_forward_of_tokens(make_neox: MakeNeox) -> None:
+    """Nothing is left of the forward before, whose tokens would be taken for these rows'."""
+    model = neox.prepare(make_neox())
+    embeddings = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(8))
+    expected = model(inputs_embeds=embeddings).logits
+    with in_place(model):
+        model(REPEATED)
+        torch.testing.assert_close(model(inputs_embeds=embeddings).logits, expected)
+        torch.testing.assert_close(model(inputs_embeds=embeddings[:, :9]).logits, expected[:, :9])

@@ -414,7 +414,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--pretrained", default="builtin", help="folder, hub name or builtin (default: builtin)")
-    model.add_argument("--shape", choices=[*SHAPES, *GROUPED_SHAPES], help="random weights in the shape of a Pythia")
+    model.add_argument("--shape", choices=[*SHAPES, *GROUPED_SHAPES], help="random weights of a shape")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--presses", default=PRESSES, help="comma-separated (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.5, help="fraction of the cache that is removed (default: 0.5)")

@@ -135,7 +135,8 @@ class KVPress(CheckedHFLM):
         model = self.model
         if model.config.model_type != "gpt_neox":
             attentions, presented = native.attention_modules(model), functools.partial(native.presented, model)
-            return PressableModel(model, attentions, presented, functools.partial(grouped_attention.lent, attentions))
+            grouped = functools.partial(grouped_attention.lent, attentions)
+            return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
         try:
             neox.prepare(model)
         except ValueError as error:

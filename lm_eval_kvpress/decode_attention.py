@@ -72,7 +72,7 @@ def _attend_to_spans(
         if MASK_PER_QUERY:
             masks_at = mask_at + lane[:, None] * mask_head + at[None, :]
             scores += tl.load(masks_at, mask=is_query[:, None] & there[None, :], other=0.0).to(tl.float32)
-        else:  # which is twice as fast
+        else:  # which takes two thirds of the time and less
             scores += tl.load(mask_at + at, mask=there, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         risen = tl.maximum(highest, tl.max(scores, 1))

@@ -78,7 +78,7 @@ class StaticStep:
     @property
     def kernels(self) -> str:
         """What the step is made of, once it has run."""
-        return getattr(self._forward, "kernels", "modules")
+        return getattr(self._forward, "kernels", None) or self._steps.model.made_of()
 
     def _mask(self, index: int) -> torch.Tensor:
         """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
@@ -144,17 +144,16 @@ class GraphRecorder:
         return not reason
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None] | None:
-        kernels = getattr(step, "kernels", "modules")
         try:
             replay = cuda_graph(step)
-            self.newest = f"{kernels}, CUDA graph"
+            self.newest = f"{getattr(step, 'kernels', 'modules')}, CUDA graph"
             return replay
         except RuntimeError as error:  # whatever a kernel or a driver has against being captured
             cause = _first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # a smaller batch is the answer
             self._has_failed = True
-            self.newest = kernels
+            self.newest = getattr(step, "kernels", "modules")
             _say_once((str(cause).strip() or repr(cause)).splitlines()[0])
             return None
 

@@ -47,6 +47,7 @@ class PressableModel:
         quickened: makes a context in which the model's own layers compute the same numbers faster.
         step_maker: what makes decoding steps that stand for the modules, for as long as no hook watches them
             (`step_trial.StepMaker`); None where there is no such step.
+        made_of: what the newest step by modules was made of, for the record.
     """
 
     model: PreTrainedModel
@@ -54,6 +55,7 @@ class PressableModel:
     presented: Callable[[], AbstractContextManager[Any]]
     quickened: Callable[[], AbstractContextManager[Any]] = nullcontext
     step_maker: Callable[[], Callable[..., Any] | None] = lambda: None
+    made_of: Callable[[], str] = lambda: "modules"
 
     @property
     def device(self) -> torch.device:

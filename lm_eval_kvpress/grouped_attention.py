@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,24 +30,25 @@ KERNEL = GroupedKernel()
 
 
 @contextmanager
-def lent(attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """Has attention modules look up `attend` instead of transformers' function; they read its name in their config,
-    which is one for all of them.
+def lent(attentions: Sequence[Any]) -> Iterator[None]:
+    """Has attention modules look up `attend` instead of transformers' function; they read its name in their config.
 
     Modules that share no heads, or use other attention than PyTorch's, are left as they are.
     """
-    first: Any = attentions[0]
-    config, lends = first.config, first.num_key_value_groups > 1 and first.config._attn_implementation == REPLACES
+    own = [(attention, attention.config) for attention in attentions if _shares_heads(attention)]
+    copies = {id(config): copy.copy(config) for _, config in own}  # in general one
     try:
-        if lends:
-            ours = copy.copy(config)
-            ours._attn_implementation = NAME
-            for attention in attentions:
-                attention.__dict__["config"] = ours
+        for attention, config in own:
+            copies[id(config)]._attn_implementation = NAME
+            attention.__dict__["config"] = copies[id(config)]
         yield
     finally:
-        for attention in attentions if lends else ():
+        for attention, config in own:
             attention.__dict__["config"] = config
+
+
+def _shares_heads(attention: Any) -> bool:
+    return attention.num_key_value_groups > 1 and attention.config._attn_implementation == REPLACES
 
 
 def attend(
@@ -69,10 +70,11 @@ def attend(
         attention_mask: ``(1 or B, 1 or H, Q, T)``, is added to the scores.
     """
     by_pytorch = functools.partial(nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
-    if query.shape[2] == 1:
-        return _of_one_token(query, key, value, attention_mask, by_pytorch, scaling), None
-    if attention_mask is not None and query.device.type == "cpu":  # whose kernel takes a mask and shared heads
-        mixed = by_pytorch(query, key, value, attn_mask=attention_mask, enable_gqa=True)
+    is_prefill = query.shape[2] == key.shape[2]  # transformers', for kvpress has it take marks off the module
+    if query.shape[2] == 1 and not is_prefill:
+        return _of_one_token(query, key, value, attention_mask, by_pytorch), None
+    if attention_mask is not None and query.device.type == "cpu" and not is_prefill:
+        mixed = by_pytorch(query, key, value, attn_mask=attention_mask, enable_gqa=True)  # which only a CPU has fast
         return mixed.transpose(1, 2).contiguous(), None
     attended: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[REPLACES](
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -85,8 +87,7 @@ def _of_one_token(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    by_pytorch: Callable[..., torch.Tensor],
-    scaling: float | None,
+    by_pytorch: functools.partial[torch.Tensor],
 ) -> torch.Tensor:
     """``(B, 1, H, D)``."""
     batch, heads, _, dim = query.shape
@@ -98,8 +99,15 @@ def _of_one_token(
             masks = masks.reshape(masks.shape[0], *groups, -1)
         return by_pytorch(query.reshape(batch, *groups, dim), key, value, attn_mask=masks).reshape(batch, heads, dim)
 
-    scale = dim**-0.5 if scaling is None else scaling
+    if by_pytorch.keywords["dropout_p"] or torch.is_grad_enabled():
+        return as_rows_of_one_query()[:, None]
+    scale = by_pytorch.keywords["scale"] or dim**-0.5
     return KERNEL(query[:, :, 0], key, value, mask, scale, as_rows_of_one_query)[:, None]
+
+
+def made_of() -> str:
+    """What a step by modules is made of, for the record."""
+    return "modules, grouped kernel" if KERNEL.ran_last else "modules"
 
 
 AttentionInterface.register(NAME, attend)

@@ -96,12 +96,12 @@ def _can_overwrite(mlp: Any) -> bool:
 
 
 def _may_leave_rows_out(layer: Any) -> bool:
-    """Whether nobody sees that linear layers are not given all rows."""
+    """Whether nobody sees that linear layers are not given all rows: they are plain, and no hook is on them."""
     if type(layer.mlp) is not GPTNeoXMLP:
         return False
     products = (layer.attention.query_key_value, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h)
     is_watched = (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in products)
-    return not any(is_watched)
+    return all(type(product) is nn.Linear for product in products) and not any(is_watched)
 
 
 def has_plain_gelu(mlp: Any) -> bool:
@@ -123,23 +123,24 @@ class _Repeats:
     def __init__(self) -> None:
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None  # of a row for each distinct token, and back
 
-    def embed(self, embed_in: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, embed_in: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
         """The module's own forward, which begins a forward of the model."""
         self._places = None
-        if ids.device.type == "cpu" and ids.numel() >= LEAST_TOKENS:  # on a GPU counting would have to be waited for
-            tokens, back = torch.unique(ids.flatten(), return_inverse=True)
+        if input.device.type == "cpu" and input.numel() >= LEAST_TOKENS:  # a GPU's counting would have to be waited for
+            tokens, back = torch.unique(input.flatten(), return_inverse=True)
             if len(tokens) <= MOST_DISTINCT * len(back):
-                self._places = torch.empty_like(tokens).scatter_(0, back, torch.arange(len(back))), back
-        embedded: torch.Tensor = type(embed_in).forward(embed_in, ids)
+                places = back.new_empty(len(tokens))
+                self._places = places.scatter_(0, back, torch.arange(len(back), device=back.device)), back
+        embedded: torch.Tensor = type(embed_in).forward(embed_in, input)
         return embedded
 
     def once(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """The function of distinct rows, copied to where they occur; of all rows where a token's differ."""
-        if self._places is None:
+        """The function of distinct rows, copied to where they occur; of all rows where a token's differ, or where
+        somebody asks for gradients."""
+        known, rows = self._places, x.flatten(0, 1)
+        if known is None or torch.is_grad_enabled() or len(rows) != len(known[1]):
             return function(x)
-        (places, back), rows = self._places, x.flatten(0, 1)
-        if len(rows) != len(back):
-            return function(x)
+        places, back = known
         distinct = rows.index_select(0, places)
         if not torch.equal(distinct.index_select(0, back), rows):
             return function(x)

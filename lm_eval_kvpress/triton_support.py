@@ -15,17 +15,19 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def why_not_on(device: torch.device) -> str:
-    """Why kernels cannot run on a device, or nothing."""
+    """Why kernels cannot run on a device, or nothing: Triton launches on the current one."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if not can_run_on(device):
+    if not is_new_enough(device):
         return f"the GPU is not an NVIDIA of compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or higher"
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return f"{device} is not the current device"
     return ""
 
 
-def can_run_on(device: torch.device) -> bool:
-    """Whether Triton compiles our kernels for a device, and launches them there: on the current one."""
-    if device.type != "cuda" or torch.version.cuda is None or device.index != torch.cuda.current_device():
+def is_new_enough(device: torch.device) -> bool:
+    """Whether Triton compiles our kernels for a device."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 

@@ -142,7 +142,8 @@ def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
     attentions = native.attention_modules(model)
     grouped = functools.partial(grouped_attention.lent, attentions)
-    return PressableModel(model, attentions, functools.partial(native.presented, model), grouped)
+    presented = functools.partial(native.presented, model)
+    return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +194,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has GPTNeoX's step in few kernels asked for on a CPU, too."""
     monkeypatch.setattr(step_trial, "DEVICE_TYPES", {"cpu", "cuda"})
-    monkeypatch.setattr(triton_support, "can_run_on", lambda device: True)
+    monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_graph, decoding, engine
+from lm_eval_kvpress import decode_graph, decoding, engine, grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.cache import stack
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.engine import PressableModel
@@ -346,6 +347,27 @@ def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
         found = decoded(model, name, [1] * 5, sampler, record=decode_graph.cuda_graph)
         assert found == decoded(model, name, [1] * 5, sampler)
     assert model.step_maker() is not None, "the few kernels agreed"
+
+
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=needs_gpu)], ids=["static", "recorded"])
+@pytest.mark.parametrize("name", ["pyramidkv", "adakv:snapkv"])
+def test_heads_that_share_keys_are_attended_by_the_kernel(
+    make_pressable_llama: Callable[..., PressableModel], name: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole buffers, as a GPU attends to them: the growing cache's tokens, which are PyTorch's."""
+    pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
+    if not on_gpu:
+        monkeypatch.setattr(grouped_kernel, "DEVICE_TYPES", {"cpu", "cuda"})
+        monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
+        monkeypatch.setattr(sys.modules[__name__], "NUM_NEW", 4)  # Triton's interpreter takes its time
+    monkeypatch.setattr(grouped_kernel, "DTYPES", (torch.float32,))  # in 16 bits rounding decides between tokens
+    monkeypatch.setattr(grouped_attention, "KERNEL", grouped_kernel.GroupedKernel())
+    model, held = make_pressable_llama(), [1, 3, 2, 1, 3]
+    model.model.to("cuda" if on_gpu else "cpu")
+    expected = decoded(model, name, held)
+    assert model.made_of() == "modules", "of a cache that grows"
+    assert decoded(model, name, held, record=decode_graph.cuda_graph if on_gpu else run_as_it_is) == expected
+    assert model.made_of() == "modules, grouped kernel"
 
 
 @needs_gpu

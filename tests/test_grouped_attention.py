@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -42,6 +51,27 @@ def test_numbers_are_those_of_transformers(num_new: int, mask: str) -> None:
     found, weights = grouped_attention.attend(module, *arguments, dropout=0.0, scaling=0.3)
     assert weights is None and found.shape == (ROWS, num_new, HEADS, DIM) == expected.shape
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("num_new", [1, 4])
+def test_without_a_scale_and_with_dropout_as_transformers(num_new: int) -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=HEADS // SHARED, is_causal=True)
+    arguments = tensors(num_new, "of rows")
+    expected, _ = sdpa_attention_forward(module, *arguments)
+    torch.testing.assert_close(grouped_attention.attend(module, *arguments)[0], expected)
+    assert not grouped_attention.attend(module, *arguments, dropout=1.0)[0].any()
+
+
+@pytest.mark.parametrize("num_new", [1, 4])
+def test_a_prefill_is_transformers_whose_function_kvpress_wraps(num_new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There marks of a press before are taken off the module, also for one token and under a mask."""
+    query, key, value, mask = tensors(num_new, "of rows")
+    asked: list[int] = []
+    monkeypatch.setitem(
+        grouped_attention.ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **_: asked.append(args[1].shape[2])
+    )
+    grouped_attention.attend(nn.Module(), query, key[:, :, :num_new], value[:, :, :num_new], mask[..., :num_new])
+    assert asked == [num_new]
 
 
 @pytest.fixture
@@ -84,6 +114,15 @@ CONFIGS = [
 ]
 
 
+@torch.inference_mode()
+def after_a_context(model: Any, token: torch.Tensor) -> torch.Tensor:
+    """The logits of one token behind eight."""
+    cache = DynamicCache()
+    model(torch.arange(8)[None], past_key_values=cache)
+    logits: torch.Tensor = model(token, past_key_values=cache).logits
+    return logits
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_each_architecture_looks_it_up_and_gets_its_own_back(
     config: PretrainedConfig, attended: list[tuple[int, int, int]]
@@ -91,13 +130,15 @@ def test_each_architecture_looks_it_up_and_gets_its_own_back(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     attentions, token = native.attention_modules(model), torch.tensor([[5]])
-    before, expected = [attention.config for attention in attentions], model(token).logits
+    attentions[1].config = copy.copy(attentions[1].config)  # as where a layer was copied from elsewhere
+    before = [attention.config for attention in attentions]
+    expected = after_a_context(model, token)
     attended.clear()
-    with torch.inference_mode(), grouped_attention.lent(attentions):
-        found = model(token).logits
+    with grouped_attention.lent(attentions):
+        found = after_a_context(model, token)
         assert model.config._attn_implementation == "sdpa", "from which transformers makes masks"
-    assert attended == [(2, 2, 2)] * 2
-    torch.testing.assert_close(found, expected.detach())
+    assert attended[2:] == [(2, 2, 2)] * 2
+    torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="stumbled"), grouped_attention.lent(attentions):
         raise RuntimeError("stumbled")
     assert all(attention.config is config for attention, config in zip(attentions, before, strict=True))
@@ -109,3 +150,14 @@ def test_other_attention_is_left_as_it_is(attn: str, heads: int) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
     with grouped_attention.lent(native.attention_modules(model)):
         assert {attention.config._attn_implementation for attention in native.attention_modules(model)} == {attn}
+
+
+def test_layers_of_other_attention_keep_it(attended: list[tuple[int, int, int]]) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY), attn_implementation="sdpa").eval()
+    first, second = native.attention_modules(model)
+    second.config = copy.copy(second.config)
+    second.config._attn_implementation = "eager"
+    for _ in range(2):
+        with grouped_attention.lent((first, second)):
+            assert [layer.config._attn_implementation for layer in (first, second)] == ["kvpress_grouped", "eager"]
+        assert [layer.config._attn_implementation for layer in (first, second)] == ["sdpa", "eager"]

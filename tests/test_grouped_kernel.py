@@ -23,7 +23,7 @@ PYTORCHS = torch.full((ROWS, HEADS, DIM), 7.0)
 @pytest.fixture(autouse=True)
 def _asked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_kernel, "DEVICE_TYPES", {"cpu", "cuda"})
-    monkeypatch.setattr(triton_support, "can_run_on", lambda device: True)
+    monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 
 
 @pytest.fixture
@@ -40,20 +40,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return log
 
 
-def arguments(*, mask_heads: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0) -> tuple[Any, ...]:
+def arguments(
+    *, mask_heads: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0, num_written: int = 40
+) -> tuple[Any, ...]:
     """Of `attend`, after the module: the last entries are hidden, as what is not written, and some others."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(ROWS, 1, HEADS, DIM), (ROWS, SHARED, CAPACITY, DIM), (ROWS, SHARED, CAPACITY, DIM)]
     query, key, value = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     hidden = torch.rand(ROWS, mask_heads, 1, CAPACITY, generator=generator) < 0.3
-    hidden[..., 40:] = True
+    hidden[..., num_written:] = True
+    hidden[..., num_written - 2 : num_written] = False
     mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(dtype).min).to(DEVICE, dtype)
     return query.transpose(1, 2), key, value, mask
 
 
 def attended(kernel: GroupedKernel, values: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     monkeypatch.setattr(grouped_attention, "KERNEL", kernel)
-    return grouped_attention.attend(torch.nn.Module(), *values, scaling=0.3)[0]
+    with torch.inference_mode():
+        return grouped_attention.attend(torch.nn.Module(), *values, scaling=0.3)[0]
 
 
 @pytest.mark.parametrize("mask_heads", [1, HEADS])
@@ -61,11 +65,11 @@ def test_after_the_first_call_the_kernel_runs_with_pytorchs_results(
     mask_heads: int, ran: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = GroupedKernel()
-    for seed in range(3):
-        values = arguments(mask_heads=mask_heads, seed=seed)
+    for seed, num_written in enumerate((40, 41, CAPACITY)):  # as a buffer is filled, to its end
+        values = arguments(mask_heads=mask_heads, seed=seed, num_written=num_written)
         expected = attended(never(), values, monkeypatch)
         torch.testing.assert_close(attended(kernel, values, monkeypatch), expected, atol=4e-3, rtol=0)
-        assert len(ran) == seed + 1
+        assert len(ran) == seed + 1 and kernel.ran_last is (seed > 0)
     asked: list[int] = []
     query, key, value, mask = values
     kernel(query[:, :, 0], key, value, mask, 0.3, lambda: asked.append(1) or PYTORCHS)  # type: ignore[func-returns-value]
@@ -78,11 +82,21 @@ def never() -> GroupedKernel:
     return kernel
 
 
-def test_each_kind_is_compared(ran: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its mask, its head dim and its query heads."""
     kernel = GroupedKernel()
-    for mask_heads in (1, HEADS, 1, HEADS):
-        attended(kernel, arguments(mask_heads=mask_heads), monkeypatch)
-    assert len(kernel._agreed) == 2 and len(ran) == 4
+    query, key, value, mask = arguments()
+    kinds = [
+        (query, key, value, mask),
+        arguments(mask_heads=HEADS),
+        (query[..., :8], key[..., :8].contiguous(), value[..., :8].contiguous(), mask),
+        (query[:, :4], key, value, mask),
+        (query[:, :4], key[:, :1].contiguous(), value[:, :1].contiguous(), mask),
+    ]
+    for known, values in enumerate(kinds):
+        for is_known in (False, True):
+            attended(kernel, values, monkeypatch)
+            assert (len(kernel._agreed), kernel.ran_last) == (known + 1, is_known)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +104,21 @@ def test_each_kind_is_compared(ran: list[torch.dtype], monkeypatch: pytest.Monke
     [
         {"mask": None},
         {"dtype": torch.float32},
+        {"mask": lambda mask: mask == 0},
+        {"value": lambda value: value.transpose(2, 3).contiguous().transpose(2, 3)},
         {
             "key": lambda key: key[:, :, :40],
             "value": lambda value: value[:, :, :40],
             "mask": lambda mask: mask[..., :40],
         },
     ],
-    ids=["no mask", "float32", "a slice of a cache that grows"],
+    ids=[
+        "no mask",
+        "float32",
+        "a mask of bools",
+        "values with gaps",
+        "a slice of a cache that grows",
+    ],
 )
 def test_other_calls_are_pytorchs(
     change: dict[str, Any], ran: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -147,7 +169,42 @@ def test_where_triton_is_missing_one_line_says_so(
     assert line.endswith("PyTorch's, which is slow at few rows: Triton is not installed")
 
 
-@pytest.mark.parametrize("wrong", [1.1, torch.nan])
+def test_nor_are_dropout_and_gradients_the_kernels(ran: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_attention, "KERNEL", GroupedKernel())
+    assert not grouped_attention.attend(torch.nn.Module(), *arguments(), dropout=1.0)[0].any()
+    with torch.enable_grad():
+        grouped_attention.attend(torch.nn.Module(), *arguments())
+    assert not ran
+
+
+def test_a_head_of_zeros_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, values = GroupedKernel(), arguments()
+    values[2][:, 1] = 0
+    attended(kernel, values, monkeypatch)
+    assert len(kernel._agreed) == 1
+
+
+def test_another_device_is_told_once_and_does_not_end_the_kernel_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel, reasons = GroupedKernel(), iter(["cuda:1 is not the current device"] * 2 + [""] * 2)
+    monkeypatch.setattr(triton_support, "why_not_on", lambda device: next(reasons))
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        for _ in range(4):
+            attended(kernel, arguments(), monkeypatch)
+    assert len(caplog.records) == 1 and kernel.ran_last
+
+
+def test_the_record_says_what_attended(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended(GroupedKernel(), arguments(), monkeypatch)
+    assert grouped_attention.made_of() == "modules"
+    attended(grouped_attention.KERNEL, arguments(), monkeypatch)
+    assert grouped_attention.made_of() == "modules, grouped kernel"
+    attended(grouped_attention.KERNEL, arguments(dtype=torch.float32), monkeypatch)
+    assert grouped_attention.made_of() == "modules"
+
+
+@pytest.mark.parametrize("wrong", [1.05, torch.nan])
 def test_one_wrong_head_is_found(
     wrong: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -293,6 +293,48 @@ def test_all_rows_are_computed_where_that_saves_nothing(make_neox: MakeNeox, ids
 
 
 @pytest.mark.usefixtures("few_are_enough")
+@pytest.mark.parametrize("change", ["wrapped", "its forward replaced"])
+def test_a_product_that_is_not_plain_is_given_all_rows(make_neox: MakeNeox, change: str) -> None:
+    """As adapters wrap it and accelerate replaces its forward: what they do may depend on the place of a row."""
+    model, seen = neox.prepare(make_neox()), list[torch.Size]()
+    attention = model.gpt_neox.layers[0].attention
+    inner = attention.query_key_value
+
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.shape[:-1])
+            return nn.functional.linear(x, inner.weight, inner.bias)
+
+    if change == "wrapped":
+        attention.query_key_value = Wrapped()
+    else:
+        inner.__dict__["forward"] = Wrapped().forward
+    with torch.inference_mode(), in_place(model):
+        model(REPEATED)
+    assert seen == [REPEATED.shape]
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_tokens_of_32_bits_and_by_name(make_neox: MakeNeox) -> None:
+    model = neox.prepare(make_neox())
+    expected = rows_and_logits(model)[1]
+    with in_place(model), torch.inference_mode():
+        torch.testing.assert_close(rows_and_logits(model, REPEATED.int())[1], expected)
+        assert model.gpt_neox.embed_in(input=REPEATED).shape == (2, 23, 64)
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_where_gradients_are_asked_for_all_rows_are_computed(make_neox: MakeNeox) -> None:
+    model = neox.prepare(make_neox())
+    embeddings = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(9), requires_grad=True)
+    with in_place(model):
+        with torch.inference_mode():
+            model(REPEATED)
+        model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("few_are_enough")
 def test_embeddings_instead_of_tokens_after_a_forward_of_tokens(make_neox: MakeNeox) -> None:
     """Nothing is left of the forward before, whose tokens would be taken for these rows'."""
     model = neox.prepare(make_neox())

@@ -9,14 +9,20 @@ from lm_eval_kvpress import triton_support
 
 
 @pytest.mark.parametrize(
-    ("capability", "cuda", "current", "can"),
-    [((9, 0), "13.0", 0, True), ((8, 0), "13.0", 0, True), ((7, 5), "13.0", 0, False), ((9, 0), None, 0, False),
-     ((9, 0), "13.0", 1, False)],
-)  # fmt: skip
+    ("capability", "cuda", "current", "told"),
+    [
+        ((9, 0), "13.0", 0, ""),
+        ((8, 0), "13.0", 0, ""),
+        ((7, 5), "13.0", 0, "the GPU is not an NVIDIA of compute capability 8.0 or higher"),
+        ((9, 0), None, 0, "the GPU is not an NVIDIA of compute capability 8.0 or higher"),
+        ((9, 0), "13.0", 1, "cuda:0 is not the current device"),
+    ],
+)
 def test_kernels_are_for_ampere_and_later_on_the_current_device(
-    capability: tuple[int, int], cuda: str | None, current: int, can: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], cuda: str | None, current: int, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: "there")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert triton_support.can_run_on(torch.device("cuda", 0)) is can
+    assert triton_support.why_not_on(torch.device("cuda", 0)) == told

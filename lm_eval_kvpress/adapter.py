@@ -521,13 +521,13 @@ class KVPress(CheckedHFLM):
             },
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "decoding_steps": self._runner.meter.decoding_steps() or None,
+            "decoding_steps": self._runner.meter.records.decoding_steps() or None,
             "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
             "tasks": {task: totals.summary() for task, totals in self._ledger.totals.items()},
-            "throughput": self._runner.meter.summary(),
+            "throughput": self._runner.meter.records.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
         }
 

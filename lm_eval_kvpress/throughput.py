@@ -1,7 +1,6 @@
-"""What each phase of each batch and each request cost: records and their sums.
+"""Times a run's batches and books them on the requests that shared them.
 
-Knows clocks. Does not know files, lm-eval, models or presses by name. Names follow vLLM's benchmarks: TTFT is the
-time to the first token, TPOT = (end-to-end - TTFT) / (tokens - 1), ITL the time between two tokens of a request.
+Knows clocks. Does not know files, lm-eval, models or presses by name.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from lm_eval_kvpress.telemetry import Clock, ContextRecord, PhaseTiming
-
-PERCENTILES = (50, 90, 99)
-PHASES = ("prefill", "press", "score", "decode")
-LATENCIES = ("ttft_sec", "tpot_sec")
+from lm_eval_kvpress.throughput_records import PERCENTILES, BatchRecord, RequestRecord, RunRecords
 
 
 @dataclass(frozen=True)
@@ -52,81 +48,6 @@ class RequestShare:
     token_times_sec: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class BatchRecord:
-    """One batch: seconds per phase, press apart from prefill; tokens really run, padding not counted.
-
-    ``seconds`` is measured from end to end, on its own: what the phases leave of it was spent between them.
-    Tokens/s are those of the phases, not of ``seconds``; bytes are the most that was allocated, on CUDA only.
-    ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
-    ``decoding_steps`` says what a step of generation was made of, which is known once it ran.
-    """
-
-    record: str
-    batch: int
-    request_type: str
-    batch_size: int
-    is_warmup: bool
-    seconds: float
-    prefill_sec: float
-    press_sec: float
-    score_sec: float
-    decode_sec: float
-    num_prefill_tokens: int
-    num_output_tokens: int
-    prefill_tokens_per_sec: float | None
-    output_tokens_per_sec: float | None
-    prefill_peak_memory_bytes: int | None
-    score_peak_memory_bytes: int | None
-    decode_peak_memory_bytes: int | None
-    device: str
-    dtype: str
-    press: str
-    protocol: str
-    decoding_steps: str | None = None  # absent from the logs of older versions
-
-
-@dataclass(frozen=True)
-class RequestRecord:
-    """One request, over all its batches. Seconds are its share of them, so requests sum to the run; latency is not.
-
-    ``kept_tokens_*`` are over layers, for the last context that was prefilled for the request.
-    """
-
-    record: str
-    task: str
-    doc_id: int | None
-    idx: int
-    repeat: int
-    request_type: str
-    num_batches: int
-    is_warmup: bool
-    num_prompt_tokens: int
-    num_output_tokens: int
-    seconds: float
-    prefill_sec: float
-    press_sec: float
-    score_sec: float
-    decode_sec: float
-    latency_sec: float
-    ttft_sec: float | None
-    tpot_sec: float | None
-    itl_p50_sec: float | None
-    itl_p90_sec: float | None
-    itl_p99_sec: float | None
-    num_contexts: int
-    num_context_tokens: int
-    kept_tokens_min: float | None
-    kept_tokens_mean: float | None
-    kept_tokens_max: float | None
-    kv_bytes_before: int
-    kv_bytes_allocated: int
-    kv_bytes_effective: int
-
-
-Timed = TypeVar("Timed", BatchRecord, RequestRecord)
-
-
 class Recorder(Protocol):
     """What records are handed to as soon as they are complete."""
 
@@ -140,25 +61,26 @@ class Meter:
         clock: of the run; every batch takes its timings.
         labels: device, dtype, press and protocol, for the batch records.
         recorders: get every record.
+
+    Attributes:
+        records: all that were made so far.
     """
 
     def __init__(self, clock: Clock, labels: Mapping[str, str], recorders: Sequence[Recorder] = ()) -> None:
         self._clock, self._labels, self._recorders = clock, dict(labels), tuple(recorders)
         self._started_sec = 0.0
-        self._batches: list[BatchRecord] = []
-        self._requests: list[RequestRecord] = []
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
-        self._itls: dict[RequestRecord, list[float]] = {}
+        self.records = RunRecords()
 
     def restore(self, records: Iterable[BatchRecord | RequestRecord]) -> None:
         """Takes up the records of an interrupted run; what they were recorded to has them already. They do not hold the
         times of single tokens, so a run that was interrupted after a generation has no ITL."""
         for record in records:
             if isinstance(record, BatchRecord):
-                self._batches.append(record)
+                self.records.batches.append(record)
             else:
-                self._requests.append(record)
+                self.records.requests.append(record)
 
     def start(self) -> None:
         """Marks the start of a batch; what a batch that failed left on the clock is dropped."""
@@ -177,7 +99,7 @@ class Meter:
         seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
         seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
         record = self._record(request_type, batch_size, seconds, timings, decoding_steps)
-        self._batches.append(record)
+        self.records.batches.append(record)
         self._write(record)
         total = sum(share.weight for share in shares)
         for share in shares:
@@ -187,44 +109,18 @@ class Meter:
         """Writes the records of the requests that were booked since the last call."""
         for id, parts in self._open.items():
             record = _request_record(id, request_type, parts)
-            self._requests.append(record)
+            self.records.requests.append(record)
             self._write(record)
-            self._itls[record] = [itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()]
+            self.records.itls[record] = [
+                itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()
+            ]
         self._open.clear()
-
-    def summary(self) -> dict[str, Any]:
-        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up is left out of every figure for
-        which there is more; ``includes_warmup`` names the others (ITL goes with TPOT)."""
-        chosen: dict[str, list[Any]] = {
-            **{phase: _steady([b for b in self._batches if getattr(b, f"{phase}_sec")]) for phase in PHASES},
-            **{name: _steady([r for r in self._requests if getattr(r, name) is not None]) for name in LATENCIES},
-        }
-        return {
-            "num_batches": len(self._batches),
-            "num_batches_warmup": sum(batch.is_warmup for batch in self._batches),
-            "includes_warmup": [name for name, items in chosen.items() if any(item.is_warmup for item in items)],
-            "num_requests": len(self._requests),
-            "seconds_total": sum(batch.seconds for batch in self._batches),
-            **{phase: _phase_sum(phase, chosen[phase]) for phase in PHASES if chosen[phase]},
-            **{name: _percentiles([getattr(record, name) for record in chosen[name]]) for name in LATENCIES},
-            "itl_sec": self._itl(chosen["tpot_sec"]),
-            "peak_memory_bytes": max(filter(None, map(_peak_memory, self._batches)), default=None),
-        }
-
-    def _itl(self, requests: Sequence[RequestRecord]) -> dict[str, float] | None:
-        if any(request not in self._itls for request in requests):
-            return None  # of a run that was interrupted
-        return _percentiles([itl for request in requests for itl in self._itls[request]])
-
-    def decoding_steps(self) -> dict[str, int]:
-        """How many batches were decoded by steps of which make."""
-        return dict(Counter(batch.decoding_steps for batch in self._batches if batch.decoding_steps is not None))
 
     def live(self) -> dict[str, str]:
         """Figures for the progress bar, of the newest batch."""
-        if not self._batches:
+        if not self.records.batches:
             return {}
-        newest = self._batches[-1]
+        newest = self.records.batches[-1]
         tokens = newest.num_prefill_tokens + newest.num_output_tokens
         figures = {"tok/s": f"{tokens / newest.seconds:,.0f}"} if newest.seconds else {}
         contexts = [share.context for parts in self._open.values() for _, share, _ in parts if share.context]
@@ -255,7 +151,7 @@ class Meter:
         self._shapes.add(shape)
         return BatchRecord(
             record="batch",
-            batch=len(self._batches),
+            batch=len(self.records.batches),
             request_type=request_type,
             batch_size=batch_size,
             is_warmup=is_warmup,
@@ -334,26 +230,3 @@ def _kept_share(context: ContextRecord) -> float:
 
 def _rate(num_tokens: int, seconds: float) -> float | None:
     return num_tokens / seconds if seconds else None
-
-
-def _peak_memory(batch: BatchRecord) -> int | None:
-    peaks = (batch.prefill_peak_memory_bytes, batch.score_peak_memory_bytes, batch.decode_peak_memory_bytes)
-    return max(filter(None, peaks), default=None)
-
-
-def _steady(items: Sequence[Timed]) -> list[Timed]:
-    """Those beyond warm-up; all of them where there is nothing else."""
-    return [item for item in items if not item.is_warmup] or list(items)
-
-
-def _phase_sum(phase: str, batches: Sequence[BatchRecord]) -> dict[str, float]:
-    seconds = sum(getattr(batch, f"{phase}_sec") for batch in batches)
-    before = phase in ("prefill", "press")
-    tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in batches)
-    return {"num_batches": len(batches), "num_tokens": tokens, "seconds": seconds, "tokens_per_sec": tokens / seconds}
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}

@@ -44,7 +44,8 @@ from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.presses import parse_press
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.telemetry import Clock
-from lm_eval_kvpress.throughput import BatchRecord, Meter, RequestId, RequestRecord
+from lm_eval_kvpress.throughput import Meter, RequestId
+from lm_eval_kvpress.throughput_records import BatchRecord, RequestRecord
 
 PRESSES = "none,snapkv,streaming_llm,pyramidkv"
 TASKS = Path(__file__).resolve().parent.parent / "tasks"

@@ -176,7 +176,7 @@ def test_the_record_names_how_steps_of_decoding_were_made(checkpoint_dir: Path) 
     model = ours(checkpoint_dir, press="none")
     assert model.describe()["decoding_steps"] is None, "nothing was decoded"
     model.generate_until(generation_requests(until=[], max_gen_toks=3), disable_tqdm=True)
-    assert model.describe()["decoding_steps"] == {"modules": model._runner.meter.summary()["num_batches"]}
+    assert model.describe()["decoding_steps"] == {"modules": model._runner.meter.records.summary()["num_batches"]}
 
 
 def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

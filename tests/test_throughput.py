@@ -18,7 +18,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.telemetry import Clock, ContextRecord
-from lm_eval_kvpress.throughput import BatchRecord, Meter, RequestId, RequestRecord, RequestShare
+from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
+from lm_eval_kvpress.throughput_records import BatchRecord, RequestRecord
 
 PARTS = ("prefill_sec", "press_sec", "score_sec", "decode_sec")
 LABELS = dict.fromkeys(("device", "dtype", "press", "protocol"), "-")
@@ -216,12 +217,12 @@ def test_the_first_use_of_a_shape_is_warmup_and_left_out_of_the_summary() -> Non
     meter, records = run_meter((0.1, 0.2), num_batches=3)
     assert [r.is_warmup for r in records if isinstance(r, BatchRecord)] == [True, False, False]
     assert [r.is_warmup for r in records if isinstance(r, RequestRecord)] == [True, False, False]
-    summary = meter.summary()
+    summary = meter.records.summary()
     assert (summary["num_batches"], summary["num_batches_warmup"], summary["includes_warmup"]) == (3, 1, [])
     assert summary["decode"]["num_tokens"] == 4
     only, _ = run_meter((0.1, 0.2))
     named = ["prefill", "decode", "ttft_sec", "tpot_sec"]
-    assert only.summary()["includes_warmup"] == named, "a single batch is all there is, and the summary says so"
+    assert only.records.summary()["includes_warmup"] == named, "a single batch is all there is, and the summary says so"
 
 
 def test_one_batch_of_a_kind_is_stated_beside_many_of_another() -> None:
@@ -233,7 +234,7 @@ def test_one_batch_of_a_kind_is_stated_beside_many_of_another() -> None:
             time.sleep(1e-4)
         meter.batch("loglikelihood", 1, [RequestShare(RequestId("s", index, 0), 5, 7)])
     meter.finish("loglikelihood")
-    summary = meter.summary()
+    summary = meter.records.summary()
     assert summary["includes_warmup"] == ["prefill", "decode", "ttft_sec", "tpot_sec"]
     assert summary["decode"]["num_tokens"] == 2 and summary["itl_sec"]["p50"] == pytest.approx(0.1)
     assert summary["score"]["num_batches"] == 2

@@ -24,8 +24,9 @@ from lm_eval.api.instance import Instance
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.telemetry import Clock
-from lm_eval_kvpress.throughput import Meter, RequestRecord
+from lm_eval_kvpress.throughput import Meter
 from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
+from lm_eval_kvpress.throughput_records import RequestRecord
 
 
 def request(idx: int = 0) -> RequestRecord:
@@ -176,10 +177,10 @@ def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, 
     (log,) = lm._runner.meter._recorders
     assert isinstance(log, ThroughputLog)
     records = list(log.records())
-    assert records == [*lm._runner.meter._batches, *lm._runner.meter._requests]
+    assert records == [*lm._runner.meter.records.batches, *lm._runner.meter.records.requests]
     restored = Meter(Clock(torch.device("cpu")), {})
     restored.restore(records)
-    assert restored.summary() == lm._runner.meter.summary()
+    assert restored.records.summary() == lm._runner.meter.records.summary()
 
 
 def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoint_dir: Path, tmp_path: Path) -> None:
@@ -190,9 +191,9 @@ def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoi
     lm.generate_until(requests, disable_tqdm=True)
     (log,) = lm._runner.meter._recorders
     assert isinstance(log, ThroughputLog)
-    assert lm._runner.meter.summary()["itl_sec"] is not None
+    assert lm._runner.meter.records.summary()["itl_sec"] is not None
     lm._runner.meter = Meter(lm._runner.clock, lm._runner.meter._labels)
     lm._runner.meter.restore(log.records())
     lm.generate_until(requests, disable_tqdm=True)
-    summary = lm._runner.meter.summary()
+    summary = lm._runner.meter.records.summary()
     assert summary["itl_sec"] is None and summary["tpot_sec"] is not None

@@ -1,0 +1,158 @@
+"""What each phase of each batch and each request cost, and the sums of a run.
+
+Plain values. Names follow vLLM's benchmarks: TTFT is the time to the first token, TPOT = (end-to-end - TTFT) /
+(tokens - 1), ITL the time between two tokens of a request.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+PERCENTILES = (50, 90, 99)
+PHASES = ("prefill", "press", "score", "decode")
+LATENCIES = ("ttft_sec", "tpot_sec")
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One batch: seconds per phase, press apart from prefill; tokens really run, padding not counted.
+
+    ``seconds`` is measured from end to end, on its own: what the phases leave of it was spent between them.
+    Tokens/s are those of the phases, not of ``seconds``; bytes are the most that was allocated, on CUDA only.
+    ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
+    ``decoding_steps`` says what a step of generation was made of, which is known once it ran.
+    """
+
+    record: str
+    batch: int
+    request_type: str
+    batch_size: int
+    is_warmup: bool
+    seconds: float
+    prefill_sec: float
+    press_sec: float
+    score_sec: float
+    decode_sec: float
+    num_prefill_tokens: int
+    num_output_tokens: int
+    prefill_tokens_per_sec: float | None
+    output_tokens_per_sec: float | None
+    prefill_peak_memory_bytes: int | None
+    score_peak_memory_bytes: int | None
+    decode_peak_memory_bytes: int | None
+    device: str
+    dtype: str
+    press: str
+    protocol: str
+    decoding_steps: str | None = None  # absent from the logs of older versions
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request, over all its batches. Seconds are its share of them, so requests sum to the run; latency is not.
+
+    ``kept_tokens_*`` are over layers, for the last context that was prefilled for the request.
+    """
+
+    record: str
+    task: str
+    doc_id: int | None
+    idx: int
+    repeat: int
+    request_type: str
+    num_batches: int
+    is_warmup: bool
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seconds: float
+    prefill_sec: float
+    press_sec: float
+    score_sec: float
+    decode_sec: float
+    latency_sec: float
+    ttft_sec: float | None
+    tpot_sec: float | None
+    itl_p50_sec: float | None
+    itl_p90_sec: float | None
+    itl_p99_sec: float | None
+    num_contexts: int
+    num_context_tokens: int
+    kept_tokens_min: float | None
+    kept_tokens_mean: float | None
+    kept_tokens_max: float | None
+    kv_bytes_before: int
+    kv_bytes_allocated: int
+    kv_bytes_effective: int
+
+
+Timed = TypeVar("Timed", BatchRecord, RequestRecord)
+
+
+@dataclass
+class RunRecords:
+    """The records of a run.
+
+    Attributes:
+        batches, requests: in the order in which they were made.
+        itls: seconds between the tokens of a request, for those whose tokens were timed.
+    """
+
+    batches: list[BatchRecord] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
+    itls: dict[RequestRecord, list[float]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up is left out of every figure for
+        which there is more; ``includes_warmup`` names the others (ITL goes with TPOT)."""
+        chosen: dict[str, list[Any]] = {
+            **{phase: _steady([b for b in self.batches if getattr(b, f"{phase}_sec")]) for phase in PHASES},
+            **{name: _steady([r for r in self.requests if getattr(r, name) is not None]) for name in LATENCIES},
+        }
+        return {
+            "num_batches": len(self.batches),
+            "num_batches_warmup": sum(batch.is_warmup for batch in self.batches),
+            "includes_warmup": [name for name, items in chosen.items() if any(item.is_warmup for item in items)],
+            "num_requests": len(self.requests),
+            "seconds_total": sum(batch.seconds for batch in self.batches),
+            **{phase: _phase_sum(phase, chosen[phase]) for phase in PHASES if chosen[phase]},
+            **{name: _percentiles([getattr(record, name) for record in chosen[name]]) for name in LATENCIES},
+            "itl_sec": self._itl(chosen["tpot_sec"]),
+            "peak_memory_bytes": max(filter(None, map(_peak_memory, self.batches)), default=None),
+        }
+
+    def _itl(self, requests: Sequence[RequestRecord]) -> dict[str, float] | None:
+        if any(request not in self.itls for request in requests):
+            return None  # of a run that was interrupted
+        return _percentiles([itl for request in requests for itl in self.itls[request]])
+
+    def decoding_steps(self) -> dict[str, int]:
+        """How many batches were decoded by steps of which make."""
+        return dict(Counter(batch.decoding_steps for batch in self.batches if batch.decoding_steps is not None))
+
+
+def _peak_memory(batch: BatchRecord) -> int | None:
+    peaks = (batch.prefill_peak_memory_bytes, batch.score_peak_memory_bytes, batch.decode_peak_memory_bytes)
+    return max(filter(None, peaks), default=None)
+
+
+def _steady(items: Sequence[Timed]) -> list[Timed]:
+    """Those beyond warm-up; all of them where there is nothing else."""
+    return [item for item in items if not item.is_warmup] or list(items)
+
+
+def _phase_sum(phase: str, batches: Sequence[BatchRecord]) -> dict[str, float]:
+    seconds = sum(getattr(batch, f"{phase}_sec") for batch in batches)
+    before = phase in ("prefill", "press")
+    tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in batches)
+    return {"num_batches": len(batches), "num_tokens": tokens, "seconds": seconds, "tokens_per_sec": tokens / seconds}
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}

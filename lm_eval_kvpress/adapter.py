@@ -13,12 +13,12 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from lm_eval.api.instance import Instance
@@ -39,6 +39,7 @@ from lm_eval_kvpress import (
     neox_forward,
     parity,
     plan,
+    ranks,
     step_trial,
 )
 from lm_eval_kvpress.arguments import (
@@ -67,7 +68,24 @@ from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Wo
 
 logger = logging.getLogger("lm_eval_kvpress")
 
+Answering = TypeVar("Answering", bound=Callable[..., list[Any]])
+
 COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "__main__.py")
+
+
+def of_own_requests(answer: Answering) -> Answering:
+    """Makes a request type answer the copies by which lm-eval pads a rank's share with what the originals got."""
+
+    @functools.wraps(answer)
+    def run(lm: KVPress, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        lm._of_all_ranks = None
+        if lm.world_size == 1:
+            return answer(lm, requests, disable_tqdm)
+        own, answered_by = ranks.without_padding(requests)
+        answers = answer(lm, own, disable_tqdm)
+        return [answers[place] for place in answered_by]
+
+    return cast(Answering, run)
 
 
 class KVPress(CheckedHFLM):
@@ -83,6 +101,7 @@ class KVPress(CheckedHFLM):
     """
 
     DEFAULT_PRETRAINED: str | None = None
+    _of_all_ranks: ranks.RankFacts | None
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         if Path(sys.argv[0]).name in COMMANDS:
@@ -119,7 +138,7 @@ class KVPress(CheckedHFLM):
         # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._parity = None if stock is None else self._certificate(stock)
-        self._ledger = Ledger(self._settings.press)
+        self._ledger, self._of_all_ranks = Ledger(self._settings.press), None
         self._runner = self._new_runner(self._settings, list(self._recorders()))
         if self._settings.press.attn_implementation:
             logger.info(
@@ -179,6 +198,7 @@ class KVPress(CheckedHFLM):
                 "choose tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
             )
 
+    @of_own_requests
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._refuse_decoding_alone()
         if self.enable_thinking:
@@ -231,6 +251,7 @@ class KVPress(CheckedHFLM):
             self._ledger.totals[task].num_cut_contexts += 1
         return truncated
 
+    @of_own_requests
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._refuse_decoding_alone()
         if self._settings.rolling == "stream":
@@ -295,6 +316,7 @@ class KVPress(CheckedHFLM):
             return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
         return plan.prefix_windows(tokens, self.prefix_token_id, *self._rolling_window)
 
+    @of_own_requests
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = self._prompts(requests)
         alike: dict[str, list[int]] = defaultdict(list)
@@ -456,15 +478,30 @@ class KVPress(CheckedHFLM):
             try:
                 from lm_eval_kvpress.metrics import MetricsServer  # needs an extra
 
-                yield MetricsServer(port)
+                yield MetricsServer(port + self.rank)
             except ImportError as error:
                 raise UsageError(
                     "metrics_port needs prometheus-client: pip install 'lm-eval-kvpress[metrics]'"
                 ) from error
             except OSError as error:
-                raise UsageError(f"metrics_port={port} cannot be opened: {error.strerror}") from error
+                raise UsageError(f"metrics_port={port + self.rank} cannot be opened: {error.strerror}") from error
 
     # ----------------------------------------------------------------------------------------------------- record
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """lm-eval gathers what tasks made of the answers once all are there; with it goes what the record needs."""
+        gathered: list[Any] | None = super().gather_object((obj, self._own_facts()), dst)
+        if gathered is None:
+            return None
+        self._of_all_ranks = ranks.together([facts for _, facts in gathered])
+        return [own for own, _ in gathered]
+
+    def _own_facts(self) -> ranks.RankFacts:
+        return ranks.RankFacts(self._ledger.totals, self._runner.meter.records)
+
+    def _facts(self) -> ranks.RankFacts:
+        """What was done: by all ranks, once lm-eval has gathered it."""
+        return self._of_all_ranks or self._own_facts()
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
@@ -474,7 +511,7 @@ class KVPress(CheckedHFLM):
     def _log_summary(self) -> None:
         """Says on the screen what was kept, and warns where the press acted on nothing."""
         name = self._settings.press_name
-        for task, totals in self._ledger.totals.items():
+        for task, totals in self._facts().totals.items():
             pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
             if pressed["num_contexts"]:
                 logger.info(
@@ -504,7 +541,8 @@ class KVPress(CheckedHFLM):
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
-        settings, head = self._settings, self.model.get_output_embeddings().weight
+        settings, facts = self._settings, self._facts()
+        head = self.model.get_output_embeddings().weight
         context, score_tokens = self._rolling_window
         return {
             "pretrained": self._pretrained_name,
@@ -521,13 +559,14 @@ class KVPress(CheckedHFLM):
             },
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "decoding_steps": self._runner.meter.records.decoding_steps() or None,
+            "num_ranks": facts.num_ranks,
+            "decoding_steps": facts.records.decoding_steps() or None,
             "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
-            "tasks": {task: totals.summary() for task, totals in self._ledger.totals.items()},
-            "throughput": self._runner.meter.records.summary(),
+            "tasks": {task: totals.summary() for task, totals in facts.totals.items()},
+            "throughput": facts.records.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
         }
 

@@ -231,7 +231,7 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         model=str(config.get("model") or "unknown"),
         checkpoint=str(checkpoint or "unknown"),
         dtype=str(facts.get("dtype") or config.get("model_dtype") or "unknown").removeprefix("torch."),
-        device=str(facts.get("device") or config.get("device") or "unknown"),
+        device=_device(facts, config),
         attention=str(facts.get("attn_implementation") or "unknown"),
         batch_size=str(facts.get("batch_size") or config.get("batch_size")),
         model_settings=_model_settings(content, arguments),
@@ -245,6 +245,12 @@ def _cell(file: Path, content: Mapping[str, Any]) -> Cell:
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
         identity=identity(facts, arguments.get("revision")) if facts else None,
     )
+
+
+def _device(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """As recorded; of several ranks the first one's, with their number, for speeds are per device."""
+    device, num_ranks = str(facts.get("device") or config.get("device") or "unknown"), facts.get("num_ranks") or 1
+    return device if num_ranks == 1 else f"{device} (one of {num_ranks})"
 
 
 def identity(facts: Mapping[str, Any], revision: str | None) -> Identity:

@@ -42,6 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse_settings(arguments)
     if settings.model not in MODELS:
         raise UsageError(f"model={settings.model} is not known: choose one of {', '.join(MODELS)}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "a sweep is one process: start it without accelerate or torchrun, for several GPUs one per GPU with "
+            "--device cuda:N, some of the presses and an --output_path of its own"
+        )
     cells = settings.cells()
     versions = {name: version(name) for name in ("lm-eval-kvpress", "lm_eval", "kvpress", "transformers", "torch")}
     store = SweepStore(Path(settings.output_path), {**settings.shared, "versions": versions})

@@ -156,13 +156,19 @@ class KeptTotals:
     bytes_allocated: int = 0
 
     def add(self, record: ContextRecord) -> None:
-        if not self.kept_per_layer:
-            self.kept_per_layer = [0.0] * len(record.kept_per_layer)
-        self.num_contexts += 1
-        self.num_tokens += record.num_tokens
-        self.kept_per_layer = [a + b for a, b in zip(self.kept_per_layer, record.kept_per_layer, strict=True)]
-        self.bytes_before += record.bytes_before
-        self.bytes_allocated += record.bytes_allocated
+        kept = list(record.kept_per_layer)
+        self.merge(KeptTotals(1, record.num_tokens, kept, record.bytes_before, record.bytes_allocated))
+
+    def merge(self, other: KeptTotals) -> None:
+        """Adds the sums over other contexts."""
+        if not other.num_contexts:
+            return
+        before = self.kept_per_layer or [0.0] * len(other.kept_per_layer)
+        self.num_contexts += other.num_contexts
+        self.num_tokens += other.num_tokens
+        self.kept_per_layer = [a + b for a, b in zip(before, other.kept_per_layer, strict=True)]
+        self.bytes_before += other.bytes_before
+        self.bytes_allocated += other.bytes_allocated
 
     def summary(self) -> dict[str, Any]:
         """Counts, kept shares (fractions of the prefilled tokens) and bytes, ready for JSON."""
@@ -223,6 +229,17 @@ class TaskTotals:
         if pressed:
             self.num_tokens_pressed += len(logprobs)
             self.loglikelihood_pressed += total
+
+    def merge(self, other: TaskTotals) -> None:
+        """Adds what happened to other requests of the task."""
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            if isinstance(own, KeptTotals):
+                own.merge(value)
+            elif isinstance(own, Counter):
+                own.update(value)
+            else:
+                setattr(self, name, max(own, value) if name.startswith("max_") else own + value)
 
     def _perplexity_under_press(self) -> float | None:
         """None where contexts with tokens were too short for the press: without one, their tokens count, so this figure

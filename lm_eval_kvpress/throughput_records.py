@@ -106,6 +106,12 @@ class RunRecords:
     requests: list[RequestRecord] = field(default_factory=list)
     itls: dict[RequestRecord, list[float]] = field(default_factory=dict)
 
+    def merge(self, other: RunRecords) -> None:
+        """Takes in the records of another process."""
+        self.batches += other.batches
+        self.requests += other.requests
+        self.itls |= other.itls
+
     def summary(self) -> dict[str, Any]:
         """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up is left out of every figure for
         which there is more; ``includes_warmup`` names the others (ITL goes with TPOT)."""

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("plan", "scoring", "telemetry", "throughput", "torch"),
     },
     "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
+    "ranks": {"telemetry", "throughput_records"},
     "streaming": {"engine", "cache", "stream_window", "torch", "transformers"},
     # layer 2: the lm-eval model, and how lm-eval finds it
     "arguments": {"decoding_spec", "presses", "stream_press", "lm_eval"},
@@ -103,7 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "telemetry",
         ),
         *("compression", "engine", "generation", "ledger", "loading", "runner", "shared_prefill", "throughput", "work"),
-        *("decode_graph", "encoding", "linear_layers", "stream_run", "stream_store"),
+        *("decode_graph", "encoding", "linear_layers", "ranks", "stream_run", "stream_store"),
         *("grouped_attention", "heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },

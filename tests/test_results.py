@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import results_file, write_results
+from report_files import amend, results_file, write_results
 
 from lm_eval_kvpress.results import ResultsError, read_results
 
@@ -32,6 +32,12 @@ def test_stock_results_have_no_press_and_another_protocol(tmp_path: Path) -> Non
     (cell,) = read_results([tmp_path])
     assert cell.press.is_none and cell.is_stock
     assert cell.tasks[0].kept is None and cell.speed.prefill_tokens_per_sec is None
+
+
+def test_speeds_of_several_ranks_are_told_apart_from_those_of_one(tmp_path: Path) -> None:
+    amend(write_results(tmp_path, "snapkv", 0.5), lambda content: content["config"]["kvpress"].update(num_ranks=2))
+    (cell,) = read_results([tmp_path])
+    assert cell.device == "cpu (one of 2)"
 
 
 @pytest.mark.parametrize("value, read", [(None, None), ("N/A", None), (math.nan, math.nan), (1, 1.0)])

@@ -306,6 +306,13 @@ def test_bad_input_is_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_for_one_sweep_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="a sweep is one process: start it without accelerate or torchrun"):
+        sweep.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_tasks_are_refused_before_the_model_is_loaded(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

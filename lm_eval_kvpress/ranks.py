@@ -1,0 +1,73 @@
+"""Several processes, each with a share of the requests, and one record of them all.
+
+Under ``accelerate launch`` with several GPUs lm-eval deals a task's documents out to its processes (ranks), gathers
+what the tasks made of the answers, and asks rank 0 alone for the facts of the run. Here the facts of all become those
+of one run. And lm-eval pads a smaller share with copies of its last request: here they are told apart, for what
+happened to them is no part of the record.
+
+Knows records and sums. Does not know lm-eval, models or presses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from lm_eval_kvpress.telemetry import TaskTotals
+from lm_eval_kvpress.throughput_records import RunRecords
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank did, or several did together.
+
+    Attributes:
+        totals: by task.
+        records: of batches and requests. Seconds are of one device each, so rates are per device.
+        num_ranks: how many ranks this is of.
+    """
+
+    totals: Mapping[str, TaskTotals]
+    records: RunRecords
+    num_ranks: int = 1
+
+
+def together(ranks: Sequence[RankFacts]) -> RankFacts:
+    """The facts of several ranks as those of one run; of one they are its own."""
+    if len(ranks) == 1:
+        return ranks[0]
+    totals, records = dict[str, TaskTotals](), RunRecords()
+    for rank in ranks:
+        for task, own in rank.totals.items():
+            totals.setdefault(task, TaskTotals()).merge(own)
+        records.merge(rank.records)
+    return RankFacts(totals, records, sum(rank.num_ranks for rank in ranks))
+
+
+class Repeated(Protocol):
+    """An `Instance` of lm-eval: to be answered so many times."""
+
+    repeats: int
+
+
+Request = TypeVar("Request", bound=Repeated)
+
+
+def without_padding(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
+    """The requests that were asked for, and for each given request the place of its answer among theirs.
+
+    lm-eval passes a request on ``repeats`` times, as one object; what comes more often is padding.
+    """
+    own = list[Request]()
+    places = dict[int, list[int]]()
+    seen, answered_by = Counter[int](), list[int]()
+    for request in requests:
+        of_request, turn = places.setdefault(id(request), []), seen[id(request)]
+        seen[id(request)] += 1
+        if turn < request.repeats:
+            of_request.append(len(own))
+            own.append(request)
+        answered_by.append(of_request[turn % request.repeats])
+    return own, answered_by

@@ -254,7 +254,7 @@ def _press_columns() -> Iterator[Column]:
 def _speed_columns() -> Iterator[Column]:
     for name, title, kind, help, better in (
         ("prefill_tokens_per_sec", "Prefill tok/s", Kind.RATE, "Prompt tokens prefilled per second, per device.", True),
-        ("decode_tokens_per_sec", "Decode tok/s", Kind.RATE, "Tokens produced per second of decoding, per device.", True),
+        ("decode_tokens_per_sec", "Decode tok/s", Kind.RATE, "Tokens decoded per second, per device.", True),
         ("ttft_sec", "TTFT", Kind.SECONDS, "Time to the first token, median.", False),
         ("tpot_sec", "TPOT", Kind.SECONDS, "Time per output token after the first, median.", False),
         ("peak_memory_bytes", "Peak memory", Kind.BYTES, "The most that was allocated on the CUDA device.", False),

@@ -4,7 +4,8 @@
 Both sides of a row have the same weights, the same requests as text, and each the batch size that suits it best among
 --batch-sizes. They are timed in turns (A B, B A, A B, ...), so that a machine that slows down slows both down; a row is
 the median of the ratios of the pairs, with the 95 % bootstrap interval. Where both sides compute the same numbers they
-are compared, and a difference ends the run.
+are compared, and a difference ends the run. Against "products" stands our own side's arithmetic alone, so "times as
+fast" is the share of our time that the products and attentions take: no code with the same ones does without it.
 
     python scripts/bench_eval.py                                           two CPU cores: about 25 minutes
     python scripts/bench_eval.py --models pythia-70m --rows 'choice-800*' --repeats 9
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from bench_eval_memory import peak_extra_bytes
 from bench_eval_requests import WORKLOADS, Text, Workload
-from bench_eval_sides import RATIO, Answers, Models, Side, ours, pipeline, plain_generate, stock
+from bench_eval_sides import RATIO, Answers, Models, Side, ours, pipeline, plain_generate, products, stock
 from benchmark import SHAPES, count, counts, estimate
 
 MODELS = "builtin,pythia-70m,pythia-160m"
@@ -49,7 +50,7 @@ class Row:
     Attributes:
         press: of our side and of kvpress's loops; stock has none.
         rolling: our protocol of rolling perplexity; stock's is one_pass.
-        against: ``stock``, ``pipeline``, ``pipeline-shared`` or ``generate``.
+        against: ``stock``, ``pipeline``, ``pipeline-shared``, ``generate``, or ``products``, our arithmetic alone.
         agrees: whether both sides must give the same numbers.
         target: model to the least ratio that this project set itself.
         memory: whether the peak memory of both sides is measured.
@@ -74,6 +75,8 @@ class Row:
     def theirs(self, models: Models, batch_size: int) -> Side:
         if self.against == "stock":
             return stock(models, batch_size)
+        if self.against == "products":
+            return products(models, self.press, batch_size, self.rolling)
         if self.against == "generate":
             return plain_generate(models, self.press)
         return pipeline(models, self.press, shares_contexts=self.against == "pipeline-shared")
@@ -83,6 +86,7 @@ ROWS = (
     Row("choice-200", "none", "stock", agrees=True),
     Row("choice-800", "none", "stock", agrees=True, target={"pythia-70m": 9, "builtin": 4}, memory=True),
     Row("choice-1600", "none", "stock", agrees=True),
+    *(Row(workload, "none", "products", agrees=True) for workload in ("choice-800", "rolling")),
     Row("choice-200", "snapkv", "stock"),
     Row("choice-800", "snapkv", "stock", target={"pythia-70m": 7.5, "builtin": 3.2}),
     Row("choice-1600", "snapkv", "stock"),
@@ -95,6 +99,7 @@ ROWS = (
     Row("generate-128x16", "snapkv", "pipeline", target=dict.fromkeys(("builtin", "pythia-70m"), 4)),
     *(Row(f"generate-64x{size}", "snapkv", "generate") for size in (1, 16)),
     Row("tiny-choice", "none", "stock", agrees=True),
+    Row("tiny-choice", "none", "products", agrees=True),
     Row("tiny-choice", "none", "pipeline", agrees=True),
     Row("tiny-choice", "none", "pipeline-shared", agrees=True),
     Row("tiny-rolling", "none", "stock", agrees=True, memory=True),
@@ -129,7 +134,7 @@ def tried(make: Callable[[int], Side], workload: Workload, sizes: Sequence[int])
 def measure(row: Row, models: Models, workload: Workload, sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     """Both sides in turns."""
     our_times = tried(lambda size: row.ours(models, size), workload, sizes)
-    their_sizes = sizes if row.against == "stock" else [1]
+    their_sizes = sizes if row.against in ("stock", "products") else [1]
     their_times = tried(lambda size: row.theirs(models, size), workload, their_sizes)
     our_size, their_size = (min(tries, key=lambda size: tries[size][0]) for tries in (our_times, their_times))
     our_side, their_side = our_times[our_size][1], their_times[their_size][1]

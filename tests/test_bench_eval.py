@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import bench_eval
@@ -39,7 +41,7 @@ def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[s
     report = run("--rows", "tiny-choice/*,tiny-generate/*/pipeline", "--repeats", "1")
     assert json.loads((tmp_path / "bench_eval.json").read_text()) == report
     rows = {row["row"]: row for row in report["rows"]}
-    assert len(rows) == 4
+    assert len(rows) == 5
     for name, row in rows.items():
         if name.startswith("tiny-choice"):
             assert row["largest_difference"] < 1e-4
@@ -49,6 +51,29 @@ def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[s
         assert row["times_as_fast"]["median"] == pytest.approx(ratio)
     table = (tmp_path / "bench_eval.md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+
+
+def products_by_the_profiler(run: Callable[[], object]) -> Counter[str]:
+    """How often each operator with arithmetic in it was called with which shapes."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run()
+    calls = Counter[str]()
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key in bench_eval_sides.Products.OPERATORS:
+            calls[f"{event.key} {event.input_shapes}"] = event.count
+    return calls
+
+
+@pytest.mark.parametrize("name", ["tiny-choice", "tiny-rolling", "tiny-generate"])
+def test_the_products_alone_are_all_of_a_sides_arithmetic(name: str) -> None:
+    models = bench_eval_sides.Models.load("pythia-14m", "float32")
+    workload = WORKLOADS[name](Text(models.tokenizer))
+    side = bench_eval_sides.ours(models, "none", 2, "one_pass")
+    alone = bench_eval_sides.products(models, "none", 2, "one_pass")
+    assert alone(workload) == side(workload)
+    calls = products_by_the_profiler(lambda: alone(workload))
+    assert calls == products_by_the_profiler(lambda: side(workload))
+    assert {"addmm", "attention"} <= {kind for kind in ("addmm", "attention") for call in calls if kind in call}
 
 
 def test_rows_that_are_not_measured_again_stay(run: Callable[..., dict[str, Any]]) -> None:
@@ -70,7 +95,7 @@ def test_a_run_that_is_stopped_keeps_the_rows_before(monkeypatch: pytest.MonkeyP
     measured = bench_eval.measured
 
     def stopped(row: bench_eval.Row, *arguments: Any) -> dict[str, Any]:
-        if row.against == "pipeline":
+        if row.against == "products":
             raise KeyboardInterrupt
         return measured(row, *arguments)
 

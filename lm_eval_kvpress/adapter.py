@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -40,6 +39,7 @@ from lm_eval_kvpress import (
     parity,
     plan,
     ranks,
+    record,
     step_trial,
 )
 from lm_eval_kvpress.arguments import (
@@ -505,69 +505,23 @@ class KVPress(CheckedHFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
-        self._log_summary()
+        record.tell(self._settings, self._facts().totals)
         return {**super().get_model_info(), "kvpress": self.describe()}
-
-    def _log_summary(self) -> None:
-        """Says on the screen what was kept, and warns where the press acted on nothing."""
-        name = self._settings.press_name
-        for task, totals in self._facts().totals.items():
-            pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
-            if pressed["num_contexts"]:
-                logger.info(
-                    "%s: press=%s kept %.1f %% of %d tokens in %d contexts (layers %.1f to %.1f %%); %d contexts "
-                    "were left uncompressed",
-                    *(task, name, 100 * pressed["kept_share"], pressed["num_tokens"], pressed["num_contexts"]),
-                    *(100 * pressed["kept_share_min_layer"], 100 * pressed["kept_share_max_layer"], unpressed),
-                )
-            elif self._settings.rolling == "stream" and totals.num_tokens_pressed:
-                logger.info(
-                    "%s: press=%s held every layer to %d entries; %d of %d tokens were scored after an eviction",
-                    *(task, name, self._settings.stream_budget, totals.num_tokens_pressed, totals.num_tokens),
-                )
-            elif self._settings.decoding is not None and totals.num_decode_compressions:
-                logger.info(
-                    "%s: press=%s compressed %d times while decoding, from at most %d entries per layer",
-                    *(task, name, totals.num_decode_compressions, totals.max_decode_entries),
-                )
-            elif not self._settings.press.is_none or self._settings.decoding is not None:
-                logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
-            for note, count in totals.notes.items():
-                logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
-
-    def _stream_facts(self) -> dict[str, Any]:
-        names = ("stream_budget", "stream_chunk", "stream_positions")
-        return {name: getattr(self._settings, name) for name in names}
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
-        settings, facts = self._settings, self._facts()
         head = self.model.get_output_embeddings().weight
-        context, score_tokens = self._rolling_window
         return {
             "pretrained": self._pretrained_name,
-            "press": settings.describe_press(),
-            "protocol": {
-                "query_tokens": settings.query_tokens,
-                "rolling": settings.rolling,
-                "rolling_context": context if settings.rolling == "prefix" else None,
-                "rolling_score": score_tokens if settings.rolling == "prefix" else None,
-                "short_context": settings.short_context,
-                **({} if settings.rolling != "stream" else self._stream_facts()),
-                "max_length": self.max_length,
-                "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
-            },
+            **record.asked(self._settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "num_ranks": facts.num_ranks,
-            "decoding_steps": facts.records.decoding_steps() or None,
             "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
-            "tasks": {task: totals.summary() for task, totals in facts.totals.items()},
-            "throughput": facts.records.summary(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")},
+            **record.measured(self._facts()),
+            "versions": record.versions(),
         }
 
 

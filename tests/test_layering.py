@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("throughput", "tqdm"),
     },
     "encoding": {"lm_eval"},
+    "record": {"arguments", "ranks", "telemetry"},
     "parity": {"recall", "lm_eval", "torch"},
     "loading": {"arguments", "native", "lm_eval", "safetensors", "torch", "transformers"},
     "adapter": {
@@ -104,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "telemetry",
         ),
         *("compression", "engine", "generation", "ledger", "loading", "runner", "shared_prefill", "throughput", "work"),
-        *("decode_graph", "encoding", "linear_layers", "ranks", "stream_run", "stream_store"),
+        *("decode_graph", "encoding", "linear_layers", "ranks", "record", "stream_run", "stream_store"),
         *("grouped_attention", "heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
         *("lm_eval", "torch", "tqdm", "transformers"),
     },

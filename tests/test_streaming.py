@@ -223,7 +223,7 @@ def test_the_summary_of_a_stream_does_not_claim_that_nothing_was_compressed(
     )
     lm.loglikelihood_rolling(requests(), disable_tqdm=True)
     with caplog.at_level("INFO", logger="lm_eval_kvpress"):
-        lm._log_summary()
+        lm.get_model_info()
     assert "held every layer to 70 entries" in caplog.text
     assert "compressed nothing" not in caplog.text
 

@@ -1,0 +1,78 @@
+"""What a run says of itself: facts for lm-eval's results file, and lines on the screen.
+
+Knows settings and sums. Does not know models, requests or lm-eval.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from lm_eval_kvpress.arguments import Settings
+from lm_eval_kvpress.ranks import RankFacts
+from lm_eval_kvpress.telemetry import TaskTotals
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+
+def asked(settings: Settings, max_length: int) -> dict[str, Any]:
+    """Press and protocol."""
+    context, score_tokens = settings.rolling_window(max_length) if settings.rolling == "prefix" else (None, None)
+    of_streams = ("stream_budget", "stream_chunk", "stream_positions") if settings.rolling == "stream" else ()
+    return {
+        "press": settings.describe_press(),
+        "protocol": {
+            "query_tokens": settings.query_tokens,
+            "rolling": settings.rolling,
+            "rolling_context": context,
+            "rolling_score": score_tokens,
+            "short_context": settings.short_context,
+            **{name: getattr(settings, name) for name in of_streams},
+            "max_length": max_length,
+            "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
+        },
+    }
+
+
+def measured(facts: RankFacts) -> dict[str, Any]:
+    """What was kept, scored and timed, by how many processes."""
+    return {
+        "num_ranks": facts.num_ranks,
+        "decoding_steps": facts.records.decoding_steps() or None,
+        "tasks": {task: totals.summary() for task, totals in facts.totals.items()},
+        "throughput": facts.records.summary(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")}
+
+
+def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
+    """Says on the screen what was kept, and warns where the press acted on nothing."""
+    name = settings.press_name
+    for task, totals in tasks.items():
+        pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
+        if pressed["num_contexts"]:
+            logger.info(
+                "%s: press=%s kept %.1f %% of %d tokens in %d contexts (layers %.1f to %.1f %%); %d contexts "
+                "were left uncompressed",
+                *(task, name, 100 * pressed["kept_share"], pressed["num_tokens"], pressed["num_contexts"]),
+                *(100 * pressed["kept_share_min_layer"], 100 * pressed["kept_share_max_layer"], unpressed),
+            )
+        elif settings.rolling == "stream" and totals.num_tokens_pressed:
+            logger.info(
+                "%s: press=%s held every layer to %d entries; %d of %d tokens were scored after an eviction",
+                *(task, name, settings.stream_budget, totals.num_tokens_pressed, totals.num_tokens),
+            )
+        elif settings.decoding is not None and totals.num_decode_compressions:
+            logger.info(
+                "%s: press=%s compressed %d times while decoding, from at most %d entries per layer",
+                *(task, name, totals.num_decode_compressions, totals.max_decode_entries),
+            )
+        elif not settings.press.is_none or settings.decoding is not None:
+            logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
+        for note, count in totals.notes.items():
+            logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])

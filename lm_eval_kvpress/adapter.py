@@ -106,6 +106,7 @@ class KVPress(CheckedHFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         if Path(sys.argv[0]).name in COMMANDS:
             print_usage_errors_in_one_line(LogError)
+            record.speak_as("lm_eval")
         pretrained = self.DEFAULT_PRETRAINED if pretrained is None else pretrained
         if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")

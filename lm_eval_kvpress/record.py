@@ -76,3 +76,12 @@ def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
             logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
         for note, count in totals.notes.items():
             logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
+
+
+def speak_as(other: str) -> None:
+    """Gives this package's messages the level and the handlers of another's, if it has any of its own: lm-eval's
+    command sets up its own logger alone, and whatever another package says below a warning is lost."""
+    theirs = logging.getLogger(other)
+    if theirs.handlers:
+        logger.handlers, logger.propagate = list(theirs.handlers), theirs.propagate
+        logger.setLevel(theirs.level)

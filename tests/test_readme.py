@@ -71,6 +71,7 @@ def test_offline_commands_of_the_readme_run(command: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|" in done.stdout
+    assert re.search(r"press=\w+ kept \d+\.\d %", done.stderr), "the screen says what was kept"
 
 
 def test_sweeps_of_the_readme_have_cells() -> None:

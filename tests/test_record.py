@@ -1,0 +1,56 @@
+"""What a run says of itself is heard where lm-eval's own messages are."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from lm_eval_kvpress import record
+from lm_eval_kvpress.arguments import parse_arguments
+from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
+
+
+@pytest.fixture
+def lm_eval_log() -> Iterator[io.StringIO]:
+    """As lm-eval's command sets it up; all as before afterwards."""
+    said, loggers = io.StringIO(), [logging.getLogger("lm_eval"), record.logger]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    loggers[0].handlers, loggers[0].propagate = [logging.StreamHandler(said)], False
+    loggers[0].setLevel("INFO")
+    yield said
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def totals() -> dict[str, TaskTotals]:
+    of_task = TaskTotals()
+    of_task.pressed.add(ContextRecord(20, (10.0, 5.0), 400, 200, pressed=True))
+    return {"task": of_task}
+
+
+def test_what_was_kept_is_said_on_the_screen_of_lm_evals_command(lm_eval_log: io.StringIO) -> None:
+    settings, _ = parse_arguments({"press": "knorm"})
+    record.speak_as("lm_eval")
+    record.speak_as("lm_eval")
+    record.tell(settings, totals())
+    (line,) = lm_eval_log.getvalue().splitlines()
+    assert line.startswith("task: press=knorm kept 37.5 % of 20 tokens in 1 contexts (layers 25.0 to 50.0 %)")
+
+
+def test_lm_evals_level_is_ours(lm_eval_log: io.StringIO) -> None:
+    logging.getLogger("lm_eval").setLevel("ERROR")
+    settings, _ = parse_arguments({"press": "knorm"})
+    record.speak_as("lm_eval")
+    record.tell(settings, {**totals(), "other": TaskTotals()})
+    assert not lm_eval_log.getvalue()
+
+
+def test_without_its_handlers_messages_go_where_they_went(caplog: pytest.LogCaptureFixture) -> None:
+    settings, _ = parse_arguments({"press": "knorm"})
+    record.speak_as("a_package_without_handlers")
+    record.tell(settings, {"other": TaskTotals()})
+    assert "other: press=knorm compressed nothing; its figures are the uncompressed ones" in caplog.text

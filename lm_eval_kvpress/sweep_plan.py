@@ -204,6 +204,8 @@ def _converted(key: str, value: Any) -> Any:
         return _mapping(key, value)
     if key in ("tasks", "presses", "ratios", "budgets", "rolling", "query_tokens"):
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        if isinstance(value, str) and not any(items):  # an empty variable of a shell; a file may say []
+            raise UsageError(f"{key}: {value!r} names none: leave it out for the default")
         kinds = {"ratios": float, "budgets": int, "query_tokens": int}
         return [_number(key, item, kinds[key]) if key in kinds else item for item in items if item != ""]
     if key == "launcher" and value not in LAUNCHERS:

@@ -90,7 +90,7 @@ def command(checkpoint_dir: Path, tasks_dir: Path, output: Path, **settings: Any
         "output_path": output,
         **settings,
     }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
 
 
 def results_of(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
@@ -248,7 +248,7 @@ def test_a_finished_sweep_computes_nothing_again_and_more_cells_can_be_added(
 def test_streams_are_cells_too_and_keep_their_losses_by_position(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"presses": "none,streaming_llm,knorm", "rolling": "prefix,stream", "ratios": "", "budgets": "64"}
+    settings = {"presses": "none,streaming_llm,knorm", "rolling": "prefix,stream", "ratios": None, "budgets": "64"}
     model_args = f"pretrained={checkpoint_dir},stream_chunk=16"
     arguments = command(
         checkpoint_dir, tasks_dir, tmp_path, **{**settings, "model_args": model_args, "tasks": "sweep_rolling"}
@@ -281,25 +281,28 @@ BAD = [
     ({"model_args": "pretrained=x,presss=1"}, "unknown argument 'presss'"),
     ({"rolling": "streams"}, "rolling=streams is not known"),
     ({"rolling": "stream", "presses": "knorm"}, "give --budgets"),
-    ({"rolling": "stream", "presses": "none", "ratios": "", "budgets": "64"}, "nothing to run: rolling=stream needs"),
+    ({"rolling": "stream", "presses": "none", "ratios": None, "budgets": "64"}, "nothing to run: rolling=stream needs"),
     ({"model": "hf"}, "choose one of pythia-kvpress, kvpress"),
     (
-        {"rolling": "stream", "presses": "decoding:knorm", "ratios": "", "budgets": "64"},
+        {"rolling": "stream", "presses": "decoding:knorm", "ratios": None, "budgets": "64"},
         "name the press itself, without decoding",
     ),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
     ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),
+    ({"ratios": ""}, "ratios: '' names none: leave it out for the default"),
+    ({"budgets": ","}, "budgets: ',' names none"),
     ({"config": "no-such.yaml"}, "no-such.yaml"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "says"), BAD, ids=[says for _, says in BAD])
 def test_bad_input_is_one_line_before_any_work(
-    settings: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, str | None], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"presses": "none,knorm", "ratios": "0.5", "tasks": "t", "output_path": str(tmp_path / "out"), **settings}
-    code = cli.main(["sweep", *(part for name, value in given.items() for part in (f"--{name}", value))])
+    typed = (part for name, value in given.items() if value is not None for part in (f"--{name}", value))
+    code = cli.main(["sweep", *typed])
     error = capsys.readouterr().err
     assert code == 2
     assert says in error and error.count("\n") == 1, error
@@ -401,7 +404,7 @@ def test_streams_beyond_the_trained_positions_are_refused(
 ) -> None:
     """And a protocol of model_args reaches the cells, whichever way it was given."""
     model_args = ",".join([f"pretrained={checkpoint_dir}", *([stream["model_args"]] if "model_args" in stream else [])])
-    settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": "", "budgets": "4096"}
+    settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": None, "budgets": "4096"}
     with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
         sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, **settings))
 

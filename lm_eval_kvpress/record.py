@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
     """Says on the screen what was kept, and warns where the press acted on nothing."""
-    name = settings.press_name
+    name, decoding = settings.press_name, settings.decoding
     for task, totals in tasks.items():
         pressed, unpressed = totals.pressed.summary(), totals.unpressed.num_contexts
         if pressed["num_contexts"]:
@@ -67,13 +67,20 @@ def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
                 "%s: press=%s held every layer to %d entries; %d of %d tokens were scored after an eviction",
                 *(task, name, settings.stream_budget, totals.num_tokens_pressed, totals.num_tokens),
             )
-        elif settings.decoding is not None and totals.num_decode_compressions:
-            logger.info(
-                "%s: press=%s compressed %d times while decoding, from at most %d entries per layer",
-                *(task, name, totals.num_decode_compressions, totals.max_decode_entries),
-            )
-        elif not settings.press.is_none or settings.decoding is not None:
+        elif not totals.num_texts_compressed and (decoding is not None or not settings.press.is_none):
             logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
+        if decoding is not None and totals.num_texts_compressed:
+            logger.info(
+                "%s: press=%s compressed %d of %d texts while decoding, %d times, to %d entries a layer of at most %d",
+                *(task, name, totals.num_texts_compressed, totals.num_texts, totals.num_decode_compressions),
+                *(decoding.target_size, totals.max_decode_entries),
+            )
+        elif decoding is not None and pressed["num_contexts"] and totals.num_texts:
+            logger.warning(
+                "%s: press=%s compressed none of %d texts while decoding (to %d entries every %d tokens); its figures "
+                "are those of its press of the prefill",
+                *(task, name, totals.num_texts, decoding.target_size, decoding.interval),
+            )
         for note, count in totals.notes.items():
             logger.warning("%s: %s (in %d of %d contexts)", task, note, count, pressed["num_contexts"])
 

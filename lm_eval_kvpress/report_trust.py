@@ -118,6 +118,7 @@ def _of_the_press(row: Row, cell: Cell) -> Iterator[Mark]:
         text = "rolling=one_pass scores each window in one forward, which no press can act on: perplexities are those "
         yield Mark("one_pass", "one pass", text + "of the full cache.", True)
     yield from _inert(cell, kept)
+    yield from _while_decoding(cell, kept)
     yield from _identical(row, acted=any(one.num_decode_compressions for one in kept))
     if num_short and num_pressed:
         text = f"{num_short} of {num_contexts} contexts were too short for the press and stayed uncompressed."
@@ -153,6 +154,20 @@ def _inert(cell: Cell, kept: Sequence[Kept]) -> Iterator[Mark]:
         yield Mark("inert", "never ran", text, True)
     elif all(one.share == 1 for one in kept if one.num_contexts_pressed):
         yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
+
+
+def _while_decoding(cell: Cell, kept: Sequence[Kept]) -> Iterator[Mark]:
+    """On how many texts a press acted that acts as they are generated. If on none and no other acted, `_inert` says."""
+    num_texts = sum(one.num_texts for one in kept)
+    num_compressed = sum(one.num_texts_compressed for one in kept)
+    if not cell.press.acts_on_decoding or num_compressed == num_texts:
+        return
+    if num_compressed:
+        text = f"The press acted on {num_compressed} of {num_texts} texts; the others ended before."
+        yield Mark("short", "short texts", text)
+    elif any(one.num_contexts_pressed for one in kept):
+        text = "No text grew long enough for the decoding press: this is its press of the prefill alone."
+        yield Mark("inert", "prefill only", text, True)
 
 
 def _identical(row: Row, *, acted: bool) -> Iterator[Mark]:

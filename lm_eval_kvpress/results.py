@@ -61,6 +61,10 @@ class Press:
     def acts_on_prefill(self) -> bool:
         return not self.is_none and not self.name.startswith("decoding:")
 
+    @property
+    def acts_on_decoding(self) -> bool:
+        return self.name.startswith(("decoding:", "prefill_decoding:"))
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -75,13 +79,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a press left of a task's contexts. Sums over contexts; shares are fractions of the prefilled tokens."""
+    """What a press left of a task's contexts. Sums over contexts; shares are fractions of the prefilled tokens.
+
+    Of texts, how many a decoding press acted on is known where ``num_texts`` is not 0, as in files of older versions.
+    """
 
     num_contexts_pressed: int
     num_contexts_unpressed: int
     num_short_contexts: int
     num_tokens: int
     num_tokens_scored_pressed: int
+    num_texts: int
+    num_texts_compressed: int
     num_decode_compressions: int
     share: float | None
     share_min_layer: float | None
@@ -327,6 +336,8 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
         num_short_contexts=fact["num_short_contexts"],
         num_tokens=pressed["num_tokens"],
         num_tokens_scored_pressed=fact["tokens_scored_under_press"],
+        num_texts=fact.get("texts_generated", 0),
+        num_texts_compressed=fact.get("texts_compressed_while_decoding", 0),
         num_decode_compressions=fact.get("num_decode_compressions", 0),
         share=pressed["kept_share"],
         share_min_layer=pressed["kept_share_min_layer"],

@@ -199,8 +199,9 @@ class TaskTotals:
         num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
         num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
         num_tokens_generated: tokens produced by ``generate_until``.
-        num_decode_compressions, max_decode_entries: how often a decoding press evicted entries of a row, and the most
-            per layer that it found.
+        num_texts, num_texts_compressed: texts produced, and those of which a decoding press evicted entries before
+            their end.
+        num_decode_compressions, max_decode_entries: how often it did, and the most entries per layer that it found.
         max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
             scored over, and the most bytes that keys and values of all rows took.
         notes: how often the press reported something a reader must know.
@@ -216,6 +217,8 @@ class TaskTotals:
     loglikelihood: float = 0.0
     loglikelihood_pressed: float = 0.0
     num_tokens_generated: int = 0
+    num_texts: int = 0
+    num_texts_compressed: int = 0
     num_decode_compressions: int = 0
     max_decode_entries: int = 0
     max_stream_entries: int = 0
@@ -261,6 +264,8 @@ class TaskTotals:
             "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
             "token_perplexity_under_press": self._perplexity_under_press(),
             "tokens_generated": self.num_tokens_generated,
+            "texts_generated": self.num_texts,
+            "texts_compressed_while_decoding": self.num_texts_compressed,
             "num_decode_compressions": self.num_decode_compressions,
             "max_decode_entries": self.max_decode_entries,
             "max_stream_entries": self.max_stream_entries,

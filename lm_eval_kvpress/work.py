@@ -189,6 +189,8 @@ class GenerationWork:
             ledger.context(task, outcome.context)
             totals = ledger.totals[task]
             totals.num_tokens_generated += len(outcome.ids)
+            totals.num_texts += 1
+            totals.num_texts_compressed += outcome.num_compressions > 0
             totals.num_decode_compressions += outcome.num_compressions
             totals.max_decode_entries = max(totals.max_decode_entries, outcome.max_entries)
 

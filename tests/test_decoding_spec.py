@@ -56,6 +56,7 @@ def test_a_long_generation_holds_the_budget_and_does_not_depend_on_the_batch(
     prefilled = max(totals[0][f"contexts_{kind}"]["num_tokens"] for kind in ("pressed", "unpressed"))
     assert totals[0]["num_decode_compressions"] == 3 * 4, "after 10, 20, 30 and 40 tokens of each of three rows"
     assert 24 < totals[0]["max_decode_entries"] <= prefilled
+    assert totals[0]["texts_generated"] == totals[0]["texts_compressed_while_decoding"] == 3
     name = lm.describe()["press"]["name"]
     assert name == press and lm.describe()["press"]["arguments"]["decoding.target_size"] == 24
 
@@ -84,7 +85,27 @@ def test_a_budget_that_is_never_reached_changes_nothing_and_says_so(checkpoint_d
     lm = model(checkpoint_dir, press="decoding:streaming_llm", target_size=400, compression_interval=5)
     texts = lm.generate_until(requests(20), disable_tqdm=True)
     assert texts == model(checkpoint_dir).generate_until(requests(20), disable_tqdm=True)
-    assert lm.describe()["tasks"]["gen"]["num_decode_compressions"] == 0
+    record = lm.describe()["tasks"]["gen"]
+    assert (record["num_decode_compressions"], record["texts_compressed_while_decoding"]) == (0, 0)
+    assert record["texts_generated"] == 3
+
+
+def test_texts_that_ended_before_the_press_acted_are_told_apart(
+    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [*requests(12), *requests(5)]
+    for press in ("decoding:knorm", "prefill_decoding:random+knorm"):
+        lm = model(checkpoint_dir, press=press, target_size=24, compression_interval=10)
+        lm.generate_until(asked, disable_tqdm=True)
+        with caplog.at_level("INFO", logger="lm_eval_kvpress"):
+            lm.get_model_info()
+        assert f"press={press} compressed 3 of 6 texts while decoding, 3 times, to 24 entries a layer" in caplog.text
+        assert "compressed nothing" not in caplog.text
+    lm = model(checkpoint_dir, press="prefill_decoding:random+knorm", target_size=24, compression_interval=100)
+    lm.generate_until(asked, disable_tqdm=True)
+    with caplog.at_level("INFO", logger="lm_eval_kvpress"):
+        lm.get_model_info()
+    assert "press=prefill_decoding:random+knorm compressed none of 6 texts while decoding" in caplog.text
 
 
 def test_likelihoods_are_refused_where_only_decoding_is_pressed(checkpoint_dir: Path) -> None:

@@ -161,6 +161,8 @@ def without_prefill_press(
     *,
     num_compressions: int = 0,
     num_short: int = 0,
+    num_texts: int = 0,
+    num_texts_compressed: int = 0,
     acc: float = 0.4,
     rolling: str = "prefix",
 ) -> Path:
@@ -172,6 +174,7 @@ def without_prefill_press(
         task = facts["tasks"]["recall"]
         facts["protocol"] |= {"rolling": rolling, "press_acts_on_rolling": False}
         task |= {"num_decode_compressions": num_compressions, "num_short_contexts": num_short}
+        task |= {"texts_generated": num_texts, "texts_compressed_while_decoding": num_texts_compressed}
         task["contexts_unpressed"], task["contexts_pressed"] = task["contexts_pressed"], task["contexts_unpressed"]
 
     return amend(file, change)
@@ -194,6 +197,24 @@ def test_a_press_that_acts_while_text_is_generated_ran_if_it_compressed_then(tmp
     texts = {name: row.marks[0].text for name, row in rows.items() if row.marks}
     assert texts["decoding:tova"].startswith("No answer grew long enough for the press to act")
     assert texts["prefill_decoding:snapkv+tova"].endswith("all were too short for it.")
+
+
+def test_texts_on_which_a_press_did_not_act_are_told(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    without_prefill_press(tmp_path, "decoding:knorm", num_compressions=23, num_texts=8, num_texts_compressed=2)
+    without_prefill_press(tmp_path, "decoding:tova", num_compressions=23, num_texts=8, num_texts_compressed=8)
+    without_prefill_press(tmp_path, "decoding:keydiff", num_texts=8)
+    of_both = write_results(tmp_path, "prefill_decoding:snapkv+knorm", 0.5, acc=0.4)
+    amend(of_both, lambda content: content["config"]["kvpress"]["tasks"]["recall"].update(texts_generated=8))
+    rows = {row.cell.press.name: row for row in make_report([tmp_path]).tables[0].rows if row.cell}
+    assert {name: [(mark.label, mark.is_void) for mark in row.marks] for name, row in rows.items()} == {
+        "none": [],
+        "decoding:knorm": [("short texts", False)],
+        "decoding:tova": [],
+        "decoding:keydiff": [("never ran", True)],
+        "prefill_decoding:snapkv+knorm": [("prefill only", True)],
+    }
+    assert rows["decoding:knorm"].marks[0].text.startswith("The press acted on 2 of 8 texts")
 
 
 def test_the_same_figures_do_not_void_a_press_that_is_known_to_have_acted(tmp_path: Path) -> None:

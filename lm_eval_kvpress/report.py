@@ -23,7 +23,7 @@ from lm_eval_kvpress.report_streams import with_curves
 from lm_eval_kvpress.report_table import build_tables
 from lm_eval_kvpress.report_text import Report, as_csv, as_json, markdown
 from lm_eval_kvpress.report_trust import mark, notices
-from lm_eval_kvpress.results import ResultsError, read_results
+from lm_eval_kvpress.results import ResultsError, read_results, unfinished_cells
 
 TITLE = "KV-cache compression"
 
@@ -40,13 +40,16 @@ def main(argv: Sequence[str]) -> int:
         with _writing("-o", output):
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(text, encoding="utf-8")
-        print(f"{output}: {sum(len(table.rows) for table in report.tables)} rows in {len(report.tables)} tables")
+        num_rows, num_tables = sum(len(table.rows) for table in report.tables), len(report.tables)
+        print(f"{output}: {num_rows} rows in {num_tables} table{'s' if num_tables > 1 else ''}")
     if figures is not None:
         with _writing("--figures", figures):
             files = write_figures(report, figures)
         print(f"{figures}: {len(files)} files")
     if not outputs and figures is None:
         sys.stdout.write(markdown(report))
+    for folder, cells in unfinished_cells(places).items():
+        print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}", file=sys.stderr)
     return 0
 
 

@@ -79,7 +79,7 @@ def _table(table: Table, said: list[str]) -> dict[str, Any]:
     of_table = columns(table, all_metrics=True)
     return {
         "heading": heading(table.setting),
-        "protocol": protocol_words(table.setting),
+        "protocol": protocol_words(table),
         "documents": documents_words(table),
         "notices": said,
         "columns": of_table,

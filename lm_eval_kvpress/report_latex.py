@@ -34,7 +34,7 @@ def _lines(table: Table, all_metrics: bool) -> Iterator[str]:
     marks = all_marks(table)
     align = "".join("l" if column.kind is Kind.TEXT else "r" for column in of_table)
     yield r"\begin{table}"
-    yield rf"\caption{{{escaped(heading(table.setting))}. {escaped(protocol_words(table.setting))}.}}"
+    yield rf"\caption{{{escaped(heading(table.setting))}. {escaped(protocol_words(table))}.}}"
     yield rf"\resizebox{{\textwidth}}{{!}}{{\begin{{tabular}}{{{align}l}}"
     yield r"\toprule"
     titles = [f"{one.group} {one.title}" if one.metric else one.title for one in of_table]

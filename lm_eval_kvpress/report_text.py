@@ -38,8 +38,9 @@ def heading(setting: Setting) -> str:
     return f"{setting.checkpoint} · {setting.dtype}"
 
 
-def protocol_words(setting: Setting) -> str:
-    """The protocol in one line."""
+def protocol_words(table: Table) -> str:
+    """The protocol in one line; that of perplexities where there are any."""
+    setting = table.setting
     if setting.is_stock:
         return "Stock lm-eval: one forward per request"
     facts = dict(setting.protocol)
@@ -51,7 +52,8 @@ def protocol_words(setting: Setting) -> str:
             rolling = f"stream, chunks of {facts.get('stream_chunk')}, {facts.get('stream_positions')} positions"
     rest = [f"{name}={facts[name]}" for name in ("query_tokens", "short_context", "max_length") if name in facts]
     settings = [f"{name}={value}" for name, value in setting.model_settings]
-    return f"Perplexity over {rolling}; " + ", ".join([*rest, *settings])
+    has_perplexity = any(task.is_rolling for row in table.rows if row.cell for task in row.cell.tasks)
+    return (f"Perplexity over {rolling}; " if has_perplexity else "") + ", ".join([*rest, *settings])
 
 
 def documents_words(table: Table) -> str:
@@ -84,7 +86,7 @@ def _markdown_parts(report: Report) -> Iterator[list[str]]:
     for table, notices in zip(report.tables, report.notices, strict=True):
         shown_columns = columns(table, all_metrics=report.all_metrics)
         marks = all_marks(table)
-        yield [f"## {_md(heading(table.setting))}", "", f"{_md(protocol_words(table.setting))}.", ""]
+        yield [f"## {_md(heading(table.setting))}", "", f"{_md(protocol_words(table))}.", ""]
         yield [
             f"{_md(documents_words(table))}. Differences to the baseline with 95 % intervals (paired bootstrap).",
             "",
@@ -140,7 +142,7 @@ def records(report: Report) -> Iterator[dict[str, Any]]:
                 "table": number,
                 "checkpoint": setting.checkpoint,
                 "dtype": setting.dtype,
-                "protocol": protocol_words(setting),
+                "protocol": protocol_words(table),
                 "is_baseline": row.is_baseline,
                 "was_run": row.cell is not None,
                 "arguments": arguments(row),

@@ -14,6 +14,8 @@ from lm_eval_kvpress.results import Cell, Kept
 
 FEW_DOCUMENTS = 10
 NAMES_TOLD = 5
+SPEEDS = {"prefill": "prefill tok/s", "decode": "decode tok/s", "ttft_sec": "TTFT", "tpot_sec": "TPOT"}
+"""As the record calls them, and in words."""
 
 
 def mark(tables: Sequence[Table]) -> list[Table]:
@@ -31,7 +33,7 @@ def notices(table: Table) -> list[str]:
     if table.setting.is_stock:
         found.append(
             "Stock lm-eval scores each window in one forward, in which no press can change a figure. This is another "
-            "protocol than those above: do not compare across tables."
+            "protocol than this package's: do not compare across tables."
         )
     limited = [
         f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
@@ -50,6 +52,12 @@ def notices(table: Table) -> list[str]:
     unlogged = sum(any(task.samples is None for task in cell.tasks if task.num_documents) for cell in cells)
     if unlogged:
         found.append(f"{unlogged} of {len(cells)} runs did not log samples (--log_samples): no intervals for them.")
+    yet_cold = [name for name in SPEEDS if any(name in cell.speed.includes_warmup for cell in cells)]
+    if yet_cold:
+        num_cold = sum(any(name in cell.speed.includes_warmup for name in SPEEDS) for cell in cells)
+        names = ", ".join(SPEEDS[name] for name in yet_cold)
+        text = f"Too little was run to leave warm-up out of {names} in {num_cold} of {len(cells)} runs: do not compare "
+        found.append(f"{text}these speeds.")
     streams = [row for row in table.rows if row.cell is not None and row.cell.is_stream]
     curveless = sum(not row.curves for row in streams)
     if curveless:

@@ -128,7 +128,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates in tokens per second, medians in seconds; warm-up batches are not in them."""
+    """Rates in tokens per second, medians in seconds, without warm-up batches but for those of ``includes_warmup``."""
 
     prefill_tokens_per_sec: float | None = None
     score_tokens_per_sec: float | None = None
@@ -136,6 +136,7 @@ class Speed:
     ttft_sec: float | None = None
     tpot_sec: float | None = None
     peak_memory_bytes: float | None = None
+    includes_warmup: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,22 @@ def read_results(places: Sequence[Path]) -> list[Cell]:
         if not place.exists():
             raise ResultsError(f"{place} does not exist")
         found = {place} if place.is_file() else set(place.rglob(PATTERN))
+        if not found and place in unfinished_cells([place]):
+            raise ResultsError(f"no cell of the sweep in {place} is finished: its command goes on where it stopped")
         if not found:
             raise ResultsError(f"no {PATTERN} below {place}: pass the --output_path of lm_eval or of a sweep")
         files |= found
     return [read_cell(file) for file in sorted(files)]
+
+
+def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
+    """Folders of sweeps among the places and below them, and the names of cells that have no results yet."""
+    folders = sorted({file.parent for place in places if place.is_dir() for file in place.rglob("sweep.json")})
+    cells = {
+        folder: sorted(cell.name for cell in folder.glob("cells/*") if not (cell / "results").is_dir())
+        for folder in folders
+    }
+    return {folder: names for folder, names in cells.items() if names}
 
 
 def read_cell(file: Path) -> Cell:
@@ -363,6 +376,7 @@ def _speed(throughput: Mapping[str, Any]) -> Speed:
         median("ttft_sec"),
         median("tpot_sec"),
         _number(throughput.get("peak_memory_bytes")),
+        tuple(throughput.get("includes_warmup") or ()),
     )
 
 

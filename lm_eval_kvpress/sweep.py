@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> None:
     """Runs all unfinished cells in this process."""
-    console, start = Console(stderr=True), time.perf_counter()
+    console, start = Console(stderr=True, soft_wrap=True), time.perf_counter()
     todo = [cell for cell in cells if not store.cell(cell.name).is_finished]
     console.print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
     if not todo:
@@ -78,24 +78,43 @@ def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
         runs = [model.open(cell, store.cell(cell.name)) for cell in todo]
         for run in runs:
             logs.callback(run.log.close)
+        if num_kept := sum(len(run.done) for run in runs):
+            console.print(f"{num_kept} answers of unfinished cells are there from an earlier call")
+        name_cell = logs.enter_context(_messages())
         for peers in _that_share(runs):
             tasks = _tasks(settings, peers[0].cell)
             if not peers[0].shares:
                 console.print(f"{peers[0].cell.name} runs on prefills of its own")
             while peers:
+                name_cell(peers[0].cell.name)
                 _evaluate(model, settings, tasks, peers)
                 console.print(f"{peers.pop(0).cell.name} is finished")
+    num_tokens = model.num_tokens_shared + sum(run.num_tokens_prefilled for run in runs)
     summary = {
         "num_cells": len(cells),
         "num_cells_run": len(todo),
-        "num_tokens_prefilled": model.num_tokens_prefilled,
+        "num_tokens_prefilled": num_tokens,
+        "num_tokens_prefilled_shared": model.num_tokens_shared,
         "seconds": time.perf_counter() - start,
     }
     write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
     console.print(
-        f"{len(todo)} cells in {summary['seconds']:.0f} s, {model.num_tokens_prefilled:,} tokens prefilled for all; "
+        f"{len(todo)} cells finished by this call in {summary['seconds']:.0f} s, {num_tokens:,} tokens prefilled; "
         f"next: lm-eval-kvpress report {store.folder} -o report.html"
     )
+
+
+@contextmanager
+def _messages() -> Iterator[Callable[[str], None]]:
+    """Has this package's messages printed, each with the cell that is told to the yielded function."""
+    handler, level = logging.StreamHandler(sys.stderr), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lambda cell: handler.setFormatter(logging.Formatter(f"{cell}: %(message)s"))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 LAUNCHERS: Mapping[str, Callable[[SweepSettings, Sequence[Cell], SweepStore], None]] = {"local": run_local}

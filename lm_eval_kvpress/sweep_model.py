@@ -32,7 +32,12 @@ logger = logging.getLogger("lm_eval_kvpress")
 
 @dataclass
 class CellRun:
-    """A cell while the sweep lasts."""
+    """A cell while the sweep lasts.
+
+    Attributes:
+        done: the items that have an answer.
+        num_batches_before: of the runner's batches, those of earlier calls.
+    """
 
     cell: Cell
     settings: Settings
@@ -40,11 +45,18 @@ class CellRun:
     log: ThroughputLog
     runner: Runner
     done: set[str] = field(default_factory=set)
+    num_batches_before: int = 0
 
     @property
     def shares(self) -> bool:
         """Whether its prefills are shared with other cells."""
         return self.runner.compressor.shares
+
+    @property
+    def num_tokens_prefilled(self) -> int:
+        """Tokens of this call's prefills of its own."""
+        batches = self.runner.meter.records.batches[self.num_batches_before :]
+        return 0 if self.shares else sum(batch.num_prefill_tokens for batch in batches)
 
 
 class SweepModel(KVPress):
@@ -64,7 +76,7 @@ class SweepModel(KVPress):
         self._attention_at_load = self.model.config._attn_implementation
 
     @property
-    def num_tokens_prefilled(self) -> int:
+    def num_tokens_shared(self) -> int:
         """Tokens that were prefilled for all cells that share, each once."""
         return self._shared_prefills.num_tokens
 
@@ -82,7 +94,8 @@ class SweepModel(KVPress):
         log = ThroughputLog(store.folder / "throughput.jsonl")
         runner = self._new_runner(settings, [log], self._shared_prefills if shares else None)
         runner.meter.restore(log.records())
-        return CellRun(cell, settings, store, log, runner, store.keys())
+        num_batches_before = len(runner.meter.records.batches)
+        return CellRun(cell, settings, store, log, runner, store.keys(), num_batches_before)
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
         """Makes ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""

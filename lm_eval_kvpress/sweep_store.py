@@ -1,7 +1,7 @@
 """A sweep's folder: one writer, one set of settings, and what every cell has answered so far.
 
     DIR/sweep.json, DIR/weights         the settings that all cells share, and a checksum of their weights
-    DIR/summary.json                    of a finished sweep: cells, tokens prefilled, seconds
+    DIR/summary.json                    of the call that finished: cells, tokens prefilled, seconds
     DIR/cells/CELL/results/...          a finished cell: results and samples as lm-eval writes them
     DIR/cells/CELL/answers.jsonl        an unfinished cell: its outcomes, an item per line
     DIR/cells/CELL/throughput.jsonl     a record per batch and request

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from report_files import amend, results_file, write_results
 
+from lm_eval_kvpress import report
 from lm_eval_kvpress.results import ResultsError, read_results
 
 
@@ -32,6 +33,31 @@ def test_stock_results_have_no_press_and_another_protocol(tmp_path: Path) -> Non
     (cell,) = read_results([tmp_path])
     assert cell.press.is_none and cell.is_stock
     assert cell.tasks[0].kept is None and cell.speed.prefill_tokens_per_sec is None
+
+
+def test_unfinished_cells_of_a_sweep_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, outputs = tmp_path / "runs" / "sweep", ["-o", str(tmp_path / "report.md")]
+    for cell in ("none", "snapkv", "knorm"):
+        (sweep / "cells" / cell).mkdir(parents=True)
+    (sweep / "sweep.json").write_text("{}")
+    with pytest.raises(ResultsError, match="no cell of the sweep in .* is finished: its command goes on"):
+        report.main([str(sweep), *outputs])
+    write_results(sweep / "cells" / "none" / "results", "none", 0.0)
+    assert report.main([str(tmp_path), *outputs]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{sweep}: 2 cells are unfinished and left out: knorm, snapkv\n"
+    assert said.out.endswith("1 rows in 1 table\n")
+
+
+def test_figures_of_which_warm_up_is_a_part_are_named(tmp_path: Path) -> None:
+    warm_up = {"includes_warmup": ["decode", "tpot_sec", "score"]}
+    write_results(tmp_path, "none", 0.0)
+    amend(
+        write_results(tmp_path, "snapkv", 0.5),
+        lambda content: content["config"]["kvpress"]["throughput"].update(warm_up),
+    )
+    (said,) = report.make_report([tmp_path]).notices
+    assert "Too little was run to leave warm-up out of decode tok/s, TPOT in 1 of 2 runs" in " ".join(said)
 
 
 def test_speeds_of_several_ranks_are_told_apart_from_those_of_one(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
             )
         elif not totals.num_texts_compressed and (decoding is not None or not settings.press.is_none):
             logger.warning("%s: press=%s compressed nothing; its figures are the uncompressed ones", task, name)
+        if totals.num_short_contexts and pressed["num_contexts"]:
+            logger.warning(
+                "%s: %d of %d contexts were too short for press=%s and stayed uncompressed; figures are of both",
+                *(task, totals.num_short_contexts, pressed["num_contexts"] + unpressed, name),
+            )
         if decoding is not None and totals.num_texts_compressed:
             logger.info(
                 "%s: press=%s compressed %d of %d texts while decoding, %d times, to %d entries a layer of at most %d",

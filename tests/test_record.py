@@ -41,6 +41,15 @@ def test_what_was_kept_is_said_on_the_screen_of_lm_evals_command(lm_eval_log: io
     assert line.startswith("task: press=knorm kept 37.5 % of 20 tokens in 1 contexts (layers 25.0 to 50.0 %)")
 
 
+def test_contexts_that_were_too_short_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    settings, _ = parse_arguments({"press": "knorm"})
+    tasks = totals()
+    tasks["task"].unpressed.add(ContextRecord(3, (3.0, 3.0), 60, 60, pressed=False))
+    tasks["task"].num_short_contexts = 1
+    record.tell(settings, tasks)
+    assert "task: 1 of 2 contexts were too short for press=knorm and stayed uncompressed" in caplog.text
+
+
 def test_lm_evals_level_is_ours(lm_eval_log: io.StringIO) -> None:
     logging.getLogger("lm_eval").setLevel("ERROR")
     settings, _ = parse_arguments({"press": "knorm"})

@@ -5,7 +5,7 @@ Both sides of a row have the same weights, the same requests as text, and each t
 --batch-sizes. They are timed in turns (A B, B A, A B, ...), so that a machine that slows down slows both down; a row is
 the median of the ratios of the pairs, with the 95 % bootstrap interval. Where both sides compute the same numbers they
 are compared, and a difference ends the run. Against "products" stands our own side's arithmetic alone, so "times as
-fast" is the share of our time that the products and attentions take: no code with the same ones does without it.
+fast" is the share of our time that these products and attentions take when called one after the other.
 
     python scripts/bench_eval.py                                           two CPU cores: about 25 minutes
     python scripts/bench_eval.py --models pythia-70m --rows 'choice-800*' --repeats 9

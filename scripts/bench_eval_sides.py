@@ -74,17 +74,17 @@ def ours(models: Models, press: str, batch_size: int, rolling: str) -> Side:
 
 
 def products(models: Models, press: str, batch_size: int, rolling: str) -> Side:
-    """Our side's matrix products and attentions and nothing else: what no code takes less time than that computes them
-    by the same libraries. They are noted down once, as `ours` runs, and repeated on random numbers of the same shapes
-    and strides; answers are those of that run."""
-    side, noted = ours(models, press, batch_size, rolling), dict[int, tuple[Products, Answers]]()
+    """Our side's matrix products and attentions and nothing else, one after the other. They are noted down once, as
+    `ours` runs, and repeated on random numbers of the same shapes and strides; answers are those of that run."""
+    side, noted = ours(models, press, batch_size, rolling), list[tuple[Workload, Products, Answers]]()
 
     @torch.inference_mode()
     def run(workload: Workload) -> Answers:
-        if id(workload) not in noted:
+        if not any(known is workload for known, _, _ in noted):
+            side(workload)  # once: what a first run tries out is no part of it
             with Products() as calls:
-                noted[id(workload)] = calls, side(workload)
-        calls, answers = noted[id(workload)]
+                noted.append((workload, calls, side(workload)))
+        calls, answers = next((calls, answers) for known, calls, answers in noted if known is workload)
         calls.repeat()
         return answers
 

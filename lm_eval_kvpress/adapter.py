@@ -70,7 +70,15 @@ logger = logging.getLogger("lm_eval_kvpress")
 
 Answering = TypeVar("Answering", bound=Callable[..., list[Any]])
 
-COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "__main__.py")
+COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "lm-eval-kvpress.exe")
+PACKAGES = ("lm_eval", "lm_eval_kvpress")
+
+
+def is_a_command(program: str) -> bool:
+    """Whether a program is lm-eval's command line or ours, and not somebody's own: it may end on a mistake in one line
+    and print our messages."""
+    path = Path(program)
+    return path.name in COMMANDS or (path.name == "__main__.py" and path.parent.name in PACKAGES)
 
 
 def of_own_requests(answer: Answering) -> Answering:
@@ -104,7 +112,7 @@ class KVPress(CheckedHFLM):
     _of_all_ranks: ranks.RankFacts | None
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
-        if Path(sys.argv[0]).name in COMMANDS:
+        if is_a_command(sys.argv[0]):
             print_usage_errors_in_one_line(LogError)
             record.speak_as("lm_eval")
         pretrained = self.DEFAULT_PRETRAINED if pretrained is None else pretrained
@@ -506,6 +514,8 @@ class KVPress(CheckedHFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
+        if is_a_command(sys.argv[0]):
+            record.speak_as("lm_eval")  # again: --verbosity comes into force after the requests
         record.tell(self._settings, self._facts().totals)
         return {**super().get_model_info(), "kvpress": self.describe()}
 

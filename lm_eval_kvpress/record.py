@@ -91,9 +91,9 @@ def tell(settings: Settings, tasks: Mapping[str, TaskTotals]) -> None:
 
 
 def speak_as(other: str) -> None:
-    """Gives this package's messages the level and the handlers of another's, if it has any of its own: lm-eval's
-    command sets up its own logger alone, and whatever another package says below a warning is lost."""
+    """Has another package's handlers, if it has any, print this one's messages, from its level on, warnings always:
+    lm-eval's command sets up its own logger alone, and what another package says below a warning is lost."""
     theirs = logging.getLogger(other)
-    if theirs.handlers:
-        logger.handlers, logger.propagate = list(theirs.handlers), theirs.propagate
-        logger.setLevel(theirs.level)
+    for handler in theirs.handlers:
+        logger.addHandler(handler)  # one that is there already stays there once
+        logger.setLevel(min(theirs.level, logging.WARNING))

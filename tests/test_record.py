@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from lm_eval_kvpress import record
+from lm_eval_kvpress.adapter import is_a_command
 from lm_eval_kvpress.arguments import parse_arguments
 from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
 
@@ -50,12 +51,27 @@ def test_contexts_that_were_too_short_are_a_warning(caplog: pytest.LogCaptureFix
     assert "task: 1 of 2 contexts were too short for press=knorm and stayed uncompressed" in caplog.text
 
 
-def test_lm_evals_level_is_ours(lm_eval_log: io.StringIO) -> None:
-    logging.getLogger("lm_eval").setLevel("ERROR")
+def test_lm_evals_level_is_ours_but_a_warning_is_always_heard(lm_eval_log: io.StringIO) -> None:
     settings, _ = parse_arguments({"press": "knorm"})
     record.speak_as("lm_eval")
+    logging.getLogger("lm_eval").setLevel("ERROR")  # --verbosity, which comes later
+    record.speak_as("lm_eval")
     record.tell(settings, {**totals(), "other": TaskTotals()})
-    assert not lm_eval_log.getvalue()
+    (line,) = lm_eval_log.getvalue().splitlines()
+    assert line == "other: press=knorm compressed nothing; its figures are the uncompressed ones"
+
+
+def test_ones_own_handlers_still_hear(lm_eval_log: io.StringIO) -> None:
+    own = io.StringIO()
+    record.logger.handlers = [logging.StreamHandler(own)]
+    record.speak_as("lm_eval")
+    record.logger.warning("both")
+    assert own.getvalue() == lm_eval_log.getvalue() == "both\n"
+
+
+def test_somebodys_own_program_is_left_alone() -> None:
+    programs = ("/usr/bin/lm_eval", "/x/lm_eval/__main__.py", "/x/lm_eval_kvpress/__main__.py")
+    assert all(map(is_a_command, programs)) and not any(map(is_a_command, ("/x/mine/__main__.py", "", "train.py")))
 
 
 def test_without_its_handlers_messages_go_where_they_went(caplog: pytest.LogCaptureFixture) -> None:

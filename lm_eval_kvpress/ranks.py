@@ -47,9 +47,9 @@ def together(ranks: Sequence[RankFacts]) -> RankFacts:
 
 
 class Repeated(Protocol):
-    """An `Instance` of lm-eval: to be answered so many times."""
+    """An `Instance` of lm-eval: to be answered so many times, once if it says nothing."""
 
-    repeats: int
+    repeats: int | None
 
 
 Request = TypeVar("Request", bound=Repeated)
@@ -64,10 +64,10 @@ def without_padding(requests: Sequence[Request]) -> tuple[list[Request], list[in
     places = dict[int, list[int]]()
     seen, answered_by = Counter[int](), list[int]()
     for request in requests:
-        of_request, turn = places.setdefault(id(request), []), seen[id(request)]
+        of_request, turn, repeats = places.setdefault(id(request), []), seen[id(request)], request.repeats or 1
         seen[id(request)] += 1
-        if turn < request.repeats:
+        if turn < repeats:
             of_request.append(len(own))
             own.append(request)
-        answered_by.append(of_request[turn % request.repeats])
+        answered_by.append(of_request[turn % repeats])
     return own, answered_by

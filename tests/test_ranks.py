@@ -14,6 +14,7 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress import plugin
@@ -48,7 +49,7 @@ if answers is not None:
 
 @dataclass(eq=False)
 class Request:
-    repeats: int = 1
+    repeats: int | None = 1
 
 
 def test_padding_is_what_comes_more_often_than_it_was_asked() -> None:
@@ -59,6 +60,17 @@ def test_padding_is_what_comes_more_often_than_it_was_asked() -> None:
     assert own == [once, thrice, thrice, thrice] and answered_by == [0, 1, 2, 3, 1, 2, 3, 1, 2, 3]
     assert without_padding([once, once, once]) == ([once], [0, 0, 0])
     assert without_padding([]) == ([], [])
+    unsaid = Request(repeats=None)
+    assert without_padding([unsaid, unsaid]) == ([unsaid], [0, 0])
+
+
+def test_new_answers_end_the_facts_of_an_evaluation_before(checkpoint_dir: Path) -> None:
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", press="knorm")
+    lm._of_all_ranks = RankFacts({"before": TaskTotals()}, RunRecords(), 2)
+    assert lm.describe()["num_ranks"] == 2
+    lm.loglikelihood([Instance("loglikelihood", {}, ("seven grey", " geese"), 0, ("now", 0, 1))], disable_tqdm=True)
+    record = lm.describe()
+    assert record["num_ranks"] == 1 and set(record["tasks"]) == {"now"}
 
 
 def a_rank(*kept: float, note: str) -> TaskTotals:
@@ -135,6 +147,7 @@ def test_a_data_parallel_run_has_the_record_of_a_run_alone(tmp_path: Path) -> No
     assert close(record["tasks"], own["tasks"]), (record["tasks"], own["tasks"])
     assert record["tasks"]["kvpress_recall"]["contexts_pressed"]["num_contexts"] == LIMIT
     assert record["throughput"]["num_requests"] == own["throughput"]["num_requests"]
+    assert record["throughput"]["itl_sec"] is not None and own["throughput"]["itl_sec"] is not None
     assert record["decoding_steps"] == {"modules": 2} and own["decoding_steps"] == {"modules": 2}
     assert found["samples"] == {task: LIMIT for task in TASKS}
     for task in TASKS:

@@ -18,7 +18,7 @@ from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
 def lm_eval_log() -> Iterator[io.StringIO]:
     """As lm-eval's command sets it up; all as before afterwards."""
     said, loggers = io.StringIO(), [logging.getLogger("lm_eval"), record.logger]
-    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     loggers[0].handlers, loggers[0].propagate = [logging.StreamHandler(said)], False
     loggers[0].setLevel("INFO")
     yield said

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -22,6 +23,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.runner import Generated, Scored
 from lm_eval_kvpress.scoring import BranchScore
+from lm_eval_kvpress.sweep_model import CellRun
 from lm_eval_kvpress.sweep_plan import parse_settings
 from lm_eval_kvpress.sweep_store import CellStore, SweepStore
 from lm_eval_kvpress.telemetry import ContextRecord
@@ -184,6 +186,16 @@ def test_prefill_tokens_are_run_once(whole: Path) -> None:
     ]
     assert alone and summary["num_tokens_prefilled"] == summary["num_tokens_prefilled_shared"] + sum(alone)
     assert (summary["num_cells"], summary["num_cells_run"]) == (11, 11)
+
+
+@pytest.mark.parametrize(("shares", "tokens"), [(False, 7), (True, 0)])
+def test_prefills_of_earlier_calls_and_shared_ones_are_not_this_calls_own(shares: bool, tokens: int) -> None:
+    batches = [SimpleNamespace(num_prefill_tokens=count) for count in (100, 3, 4)]
+    meter = SimpleNamespace(records=SimpleNamespace(batches=batches))
+    runner: Any = SimpleNamespace(meter=meter, compressor=SimpleNamespace(shares=shares))
+    nothing: Any = None
+    run = CellRun(nothing, nothing, nothing, nothing, runner, num_batches_before=1)
+    assert run.num_tokens_prefilled == tokens
 
 
 class Killed(BaseException):

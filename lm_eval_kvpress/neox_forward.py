@@ -198,13 +198,10 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotat
         num_rotated: R.
     """
     pairs, half = num_rotated // 2, cos.shape[-1] // 2
-    turning = heads[..., : 2 * half].unflatten(-1, (2, half))[..., :pairs].movedim(-2, 0)  # (2, B, T, H, parts, R / 2)
-    cos, sin = (angle[:, :, None, None, :pairs] for angle in (cos, sin))
-    before = turning
-    if heads.shape[1] > 1:  # gathered first, for R / 2 numbers in a row are too few for a processor's vectors
-        before = turning.contiguous()
-        cos, sin = (angle.expand(-1, -1, *heads.shape[2:4], -1).contiguous() for angle in (cos, sin))
-    turned, across = before * cos, before * sin
-    turned[0] -= across[1]
-    turned[1] += across[0]
-    turning.copy_(turned)
+    cos, sin = (angle[:, :, None, :pairs] for angle in (cos, sin))
+    for index in range(heads.shape[3]):  # parts at once would leave PyTorch's inner loop two rows of R / 2 numbers
+        part = heads[..., index, :]
+        first, second = part[..., :pairs], part[..., half : half + pairs]  # (B, T, H, R / 2)
+        first_across, second_across = first * sin, second * sin
+        first.mul_(cos).sub_(second_across)
+        second.mul_(cos).add_(first_across)

@@ -12,6 +12,7 @@ Letters in shape comments: P predicting positions, E hidden size, V vocabulary, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,8 @@ from lm_eval_kvpress.engine import PressableModel
 TILE_ROWS = 2_048
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough work for one launch."""
+LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
+"""As the sums have it: divided by the same number afterwards, a large logit comes out as it went in."""
 ALIGNMENT = 16
 """Columns of a tile come in multiples: at 1,007 of them MKL's product takes 1.4 times as long as at 1,008."""
 
@@ -62,6 +65,11 @@ def _budget(model: PressableModel) -> int:
     return TILE_BYTES.get(model.head_device.type, TILE_BYTES["cuda"])
 
 
+def _shift(highest: torch.Tensor) -> torch.Tensor:
+    """What is taken off the logits of a row, in powers of two, which a CPU computes in half the time of e's."""
+    return highest * LOG2_E
+
+
 class _Rows:
     """Some rows over the whole vocabulary, a tile at a time.
 
@@ -77,8 +85,8 @@ class _Rows:
         self._hidden = hidden.to(device)
         self._sorted, order = targets.sort()
         self._order, self._sources, self._targets = (part.to(device) for part in (order, sources, targets))
-        self._highest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=device)
-        self._total = torch.zeros(len(hidden), device=device)  # of exp(logit - highest)
+        self._highest = torch.full((len(hidden),), torch.finfo(torch.float32).min / 2, device=device)
+        self._total = torch.zeros(len(hidden), device=device)  # of 2^(logit * log2(e) - shift)
         self._wanted = torch.empty(len(targets), device=device)
         self._greedy = torch.empty(len(targets), dtype=torch.bool, device=device)
 
@@ -86,9 +94,9 @@ class _Rows:
         """Log-probability and greediness, ``(N,)`` each, on the CPU."""
         for start, end in self._tiles():
             self._fold(self._model.logits(self._hidden, start, end), start, end)
-        highest, total = self._highest[self._sources], self._total[self._sources]
-        logprobs = self._wanted - highest - total.log()
-        return logprobs.cpu(), (self._greedy & (self._wanted == highest)).cpu()
+        log_sums = _shift(self._highest).double() / LOG2_E + self._total.log()
+        logprobs = (self._wanted - log_sums[self._sources]).float()
+        return logprobs.cpu(), (self._greedy & (self._wanted == self._highest[self._sources])).cpu()
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         """Columns, in tiles of nearly equal width; all at once where the head cannot be cut."""
@@ -107,8 +115,9 @@ class _Rows:
         if first < last:
             self._look_up(logits, highest, self._order[first:last], start)
         highest = torch.maximum(highest, self._highest)
-        self._total *= (self._highest - highest).exp_()
-        self._total += logits.sub_(highest[:, None]).exp_().sum(dim=-1)
+        shift = _shift(highest)
+        self._total *= (_shift(self._highest) - shift).exp2_()
+        self._total += torch.add(-shift[:, None], logits, alpha=LOG2_E, out=logits).exp2_().sum(dim=-1)
         self._highest = highest
 
     def _look_up(self, logits: torch.Tensor, highest: torch.Tensor, members: torch.Tensor, start: int) -> None:

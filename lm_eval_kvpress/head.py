@@ -20,7 +20,7 @@ import torch
 from lm_eval_kvpress.engine import PressableModel
 
 TILE_ROWS = 2_048
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough work for one launch."""
 LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
 """As the sums have it: divided by the same number afterwards, a large logit comes out as it went in."""

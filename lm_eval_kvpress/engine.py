@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, empty_cache
+from lm_eval_kvpress.cache import CompressedCache, FillingLayer, LayerBuffers, LayerKV, empty_cache
 from lm_eval_kvpress.linear_layers import linear, quick_forwards
 
 
@@ -162,32 +162,40 @@ def prefill(
 
 
 def run_prefill(
-    model: PressableModel, tokens: torch.Tensor, *, for_cache_only: bool, reads_outputs: bool
+    model: PressableModel,
+    tokens: torch.Tensor,
+    *,
+    for_cache_only: bool,
+    reads_outputs: bool,
+    layers: Sequence[DynamicLayer] | None = None,
 ) -> tuple[Cache, torch.Tensor | None]:
     """Fills a new cache; with it the hidden states ``(B, T, E)``, or None for the cache only.
 
     What comes after the last layer's keys and values makes hidden states and no cache entry: a share of a prefill that
     a model of few layers feels. So for the cache only the forward ends there, once the hooks of the last attention have
     run, with nothing for its output; or, where hooks read that, the last feed-forward hands its input on.
+
+    Args:
+        layers: the empty layers to fill.
     """
+    cache = DynamicCache()
+    cache.layers[:] = layers or [DynamicLayer() for _ in model.attentions]
     if not for_cache_only:
-        cache = DynamicCache()
         return cache, model.hidden_states(tokens, past_key_values=cache, use_cache=True)
     if reads_outputs:
-        cache = DynamicCache()
         with _replaced_forward(model.last_feed_forward, lambda _: lambda hidden: hidden):
             model.hidden_states(tokens, past_key_values=cache, use_cache=True)
         return cache, None
     last = model.attentions[-1]
-    filled = Cache(layers=[*(DynamicLayer() for _ in model.attentions[1:]), _LastLayer()])
     with (
         model.quickened(),  # first: a forward that was replaced is left as it is
         _replaced_forward(last, _ended_by_its_cache),
+        _ends_attention(cache.layers[-1]),
         last.register_forward_hook(_end),
         suppress(_Filled),
     ):
-        model.hidden_states(tokens, past_key_values=filled, use_cache=True)
-    return filled, None
+        model.hidden_states(tokens, past_key_values=cache, use_cache=True)
+    return cache, None
 
 
 @contextmanager
@@ -207,12 +215,20 @@ class _Filled(Exception):
     """The last layer's keys and values are cached."""
 
 
-class _LastLayer(DynamicLayer):
-    """Ends the attention that fills it."""
+@contextmanager
+def _ends_attention(layer: DynamicLayer) -> Iterator[None]:
+    """Has the layer of a cache end the attention that fills it."""
+    update = layer.update
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        super().update(*args, **kwargs)
+    def fill(*args: Any, **kwargs: Any) -> None:
+        update(*args, **kwargs)
         raise _Filled
+
+    layer.__dict__["update"] = fill
+    try:
+        yield
+    finally:
+        del layer.__dict__["update"]
 
 
 def _ended_by_its_cache(attend: Callable[..., Any]) -> Callable[..., tuple[None, None]]:
@@ -262,23 +278,39 @@ def marks_taken_off(attentions: Sequence[nn.Module]) -> Iterator[None]:
 
 @torch.inference_mode()
 def prefill_padded(
-    model: PressableModel, contexts: Sequence[Sequence[int]], *, for_cache_only: bool = False
+    model: PressableModel,
+    contexts: Sequence[Sequence[int]],
+    *,
+    side_by_side: Sequence[Sequence[int]] | None = None,
+    for_cache_only: bool = False,
+    spare: int = 0,
 ) -> CompressedCache:
-    """Runs contexts of any lengths through the model in one forward, without a press.
+    """Runs contexts of any lengths through the model, without a press.
 
-    The padding stands on the right, where causal attention never sees it, and is hidden in the cache. For
-    ``for_cache_only`` see `prefill`.
+    The padding of a forward stands on the right, where causal attention never sees it, and is hidden in the cache.
+
+    Args:
+        side_by_side: rows that share a forward, in order; all by default.
+        for_cache_only: as for `prefill`.
+        spare: as for `cache.stack`.
     """
     lengths = tuple(len(context) for context in contexts)
-    tokens = _right_padded(contexts).to(model.device)
-    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False)
-    ends = torch.tensor(lengths, device=tokens.device)
-    hidden_entries = None
-    if min(lengths) != max(lengths):
-        hidden_entries = (torch.arange(tokens.shape[1], device=tokens.device) >= ends[:, None])[:, None]  # (B, 1, T)
-    layers = tuple(LayerKV(layer.keys, layer.values, _on(hidden_entries, layer.keys)) for layer in cache.layers)
-    last_hidden = None if hidden is None else hidden[torch.arange(len(lengths)), (ends - 1).to(hidden.device)]
-    return CompressedCache(layers, lengths, lengths, last_hidden)
+    groups = side_by_side or [range(len(contexts))]
+    longest, widths, last_hidden = max(lengths), list[int](), list[torch.Tensor]()
+    buffers = [LayerBuffers(len(contexts), longest, spare) for _ in model.attentions]
+    for group in groups:
+        tokens = _right_padded([contexts[row] for row in group]).to(model.device)
+        layers = [FillingLayer(of_layer, slice(group[0], group[-1] + 1)) for of_layer in buffers]
+        _, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False, layers=layers)
+        widths += [tokens.shape[1]] * len(group)
+        if hidden is not None:
+            last_hidden.append(hidden[torch.arange(len(group)), [lengths[row] - 1 for row in group]])
+    is_hidden = None
+    if min(lengths) != longest:
+        place = torch.arange(longest) - (longest - torch.tensor(widths))[:, None]  # (B, T): in the row's own forward
+        is_hidden = ((place < 0) | (place >= torch.tensor(lengths)[:, None]))[:, None].to(model.device)  # (B, 1, T)
+    layers_kv = tuple(of_layer.layer(is_hidden) for of_layer in buffers)
+    return CompressedCache(layers_kv, lengths, lengths, torch.cat(last_hidden) if last_hidden else None)
 
 
 def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
@@ -293,10 +325,6 @@ def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor |
     hidden = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
     hidden[tuple(index.to(keys.device) for index in evicted)] = True
     return hidden
-
-
-def _on(mask: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor | None:
-    return None if mask is None else mask.to(tensor.device)
 
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

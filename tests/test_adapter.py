@@ -361,10 +361,10 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
     expected = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
     compress = lm._runner.compressor.compress
 
-    def fails_above_one(contexts: Any) -> Any:
+    def fails_above_one(contexts: Any, **kwargs: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
-        return compress(contexts)
+        return compress(contexts, **kwargs)
 
     monkeypatch.setattr(lm._runner.compressor, "compress", fails_above_one)
     scores = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)

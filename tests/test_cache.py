@@ -74,6 +74,14 @@ def test_stacking_pads_on_the_left_and_no_more_than_each_layer_needs() -> None:
     assert stack(RAGGED["ragged"][:1]) is RAGGED["ragged"][0]
 
 
+def test_padding_is_zero_in_memory_that_held_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden entries have the weight zero, and zero times NaN would be NaN."""
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
+    for case in ("ragged", "by head and whole", "with empty"):
+        stacked = stack(RAGGED[case], [*range(1, len(RAGGED[case])), 0], spare=1)
+        assert all(torch.isfinite(part).all() for found in stacked.layers for part in (found.keys, found.values))
+
+
 def test_stacked_batches_of_several_rows_keep_their_order() -> None:
     wide = CompressedCache((layer(3, 4, 1),), (40, 40, 40), (40, 40, 40))
     narrow = CompressedCache((layer(2, 6, 2),), (60, 60), (6, 6))
@@ -83,6 +91,21 @@ def test_stacked_batches_of_several_rows_keep_their_order() -> None:
     for row, (source, of_row) in enumerate([(wide, 0), (wide, 1), (wide, 2), (narrow, 0), (narrow, 1)]):
         found, expected = visible_entries(both.layers[0], row, 2), visible_entries(source.layers[0], of_row, 2)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (3, 4, 0, 1, 2), (4, 2, 0, 3, 1)], ids=str)
+def test_rows_of_stacked_caches_go_where_they_are_sent(order: tuple[int, ...]) -> None:
+    wide = CompressedCache((layer(3, 4, 1),), (40, 41, 42), (40, 41, 42), torch.arange(9.0).view(3, 3))
+    narrow = CompressedCache((layer(2, 6, 2, 1),), (60, 61), (6, 7), torch.arange(9.0, 15).view(2, 3))
+    sent, plain = stack([wide, narrow], order), stack([wide, narrow]).select([order.index(row) for row in range(5)])
+    assert (sent.num_seen, sent.next_position, sent.kept()) == (plain.num_seen, plain.next_position, plain.kept())
+    assert sent.last_hidden is not None and plain.last_hidden is not None
+    assert torch.equal(sent.last_hidden, plain.last_hidden)
+    for row in range(5):
+        for head in range(HEADS):
+            found, expected = (visible_entries(cache.layers[0], row, head) for cache in (sent, plain))
+            assert torch.equal(found, expected)
+    assert stack([wide], [2, 0, 1]).num_seen == (41, 42, 40)
 
 
 @pytest.mark.parametrize("case", RAGGED)
@@ -177,6 +200,29 @@ def test_reading_returns_kept_and_new_entries_and_forgets_the_new_ones() -> None
             assert torch.equal(found_values, torch.cat([old_values, values], dim=2))
             assert torch.equal(cache.layers[index].keys, old_keys)
     assert reader.get_seq_length() == 5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "spare, num_new, copies", [(0, 3, True), (3, 3, False), (4, 3, False), (3, 4, True), (6, 3, True)]
+)
+def test_new_entries_are_written_behind_the_kept_ones_where_there_is_cheap_room(
+    spare: int, num_new: int, copies: bool
+) -> None:
+    """Room of more than a quarter of the 20 entries is not made; what does not fit is read from a copy."""
+    cache = stack([one_row((20, 20), 1), one_row((17, 20), 2)], spare=spare)
+    kept = [(found.keys.clone(), found.values.clone()) for found in cache.layers]
+    reader = reading_cache(cache)
+    for turn in range(2):
+        for index, old in enumerate(kept):
+            new = torch.randn(2, 2, HEADS, num_new - turn, DIM, generator=torch.Generator().manual_seed(turn))
+            found = reader.update(new[0], new[1], index)
+            layer = cache.layers[index]
+            for part, before, kept_before, added in zip(found, (layer.keys, layer.values), old, new, strict=True):
+                assert torch.equal(part, torch.cat([kept_before, added], dim=2))
+                assert torch.equal(before, kept_before)
+                assert (part.data_ptr() == before.data_ptr()) == (not copies or num_new - turn <= spare <= 5)
+    assert reader.get_seq_length() == 20
 
 
 def test_growing_appends_to_a_copy() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kvpress
@@ -198,10 +198,24 @@ def test_presses_and_plain_contexts_stack_into_one_batch(model: PressableModel) 
     assert largest_difference(probe(model, stack(caches)), alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", [(45,), (45, 45), (45, 1, 24, 60)], ids=str)
-def test_a_padded_prefill_equals_single_ones(model: PressableModel, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "lengths, side_by_side",
+    [
+        ((45,), None),
+        ((45, 45), None),
+        ((45, 1, 24, 60), None),
+        ((45, 1, 24, 60), ([0, 1], [2], [3])),
+        ((45, 45), ([0], [1])),
+        ((60, 60, 24), ([0, 1], [2])),
+    ],
+    ids=str,
+)
+def test_a_padded_prefill_equals_single_ones(
+    model: PressableModel, lengths: tuple[int, ...], side_by_side: Sequence[list[int]] | None
+) -> None:
     contexts = [distinct_tokens(length, 211, length) for length in lengths]
-    padded = engine.prefill_padded(model, contexts)
+    padded = engine.prefill_padded(model, contexts, side_by_side=side_by_side, spare=9)
+    assert all((layer.hidden is None) == (len(set(lengths)) == 1) for layer in padded.layers)
     singles = [prefilled(model, [context], "none") for context in contexts]
     assert padded.kept() == [[float(length)] * 3 for length in lengths]
     assert padded.num_seen == padded.next_position == lengths

@@ -195,8 +195,8 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]]) -> Any:
-        return compress(self, [(*context, context[-1]) for context in contexts])
+    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]], **kwargs: Any) -> Any:
+        return compress(self, [(*context, context[-1]) for context in contexts], **kwargs)
 
     patch.setattr(Compressor, "compress", twice)
 
@@ -238,8 +238,8 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     stack_layers = cache._stack_layers
 
-    def in_sight(layers: Sequence[LayerKV]) -> LayerKV:
-        stacked = stack_layers(layers)
+    def in_sight(layers: Sequence[LayerKV], *args: Any) -> LayerKV:
+        stacked = stack_layers(layers, *args)
         if all(layer.hidden is None for layer in layers):
             return LayerKV(stacked.keys, stacked.values)
         return stacked
@@ -251,9 +251,9 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]]) -> Any:
+    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]], **kwargs: Any) -> Any:
         width = max(map(len, contexts))
-        return compress(self, [(0,) * (width - len(context)) + context for context in contexts])
+        return compress(self, [(0,) * (width - len(context)) + context for context in contexts], **kwargs)
 
     patch.setattr(Compressor, "compress", padded)
 

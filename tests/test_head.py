@@ -124,6 +124,33 @@ def test_a_head_with_a_bias_is_cut_with_it(
     assert largest_difference(logprobs.tolist(), expected.tolist()) < TOLERANCE
 
 
+def test_large_logits_lose_nothing_by_powers_of_two(model: PressableModel) -> None:
+    """log2(e) is rounded to fp32 in a sum's terms: undone by any other number, logits of 150 were 2e-6 off."""
+    hidden, sources, _ = subject(model)
+    hidden *= 150 / model.logits(hidden).max()
+    logits = model.logits(hidden)
+    targets = logits.argmax(dim=-1)[sources]
+    logprobs, _ = token_scores(model, hidden, sources, targets)
+    expected = logits.double().log_softmax(dim=-1)[sources, targets]
+    assert 100 < logits.max() < 200 and (logprobs.double() - expected).abs().max() < 3e-7
+
+
+def test_a_part_of_the_vocabulary_may_be_impossible(
+    make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the whole of a row's first tiles."""
+    model = make_pressable()
+    layer = model.model.get_output_embeddings()
+    layer.bias = nn.Parameter(torch.zeros(model.num_logits), requires_grad=False)
+    layer.bias[:100] = -torch.inf
+    hidden, sources, targets = subject(model)
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 3_000)
+    targets = targets.clamp(min=100)
+    logprobs, _ = token_scores(model, hidden, sources, targets)
+    expected = model.logits(hidden).double().log_softmax(dim=-1)[sources, targets]
+    assert largest_difference(logprobs.tolist(), expected.tolist()) < TOLERANCE
+
+
 def test_what_is_not_finite_stays_not_finite(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, sources, targets = subject(model)
     hidden[3, 5] = float("nan")

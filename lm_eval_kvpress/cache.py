@@ -35,8 +35,8 @@ class LayerKV:
         keys, values: ``(B, H, T, D)``.
         hidden: ``(B, 1 or H, T)``, True where an entry must not be attended: padding, or evicted by a press that
             masks instead of shrinking. None when every entry counts.
-        buffers: ``(B, H, T + spare, D)`` each, where keys and values are the beginning of such. Behind them whoever
-            reads the cache may write what he reads with it.
+        buffers: ``(B, H, T + spare, D)`` each, of which keys and values are the beginning, or None. What stands behind
+            them is nobody's: the forward that reads the cache writes its own entries there.
     """
 
     keys: torch.Tensor

@@ -56,7 +56,7 @@ from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.loading import CheckedHFLM
-from lm_eval_kvpress.presses import PressSpec
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun

@@ -19,9 +19,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress.decoding_spec import DecodingSpec, parse_decoding, split_arguments, split_name
-from lm_eval_kvpress.presses import PressSpec, parse_press, press_argument_names
-from lm_eval_kvpress.stream_press import for_stream
+from lm_eval_kvpress.presses.decoding import DecodingSpec, parse_decoding, split_arguments, split_name
+from lm_eval_kvpress.presses.spec import PressSpec, parse_press, press_argument_names
+from lm_eval_kvpress.presses.streaming import for_stream
 
 ROLLING = ("prefix", "one_pass", "stream")
 STREAM_POSITIONS = ("cache", "original")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lm_eval_kvpress.engine import PressableModel
-from lm_eval_kvpress.presses import PressSpec
+from lm_eval_kvpress.presses.spec import PressSpec
 
 CPU_TOKENS = 16_384
 """Where memory is shared with everybody, a size beyond which nothing gets faster."""

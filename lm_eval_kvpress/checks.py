@@ -18,7 +18,7 @@ from lm_eval_kvpress import dense, parity, recall
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
 from lm_eval_kvpress.cache import CompressedCache
-from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.presses.spec import parse_press
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}
 """Arguments of the loader that the second, untouched copy gets as well."""

@@ -19,7 +19,7 @@ import torch
 
 from lm_eval_kvpress.cache import CompressedCache, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
-from lm_eval_kvpress.presses import PressSpec
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.telemetry import Clock, ContextRecord
 

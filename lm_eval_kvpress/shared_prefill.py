@@ -3,7 +3,7 @@
 A press acts after a layer's attention has run and changes the cache alone, so a prefill is the same under every press.
 Here each attention's inputs, keys and values are kept, and a press is given them again, layer by layer, through the
 same hook that a forward would have called. That is exact for presses that are nothing but this hook
-(`presses.PressSpec.shares_prefill`). What is kept takes the bytes of the full cache and half as much again.
+(`spec.PressSpec.shares_prefill`). What is kept takes the bytes of the full cache and half as much again.
 
 Knows torch and the engine. Does not know any press by name, text or lm-eval.
 

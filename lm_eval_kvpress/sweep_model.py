@@ -19,7 +19,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import Settings, UsageError, parse_arguments
 from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.loading import check_settings
-from lm_eval_kvpress.presses import PressSpec, parse_press
+from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.runner import Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.sweep_plan import Cell

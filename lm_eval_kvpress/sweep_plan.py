@@ -18,8 +18,8 @@ import yaml
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.arguments import UsageError, parse_arguments
-from lm_eval_kvpress.decoding_spec import split_name
-from lm_eval_kvpress.presses import BUDGET, RATIO, parse_press, press_argument_names
+from lm_eval_kvpress.presses.decoding import split_name
+from lm_eval_kvpress.presses.spec import BUDGET, RATIO, parse_press, press_argument_names
 
 SWEPT = {"press": "presses", RATIO: "ratios", BUDGET: "budgets", "stream_budget": "budgets"}
 """Model arguments that the cells differ in, and the setting that lists them."""

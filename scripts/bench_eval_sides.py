@@ -25,7 +25,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.parity import StockHFLM
-from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.presses.spec import parse_press
 
 Answers = list[Any]
 Side = Callable[[Workload], Answers]

@@ -41,7 +41,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_graph import GraphRecorder
-from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.telemetry import Clock
 from lm_eval_kvpress.throughput import Meter, RequestId

@@ -23,7 +23,7 @@ from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.checks import compress
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
 from lm_eval_kvpress.parity import quiet_loader
-from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.presses.spec import parse_press
 
 PRESSES = ("none", "snapkv", "streaming_llm", "pyramidkv")
 RATIOS = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99)

@@ -99,8 +99,8 @@ def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[
 
 def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
     """The texts side by side, streamed."""
-    from lm_eval_kvpress.presses import parse_press
-    from lm_eval_kvpress.stream_press import for_stream
+    from lm_eval_kvpress.presses.spec import parse_press
+    from lm_eval_kvpress.presses.streaming import for_stream
     from lm_eval_kvpress.streaming import StreamPlan, stream
 
     assert setting.press is not None

@@ -18,7 +18,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, which then 
 
 # ruff: noqa: E402
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
@@ -166,7 +167,7 @@ def make_pressable_llama() -> Callable[..., PressableModel]:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, as Pythia's: any text comes back as it was; ``<|endoftext|>`` is id 0."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -227,3 +228,16 @@ def step_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(neox_step.NeoxStep, "__call__", few_kernels)
     monkeypatch.setattr(PressableModel, "hidden_states", by_modules)
     return log
+
+
+@pytest.fixture(scope="session")
+def models(
+    make_pressable: Callable[..., PressableModel], make_pressable_llama: Callable[..., PressableModel]
+) -> dict[str, PressableModel]:
+    """A tiny GPTNeoX and a tiny Llama by architecture and attention implementation."""
+    return {
+        "neox sdpa": make_pressable("sdpa"),
+        "neox eager": make_pressable("eager"),
+        "llama sdpa": make_pressable_llama("sdpa"),
+        "llama eager": make_pressable_llama("eager"),
+    }

@@ -8,5 +8,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from repository import ROOT
+
 DATA = Path(os.environ.get("KVPRESS_DATA_DIR") or ROOT.parent / "shared" / "data")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_presses import PRESSES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -23,18 +24,6 @@ from lm_eval_kvpress.telemetry import RollingScore
 
 SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"
 WORDS = SENTENCE.split() * 40
-PRESSES = {
-    "none": {},
-    "snapkv": {"window_size": 8},
-    "streaming_llm": {},
-    "pyramidkv": {"window_size": 4, "compression_ratio": 0.3},
-    "knorm": {},
-    "random": {},
-    "tova": {},
-    "expected_attention": {},
-    "adakv:snapkv": {"window_size": 8},
-    "key_rerotation:streaming_llm": {},
-}
 
 
 def text(start: int, num_words: int) -> str:

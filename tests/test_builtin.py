@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.recall import recall_documents
 
-FOLDER = Path(__file__).resolve().parents[1] / "lm_eval_kvpress" / "builtin"
+FOLDER = ROOT / "lm_eval_kvpress" / "builtin"
 
 LOAD = """
 import json, socket, time

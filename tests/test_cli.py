@@ -6,13 +6,12 @@ import importlib
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-from lm_eval_kvpress import __version__, cli, presses
-
-ROOT = Path(__file__).resolve().parents[1]
+from lm_eval_kvpress import __version__, cli
+from lm_eval_kvpress.presses import spec
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presses", "--help"], ["no-such-command"]])
@@ -133,7 +132,7 @@ def test_presses_prints_one_aligned_line_each(
         types.SimpleNamespace(name="snapkv", arguments=ratio, needs="x", paper="arXiv", supported=True),
         types.SimpleNamespace(name="qfilter", arguments={}, needs="a file", paper="arXiv", supported=False),
     ]
-    monkeypatch.setattr(presses, "list_presses", lambda: rows)
+    monkeypatch.setattr(spec, "list_presses", lambda: rows)
     assert cli.main(["presses"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "press   needs  paper  arguments and defaults",
@@ -149,6 +148,6 @@ def test_presses_lists_every_press_of_the_table(capsys: pytest.CaptureFixture[st
     assert cli.main(["presses"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     printed = [line.split()[0] for line in lines]
-    for press in presses.list_presses():
+    for press in spec.list_presses():
         assert press.name in printed
     assert {"none", "snapkv", "streaming_llm", "pyramidkv", "random"} <= set(printed)

@@ -16,7 +16,7 @@ from lm_eval_kvpress.cache import CompressedCache, stack
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.engine import PressableModel
-from lm_eval_kvpress.presses import ratio_that_keeps
+from lm_eval_kvpress.presses.spec import ratio_that_keeps
 
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 12))]
 NUM_NEW, INTERVAL, TARGET = 40, 6, 20

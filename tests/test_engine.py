@@ -16,7 +16,7 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 from lm_eval_kvpress import engine, scoring
 from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
-from lm_eval_kvpress.presses import parse_press
+from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.scoring import Pack
 
 MakePressable = Callable[..., PressableModel]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
+from repository import ROOT
 
 from lm_eval_kvpress import cache, compression, decoding, engine, neox, plan, scoring, telemetry, work
 from lm_eval_kvpress.adapter import KVPress
@@ -26,12 +27,12 @@ from lm_eval_kvpress.checks import Check, Subject
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_steps import Steps
 from lm_eval_kvpress.plugin import tasks_path
-from lm_eval_kvpress.presses import PressSpec, parse_press
+from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.scoring import _Layout
 from lm_eval_kvpress.telemetry import Clock, KeptTotals, RollingScore, TaskTotals
 from lm_eval_kvpress.verify import CHECKS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "correctness.md"
+DOCS = ROOT / "docs" / "correctness.md"
 BEGIN, END = "<!-- faults: begin, written by tests/test_faults.py -->", "<!-- faults: end -->"
 
 

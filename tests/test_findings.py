@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from lm_eval_kvpress import neox
 from lm_eval_kvpress.adapter import KVPress
@@ -37,7 +38,7 @@ from reproduce_findings_report import (
     split_sentence,
 )
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_presses import PRESSES
 from conftest import tiny_tokenizer
 from lm_eval.api.instance import Instance
-from test_adapter import PRESSES
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lm_eval_kvpress import auto_batch

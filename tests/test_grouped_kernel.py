@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step_trial import REFUSALS
+from triton_failures import REFUSALS
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 

@@ -1,6 +1,6 @@
-"""The rooms of the package and what each may import. Imports run downward only; each library has few owners.
+"""What each package may import, and who owns which library. Imports run downward only, and no file is in a circle.
 
-A new module needs a line here: that is where one decides what it may know.
+One line per package, bottom up; a new package needs one here.
 """
 
 from __future__ import annotations
@@ -9,237 +9,124 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lm_eval_kvpress"
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
-# Room -> the rooms and libraries that it may import, inside functions as well; the standard library is free.
+# Package -> the packages of ours that it may import, inside functions as well.
 MAY_IMPORT: dict[str, set[str]] = {
-    # layer 0: values, presses, a model's own parts; no engine
-    "__init__": set(),
-    "presses": {"press_arguments", "press_catalog", "press_grammar", "kvpress"},
-    "press_grammar": {"press_arguments", "press_catalog"},
-    "press_arguments": {"press_catalog"},
-    "press_catalog": {"kvpress", "transformers"},
-    "neox": {"torch", "transformers"},
-    "neox_forward": {"torch", "transformers"},
-    "triton_support": {"torch", "triton"},
-    "neox_step": {
-        *("cache", "decode_attention", "decode_kernels", "neox_forward", "triton_support"),
-        *("torch", "transformers"),
-    },
-    "step_trial": {"cache", "neox_step", "triton_support", "torch", "transformers"},
-    "decode_attention": {"torch", "triton"},
-    "decode_kernels": {"torch", "triton"},
-    "native": {"torch", "transformers"},
-    "grouped_attention": {"grouped_kernel", "torch", "transformers"},
-    "grouped_kernel": {"decode_attention", "triton_support", "torch"},
-    "heap": set(),
-    "plan": set(),
-    "identity": {"lm_eval", "torch", "transformers"},
-    "cache": {"torch", "transformers"},
-    "telemetry": {"torch"},
+    "presses": set(),
+    "cache": set(),
+    "report": set(),
+    "models": {"cache"},
+    "records": {"presses"},
+    "engine": {"presses", "cache", "models", "records"},
+    "harness": {"presses", "cache", "models", "records", "engine", "recall"},
+    "verify": {"presses", "cache", "models", "records", "engine", "harness", "recall"},
+    "sweep": {"presses", "cache", "models", "records", "engine", "harness"},
     "recall": set(),
-    "results": set(),
-    "dense": {"torch", "transformers"},
-    "linear_layers": {"torch"},
-    "press_formulas": {"torch"},
-    "plugin": {"lm_eval"},
-    "stream_window": {"torch", "transformers"},
-    "stream_store": set(),
-    "throughput": {"telemetry", "throughput_records", "numpy"},
-    "throughput_records": {"numpy"},
-    "throughput_log": {"throughput_records"},
-    "metrics": {"throughput_records", "prometheus_client"},
-    "stream_press": {"presses"},
-    "answer_cache": set(),
-    "decoding_spec": {"press_catalog", "press_grammar", "presses"},
-    "_startup": {"plugin"},
-    # layer 1: the engine, from a model up to a batch of compressed contexts; token ids in, tensors out
-    "engine": {"cache", "linear_layers", "torch", "transformers"},
-    "head": {"engine", "torch"},
-    "scoring": {"engine", "cache", "head", "torch", "transformers"},
-    "decode_steps": {"engine", "cache", "torch"},
-    "decode_graph": {"decode_steps", "engine", "torch"},
-    "decode_press": {"engine", "cache", "streaming", "torch"},
-    "decoding": {"decode_graph", "decode_press", "decode_steps", "engine", "cache", "torch", "transformers"},
-    "generation": {"decoding", "torch", "transformers"},
-    "compression": {"engine", "cache", "presses", "shared_prefill", "telemetry", "torch"},
-    "shared_prefill": {"cache", "engine", "linear_layers", "telemetry", "torch", "transformers"},
-    "ledger": {"presses", "telemetry"},
-    "auto_batch": {"engine", "presses", "torch"},
-    "runner": {
-        *("cache", "compression", "decode_graph", "decode_press", "decoding", "decoding_spec", "engine", "generation"),
-        *("plan", "scoring", "telemetry", "throughput", "torch"),
-    },
-    "work": {"ledger", "plan", "runner", "telemetry", "throughput", "torch"},
-    "ranks": {"telemetry", "throughput_records"},
-    "streaming": {"engine", "cache", "stream_window", "torch", "transformers"},
-    # layer 2: the lm-eval model, and how lm-eval finds it
-    "arguments": {"decoding_spec", "presses", "stream_press", "lm_eval"},
-    "stream_run": {
-        *("arguments", "engine", "plan", "stream_press", "stream_store", "streaming", "telemetry"),
-        *("throughput", "tqdm"),
-    },
-    "encoding": {"lm_eval"},
-    "record": {"arguments", "ranks", "telemetry"},
-    "parity": {"recall", "lm_eval", "torch"},
-    "loading": {"arguments", "native", "lm_eval", "safetensors", "torch", "transformers"},
-    "adapter": {
-        *(
-            "loading",
-            "answer_cache",
-            "auto_batch",
-            "arguments",
-            "parity",
-            "presses",
-            "neox",
-            "native",
-            "plan",
-            "telemetry",
-        ),
-        *("compression", "engine", "generation", "ledger", "loading", "runner", "shared_prefill", "throughput", "work"),
-        *("decode_graph", "encoding", "linear_layers", "ranks", "record", "stream_run", "stream_store"),
-        *("grouped_attention", "heap", "identity", "neox_forward", "step_trial", "throughput_log", "metrics"),
-        *("lm_eval", "torch", "tqdm", "transformers"),
-    },
-    # layer 3: the commands
-    "checks": {"adapter", "arguments", "cache", "dense", "parity", "presses", "recall", "torch", "transformers"},
-    "checks_model": {"checks", "dense", "neox", "parity", "torch"},
-    "checks_kept": {
-        *("adapter", "cache", "checks", "dense", "engine", "parity", "press_formulas", "torch", "transformers"),
-    },
-    "checks_scores": {
-        *("adapter", "cache", "checks", "checks_kept", "decode_graph", "decoding", "parity", "scoring"),
-        *("lm_eval", "torch", "transformers"),
-    },
-    "checks_results": {"adapter", "arguments", "checks", "parity", "plugin", "lm_eval", "torch"},
-    "verify": {"checks", "checks_model", "checks_kept", "checks_scores", "checks_results", "lm_eval", "torch"},
-    "sweep_plan": {"arguments", "decoding_spec", "presses", "lm_eval", "yaml"},
-    "sweep_store": {"stream_store", "runner", "scoring", "telemetry"},
-    "sweep_model": {
-        *(
-            "adapter",
-            "arguments",
-            "ledger",
-            "loading",
-            "presses",
-            "runner",
-            "shared_prefill",
-            "sweep_plan",
-            "sweep_store",
-        ),
-        *("throughput_log", "work", "tqdm"),
-    },
-    "sweep": {
-        *("adapter", "arguments", "identity", "plugin", "stream_store", "sweep_model", "sweep_plan", "sweep_store"),
-        *("lm_eval", "rich"),
-    },
-    # layer 3, over result files alone: neither torch nor lm-eval
-    "report_samples": {"results", "numpy"},
-    "report_bootstrap": {"numpy"},
-    "report_table": {"report_bootstrap", "report_samples", "results", "numpy"},
-    "report_streams": {"report_table", "results", "numpy"},
-    "report_trust": {"report_table", "results"},
-    "report_columns": {"report_table", "results"},
-    "report_text": {"report_columns", "report_table", "results"},
-    "report_html": {"report_columns", "report_table", "report_text", "results", "itables", "jinja2", "plotly"},
-    "report_latex": {"report_columns", "report_table", "report_text"},
-    "report_figures": {"report_columns", "report_table", "report_text", "results", "matplotlib"},
-    "report": {
-        *("report_columns", "report_figures", "report_html", "report_latex", "report_table", "report_text"),
-        *("report_streams", "report_trust", "results"),
-    },
-    "cli": {"presses", "plugin", "lm_eval"},
+    "cli": {"presses", "harness", "verify", "sweep", "report"},
     "__main__": {"cli"},
+    "_startup": {"harness"},
 }
 
-# Library (or part of one) -> the only rooms that import it.
+# Library, or a part of one -> the only packages or files that import it.
 OWNERS = {
-    "itables": {"report_html"},
-    "matplotlib": {"report_figures"},
-    "plotly": {"report_html"},
-    "kvpress": {"presses", "press_catalog"},
-    "lm_eval": {
-        *("adapter", "arguments", "encoding", "identity", "loading", "plugin", "cli", "parity", "checks_scores"),
-        *("checks_results", "sweep", "sweep_plan", "verify"),
-    },
-    "transformers.models": {"neox", "neox_forward", "neox_step", "step_trial", "stream_window", "streaming"},
-    "triton": {"decode_attention", "decode_kernels", "triton_support"},
+    "kvpress": {"presses"},
+    "lm_eval": {"harness", "sweep", "verify", "cli"},
+    "triton": {"models.fast"},
+    "transformers.models": {"models", "cache.window_layer", "engine.streaming"},
+    "itables": {"report"},
+    "jinja2": {"report"},
+    "matplotlib": {"report"},
+    "plotly": {"report"},
+    "prometheus_client": {"records.prometheus"},
 }
 
-ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))
+# Package or file -> what it must not import, of ours or of others.
+NEVER = {
+    "report": {"torch", "lm_eval", "transformers", "kvpress"},
+    "recall": {"torch", "lm_eval", "transformers", "kvpress", "numpy"},
+    "verify.dense_reference": {PACKAGE.name},
+    "verify.press_formulas": {PACKAGE.name},
+}
+
+
+def module_name(path: Path) -> str:
+    """`records.clock` for a file of the package; a package itself for its `__init__.py`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "builtin" not in path.parts}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that `path` imports anywhere, relative names resolved, less the standard library."""
+    """Every module that a file imports anywhere, less the standard library."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            names = [f"{PACKAGE.name}.{node.module or alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
-            names = [f"{PACKAGE.name}.{alias.name}" for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            assert not node.level, f"{path} imports relatively; name the whole module"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         yield from (name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
 
 
-def our_rooms(room: str) -> set[str]:
-    prefix = f"{PACKAGE.name}."
-    return {name.removeprefix(prefix).partition(".")[0] for name in imports(PACKAGE / f"{room}.py") if prefix in name}
+def our_modules(name: str) -> set[str]:
+    """The files of this package that a file of it imports."""
+    found = set()
+    for imported in imports(FILES[name]):
+        parts = imported.split(".")
+        if parts[0] == PACKAGE.name:
+            candidates = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+            found.update([candidate for candidate in candidates if candidate in FILES][:1])
+    return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_room_imports_what_it_may(room: str) -> None:
-    assert room in MAY_IMPORT, f"say in MAY_IMPORT what the new module {room!r} may import"
-    prefix = f"{PACKAGE.name}."
-    found = {name.removeprefix(prefix).partition(".")[0] for name in imports(PACKAGE / f"{room}.py")}
-    assert found - MAY_IMPORT[room] == set()
+def is_part_of(name: str, owner: str) -> bool:
+    return name == owner or name.startswith(f"{owner}.")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_run_downward(name: str) -> None:
+    package = name.partition(".")[0]
+    if package not in MAY_IMPORT:
+        pytest.skip("not in a package yet")
+    above = {module for module in our_modules(name) if module.partition(".")[0] not in MAY_IMPORT.get(package, set())}
+    above = {module for module in above if module.partition(".")[0] in MAY_IMPORT}  # others are not in a package yet
+    assert {module for module in above if module.partition(".")[0] != package} - {"__init__"} == set()
+
+
+def test_every_package_has_a_line() -> None:
+    assert {name.partition(".")[0] for name in FILES if "." in name} <= set(MAY_IMPORT)
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    TopologicalSorter({name: our_modules(name) for name in FILES}).prepare()
 
 
 @pytest.mark.parametrize("library", OWNERS)
-def test_library_is_imported_by_its_owners_only(library: str) -> None:
+def test_a_library_is_imported_by_its_owners_only(library: str) -> None:
     users = {
-        room
-        for room in ROOMS
-        for name in imports(PACKAGE / f"{room}.py")
-        if name == library or name.startswith(f"{library}.")
+        name
+        for name, path in FILES.items()
+        if "." in name and any(is_part_of(imported, library) for imported in imports(path))
     }
-    assert users - OWNERS[library] == set()
+    assert {user for user in users if not any(is_part_of(user, owner) for owner in OWNERS[library])} == set()
 
 
-def test_no_room_imports_itself_in_a_circle() -> None:
-    TopologicalSorter({room: our_rooms(room) for room in ROOMS}).prepare()
-
-
-def layer_of(room: str) -> int:
-    """As docs/architecture.md has it, whose table names rooms or patterns of rooms."""
-    (layer,) = [
-        int(layer)
-        for layer, patterns in re.findall(r"^\| (\d) \| ([^|]*) \|", ARCHITECTURE, re.MULTILINE)
-        if any(fnmatch(room, pattern) for pattern in re.findall(r"`([^`]+)`", patterns))
-    ]
-    return layer
-
-
-@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"__init__", "__main__"}))
-def test_the_documentation_gives_every_room_a_layer_above_what_it_imports(room: str) -> None:
-    assert layer_of(room) >= max(map(layer_of, our_rooms(room)), default=0)
-
-
-def test_the_documentation_names_no_room_that_is_gone() -> None:
-    named = re.findall(r"^\| \d \| ([^|]*) \|", ARCHITECTURE, re.MULTILINE)
-    for pattern in re.findall(r"`([^`]+)`", " ".join(named)):
-        assert any(fnmatch(room, pattern) for room in ROOMS), pattern
+@pytest.mark.parametrize("name", NEVER)
+def test_what_a_file_must_not_know(name: str) -> None:
+    for module, path in FILES.items():
+        if is_part_of(module, name):
+            known = {imported for imported in imports(path) if imported != f"{PACKAGE.name}.__version__"}
+            assert [other for other in known for banned in NEVER[name] if is_part_of(other, banned)] == [], module
 
 
 def test_every_imported_library_is_declared() -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STARTUP_FILE = "lm_eval_kvpress_startup.pth"
 WAYS = {"wheel": [str(ROOT)], "editable": ["--editable", str(ROOT)]}
 

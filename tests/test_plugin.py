@@ -11,10 +11,10 @@ import pytest
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import manager
 from lm_eval.tasks.manager import TaskManager
+from repository import ROOT
 
 from lm_eval_kvpress import plugin
 
-ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL_TASKS = Path(manager.__file__).parent
 
 

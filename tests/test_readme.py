@@ -14,12 +14,12 @@ import pytest
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from real_data import DATA
+from repository import ROOT
 
 from lm_eval_kvpress import plugin
 from lm_eval_kvpress.arguments import ARGUMENTS, parse_arguments
 from lm_eval_kvpress.sweep_plan import parse_settings
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 

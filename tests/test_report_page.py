@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from report_files import NUM_DOCUMENTS, predict_only, write_results, write_stream
+from repository import ROOT
 
 from lm_eval_kvpress.report import make_report
 from lm_eval_kvpress.report_html import html, safe_json
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-SCREENSHOTS = Path(__file__).resolve().parents[1] / "build" / "screenshots"
+SCREENSHOTS = ROOT / "build" / "screenshots"
 EVIL = "<script>alert(1)</script>"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_presses import PRESSES, fitting, models, spec_for, tokens  # noqa: F401 (models is a fixture)
+from press_cases import PRESSES, fitting, spec_for, tokens
 
 from lm_eval_kvpress.cache import CompressedCache
 from lm_eval_kvpress.engine import PressableModel, prefill

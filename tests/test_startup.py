@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import bench_startup
 
-ROOT = Path(__file__).resolve().parents[1]
 STARTUP_LINE = (ROOT / "lm_eval_kvpress" / "_startup.pth").read_text().splitlines()[-1]
 
 REGISTRY = """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from subprocess import CalledProcessError
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from neox_steps import NUM_NEW, decoded
+from triton_failures import REFUSALS
 
 from lm_eval_kvpress import neox_step, step_trial
 from lm_eval_kvpress.engine import PressableModel
@@ -53,24 +52,6 @@ def test_a_kernel_that_does_nothing_is_found_out_and_the_modules_run(
     assert step_calls.count("few") == 1
     (line,) = [record.getMessage() for record in caplog.records]
     assert "run module by module" in line and "differ from those of the model's modules by" in line
-
-
-def _made_by_triton() -> Exception:
-    from triton.compiler.errors import CompilationError
-
-    return CompilationError("some source", SimpleNamespace(lineno=1, col_offset=0), "no such thing")
-
-
-REFUSALS: dict[str, tuple[Callable[[], Exception], str]] = {
-    "no compiler": (lambda: RuntimeError("Failed to find C compiler. Set CC.\nmore of it"), "C compiler. Set CC."),
-    "no headers": (lambda: CalledProcessError(1, ["gcc", "main.c"]), "returned non-zero exit status 1."),
-    "no libcuda": (lambda: AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!"),
-    "another glibc": (lambda: ImportError("GLIBC_2.38 not found"), "GLIBC_2.38 not found"),
-    "an old GPU": (lambda: IndexError("map::at"), "map::at"),
-    "a full disk": (lambda: OSError(28, "No space left on device"), "No space left on device"),
-    "Triton's own": (_made_by_triton, "no such thing"),
-    "nothing said": (RuntimeError, "RuntimeError()"),
-}
 
 
 @pytest.mark.usefixtures("few_kernels_anywhere")

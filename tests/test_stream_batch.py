@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.stream_press import STREAMED
+from lm_eval_kvpress.presses.streaming import STREAMED
 from lm_eval_kvpress.streaming import highest
 
 SENTENCE = "the mill , a river and seven grey geese slept ; nobody asked who owned them . In 1871 it burnt down"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from repository import ROOT
 
 import stream_curves
 from lm_eval_kvpress.adapter import KVPress
@@ -38,5 +39,5 @@ def test_ratios_are_of_perplexities_and_their_interval_holds_them() -> None:
 
 
 def test_the_page_holds_the_table_that_the_script_wrote() -> None:
-    docs = Path(__file__).resolve().parents[1] / "docs"
+    docs = ROOT / "docs"
     assert (docs / "figures" / "stream_curves.md").read_text() in (docs / "streaming.md").read_text()

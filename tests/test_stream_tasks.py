@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from lm_eval.tasks import TaskManager
+from repository import ROOT
 
 from lm_eval_kvpress.arguments import UsageError
 
-TASKS = Path(__file__).resolve().parents[1] / "tasks"
+TASKS = ROOT / "tasks"
 PAGES = [" = One = \n \n A mill , and geese . \n ", " = Two = \n \n The ferry ' s rope . \n "]
 STREAMS = ("wikitext_kvpress_stream", "pg19_kvpress_stream")
 

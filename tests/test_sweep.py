@@ -17,6 +17,7 @@ import lm_eval
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from repository import ROOT
 
 from lm_eval_kvpress import cli, sweep
 from lm_eval_kvpress.adapter import KVPress
@@ -28,7 +29,6 @@ from lm_eval_kvpress.sweep_plan import parse_settings
 from lm_eval_kvpress.sweep_store import CellStore, SweepStore
 from lm_eval_kvpress.telemetry import ContextRecord
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESSES = "none,knorm,streaming_llm,random,pyramidkv,observed_attention"
 DATA = """
 import datasets

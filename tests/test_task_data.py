@@ -13,10 +13,9 @@ import datasets
 import pytest
 from lm_eval.tasks.wikitext import preprocess_wikitext as stock
 from real_data import DATA
+from repository import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-ROOT = Path(__file__).resolve().parents[1]
 
 WIKITEXT = {
     "hub_dataset": "EleutherAI/wikitext_document_level",
@@ -303,7 +302,7 @@ def test_arguments_of_models_and_presses_pass() -> None:
     from lm_eval.models.huggingface import HFLM
 
     from lm_eval_kvpress.arguments import LOADING_ARGUMENTS, Settings
-    from lm_eval_kvpress.presses import list_presses
+    from lm_eval_kvpress.presses.spec import list_presses
 
     names = {*inspect.signature(HFLM.__init__).parameters, *LOADING_ARGUMENTS, *Settings.__dataclass_fields__}
     names |= {name for press in list_presses() for name in press.arguments}

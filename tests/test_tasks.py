@@ -21,11 +21,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from real_data import DATA
+from repository import ROOT
 from transformers import AutoTokenizer
 
 from lm_eval_kvpress.telemetry import RollingScore
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "tasks"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from repository import ROOT
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.recall import GIVEN_NAMES, KINDS, WORDS, generated_filler, recall_documents
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
 sys.path.insert(0, str(SCRIPTS))  # the scripts are mains beside each other, not a package

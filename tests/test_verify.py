@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama, tiny_neox, tiny_tokenizer
+from repository import ROOT
 
 from lm_eval_kvpress import dense, press_formulas
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.checks import Check, Part, Subject
 from lm_eval_kvpress.linear_layers import multiplies_quickly
 from lm_eval_kvpress.verify import CHECKS, line, main, verdict
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def builtin() -> str:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval_kvpress.press_catalog import DEFAULT_INTERVAL, STANDING
-from lm_eval_kvpress.press_grammar import DECODING, NONE, PREFILL_DECODING
-from lm_eval_kvpress.presses import BUDGET, RATIO, PressSpec, parse_press
+from lm_eval_kvpress.presses.catalog import DEFAULT_INTERVAL, STANDING
+from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING
+from lm_eval_kvpress.presses.spec import BUDGET, RATIO, PressSpec, parse_press
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 from kvpress import BasePress
 
-from lm_eval_kvpress.press_arguments import BOUNDS, arguments_of, parse_number
-from lm_eval_kvpress.press_catalog import (
+from lm_eval_kvpress.presses.arguments import BOUNDS, arguments_of, parse_number
+from lm_eval_kvpress.presses.catalog import (
     DEFAULT_INTERVAL,
     REQUIRED,
     ROWS,
@@ -29,7 +29,7 @@ from lm_eval_kvpress.press_catalog import (
     Row,
     check_number_of_ratios,
 )
-from lm_eval_kvpress.press_grammar import NONE, Part, parse_name, resolve, why_not_wrapped
+from lm_eval_kvpress.presses.names import NONE, Part, parse_name, resolve, why_not_wrapped
 
 RATIO, BUDGET, RATIOS = "compression_ratio", "kv_budget", "compression_ratios"
 DEFAULT_RATIO = 0.5

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval_kvpress.press_arguments import arguments_of
-from lm_eval_kvpress.press_catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
+from lm_eval_kvpress.presses.arguments import arguments_of
+from lm_eval_kvpress.presses.catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
 
 NONE = "none"
 DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"

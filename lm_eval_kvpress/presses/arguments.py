@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lm_eval_kvpress.press_catalog import REQUIRED, Row
+from lm_eval_kvpress.presses.catalog import REQUIRED, Row
 
 # Least and greatest values, both allowed unless OPEN_BELOW or OPEN_ABOVE has the name. kvpress asserts some of
 # these at construction; the rest would fail, or silently do something else, in the middle of a run.

@@ -10,7 +10,7 @@ over layers or heads together, or that change keys.
 
 from __future__ import annotations
 
-from lm_eval_kvpress.presses import BUDGET, PressSpec, parse_press
+from lm_eval_kvpress.presses.spec import BUDGET, PressSpec, parse_press
 
 SEES_CHUNK, SEES_CACHE = "chunk", "cache"
 

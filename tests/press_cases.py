@@ -1,0 +1,129 @@
+"""Every press with arguments that suit some hundred tokens, and what it keeps of them; models that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.engine import PressableModel, prefill
+from lm_eval_kvpress.presses.spec import PressSpec, parse_press
+
+Kept = Callable[[int, float, Mapping[str, Any]], list[float]]
+NUM_LAYERS = 3
+RATIOS = (0.1, 0.5, 0.9)
+
+
+# --------------------------------------------------------------------------------------- what each press should keep
+
+
+def exact(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    """``ScorerPress``: rounded down, at least one."""
+    return [max(1, int(length * (1 - ratio)))] * NUM_LAYERS
+
+
+def everything(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    return [length] * NUM_LAYERS
+
+
+def pyramid(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    """A straight line around the mean, from the highest layer's ``mean / beta`` (arXiv 2406.02069); else SnapKV."""
+    mean, window = length * (1 - ratio), arguments["window_size"]
+    smallest = mean / arguments["beta"]
+    largest = min(2 * mean - smallest, length - window)
+    smallest = 2 * mean - largest
+    if not largest >= smallest >= window:
+        return [max(1, round(mean))] * NUM_LAYERS
+    return [round(largest - layer * (largest - smallest) / (NUM_LAYERS - 1)) for layer in range(NUM_LAYERS)]
+
+
+def chunks(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    """Every chunk rounds by itself."""
+    size = arguments["chunk_length"]
+    lengths = [min(size, length - start) for start in range(0, length, size)]
+    return [sum(max(1, int(part * (1 - ratio))) for part in lengths)] * NUM_LAYERS
+
+
+def per_layer(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    return [max(1, int(length * (1 - own))) for own in arguments["compression_ratios"]]
+
+
+def lazy(length: int, ratio: float, arguments: Mapping[str, Any]) -> list[float]:
+    """At threshold 0 every layer is lazy: sinks and recent tokens, less the ``n_last`` that kvpress cuts off."""
+    return [arguments["n_initial"] + arguments["n_recent"] - arguments["n_last"]] * NUM_LAYERS
+
+
+# Names with arguments that suit contexts of some hundred tokens, and what is kept of them; None where the text decides.
+PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
+    "snapkv": ({"window_size": 8}, exact),
+    "streaming_llm": ({}, exact),
+    "pyramidkv": ({"window_size": 4, "beta": 3}, pyramid),
+    "knorm": ({}, exact),
+    "random": ({}, exact),
+    "tova": ({}, exact),
+    "expected_attention": ({}, exact),
+    "observed_attention": ({}, exact),
+    "keydiff": ({}, exact),
+    "lagkv": ({"lag_size": 16}, exact),
+    "leverage": ({}, exact),
+    "noncausal": ({"chunk_size": 32}, exact),
+    "compactor": ({"sink_size_start": 4, "chunk_size": 32}, exact),
+    "cur": ({}, exact),
+    "cap": ({}, exact),
+    "think": ({"window_size": 8}, everything),
+    "simlayerkv": ({"lazy_threshold": 0, "n_recent": 20, "n_initial": 3, "n_last": 2}, lazy),
+    "adakv:snapkv": ({"window_size": 8}, exact),
+    "adakv:knorm": ({}, exact),
+    "critical_adakv:snapkv": ({"window_size": 8}, exact),
+    "critical_adakv:expected_attention": ({}, exact),
+    "criticalkv:snapkv": ({"window_size": 8}, exact),
+    "criticalkv:expected_attention": ({}, exact),
+    "criticalkv:observed_attention": ({}, exact),
+    "key_rerotation:streaming_llm": ({}, exact),
+    "key_rerotation:criticalkv:tova": ({}, exact),
+    "key_rerotation:observed_attention": ({}, exact),
+    "merging:knorm": ({}, exact),
+    "merging:snapkv": ({"window_size": 8, "merge_fraction": 0.75}, exact),
+    "chunkkv:snapkv": ({"window_size": 8}, None),
+    "chunkkv:knorm": ({}, None),
+    "entropy_gated_chunkkv:snapkv": ({"window_size": 8}, exact),
+    "entropy_gated_chunkkv:keydiff": ({}, exact),
+    "chunk:knorm": ({"chunk_length": 32}, chunks),
+    "chunk:cur": ({"chunk_length": 33}, chunks),
+    "block:keydiff": ({"block_size": 16}, exact),
+    "block:knorm": ({}, exact),
+    "per_layer:knorm": ({"compression_ratios": "0.1+0.5+0.9"}, per_layer),
+    "per_layer:snapkv": ({"compression_ratios": [0, 0.25, 0.5], "window_size": 8}, per_layer),
+    "dms:knorm": ({"threshold": -3.0, "sliding_window_size": 16}, None),
+    "dms:random": ({"threshold": 0.5, "sliding_window_size": 16}, None),
+    "composed:snapkv+think": ({"snapkv.window_size": 8, "think.window_size": 8}, exact),
+    "composed:think+knorm": ({}, exact),
+    "composed:chunkkv:snapkv+think": ({"snapkv.window_size": 8}, None),
+}
+
+
+def spec_for(name: str, **more: Any) -> PressSpec:
+    return parse_press(name, {**PRESSES[name][0], **more})
+
+
+def takes_ratio(name: str) -> bool:
+    return "compression_ratio" in spec_for(name).arguments
+
+
+def fitting(models: dict[str, PressableModel], spec: PressSpec) -> Iterator[tuple[str, PressableModel]]:
+    for name, model in models.items():
+        if spec.attn_implementation in (None, name.split()[1]):
+            yield name, model
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(1, 200, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def run(model: PressableModel, spec: PressSpec, context: torch.Tensor, *, shrink: bool = False) -> CompressedCache:
+    press = spec.build(context.shape[1], shrink=shrink)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        return prefill(model, context, press, rerotates=spec.rerotates)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lm_eval_kvpress import dense, parity, recall
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
-from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.presses.spec import parse_press
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}

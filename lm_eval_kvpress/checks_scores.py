@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.cache import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.checks import Check, Part, Subject, compress, score
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
 from lm_eval_kvpress.decode_graph import GraphRecorder

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.streaming import Scorer, highest
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, growing_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, growing_cache
 from lm_eval_kvpress.engine import PressableModel, placeholder_mask
 
 

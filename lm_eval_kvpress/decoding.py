@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessorList
 
-from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep
 from lm_eval_kvpress.decode_press import Keeper
 from lm_eval_kvpress.decode_steps import Steps

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lm_eval_kvpress.cache import CompressedCache, FillingLayer, LayerBuffers, LayerKV, empty_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, FillingLayer, LayerBuffers, LayerKV, empty_cache
 from lm_eval_kvpress.linear_layers import linear, quick_forwards
 
 
@@ -292,7 +292,7 @@ def prefill_padded(
     Args:
         side_by_side: rows that share a forward, in order; all by default.
         for_cache_only: as for `prefill`.
-        spare: as for `cache.stack`.
+        spare: as for `compressed.stack`.
     """
     lengths = tuple(len(context) for context in contexts)
     groups = side_by_side or [range(len(contexts))]

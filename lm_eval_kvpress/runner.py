@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress import plan
-from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, reading_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, reading_cache
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
 from lm_eval_kvpress.head import token_scores
 

@@ -24,9 +24,9 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import rotate_half
 
-from lm_eval_kvpress.cache import attention_bias
+from lm_eval_kvpress.cache.compressed import attention_bias
+from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
 from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask
-from lm_eval_kvpress.stream_window import WindowLayer, window_places
 
 
 class Scorer(Protocol):

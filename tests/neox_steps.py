@@ -12,7 +12,7 @@ from references import PRESSES, REROTATES, distinct_tokens
 from transformers import LogitsProcessorList
 
 from lm_eval_kvpress import decode_graph, decoding, engine
-from lm_eval_kvpress.cache import stack
+from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length) for length in (50, 29, 41)]

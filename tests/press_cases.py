@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress.cache import CompressedCache
+from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine import PressableModel, prefill
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 

@@ -14,10 +14,11 @@ from adapter_presses import PRESSES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress import cache, linear_layers, runner
+from lm_eval_kvpress import linear_layers, runner
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
-from lm_eval_kvpress.cache import ReadingLayer
+from lm_eval_kvpress.cache import compressed
+from lm_eval_kvpress.cache.compressed import ReadingLayer
 from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.telemetry import RollingScore
@@ -173,7 +174,7 @@ def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, mo
     def fails_above_one(model: Any, cache: Any, contexts: Any, **options: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
-        return decode(model, cache, contexts, **options)
+        return decode(model, compressed, contexts, **options)
 
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", fails_above_one)
@@ -356,7 +357,7 @@ def test_what_is_scored_is_written_behind_the_cache_not_beside_a_copy_of_it(
         return together
 
     monkeypatch.setattr(ReadingLayer, "update", watched)
-    monkeypatch.setattr(cache, "MOST_SPARE", 1.0)
+    monkeypatch.setattr(compressed, "MOST_SPARE", 1.0)
     lm = ours(checkpoint_dir, press=press, batch_size=batch_size)
     lm.loglikelihood(loglikelihood_requests()[8:16], disable_tqdm=True)
     assert in_place and all(in_place)

@@ -10,7 +10,7 @@ import torch
 from references import distinct_tokens
 
 from lm_eval_kvpress import compression
-from lm_eval_kvpress.cache import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.presses.spec import parse_press

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lm_eval_kvpress import decode_graph, decoding, engine, grouped_attention, grouped_kernel, triton_support
-from lm_eval_kvpress.cache import stack
+from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.engine import PressableModel
 

@@ -12,7 +12,7 @@ from references import PRESSES, distinct_tokens
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from lm_eval_kvpress import decoding, engine
-from lm_eval_kvpress.cache import CompressedCache, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.engine import PressableModel

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from lm_eval_kvpress import decode_steps, decoding, engine
-from lm_eval_kvpress.cache import CompressedCache, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.engine import PressableModel
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_neox import modeling_gpt_neox
 
 from lm_eval_kvpress import engine, scoring
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
 from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.scoring import Pack

@@ -20,9 +20,10 @@ from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress import cache, compression, decoding, engine, neox, plan, scoring, telemetry, work
+from lm_eval_kvpress import compression, decoding, engine, neox, plan, scoring, telemetry, work
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.cache import LayerKV
+from lm_eval_kvpress.cache import compressed
+from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_steps import Steps
@@ -237,7 +238,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("padding not hidden", "short rows of a batch attend to zeros", "batches")
 def _(patch: MonkeyPatch) -> None:
-    stack_layers = cache._stack_layers
+    stack_layers = compressed._stack_layers
 
     def in_sight(layers: Sequence[LayerKV], *args: Any) -> LayerKV:
         stacked = stack_layers(layers, *args)
@@ -245,7 +246,7 @@ def _(patch: MonkeyPatch) -> None:
             return LayerKV(stacked.keys, stacked.values)
         return stacked
 
-    patch.setattr(cache, "_stack_layers", in_sight)
+    patch.setattr(compressed, "_stack_layers", in_sight)
 
 
 @fault("padding under the press", "pads are scored, and kept as sinks", "batches")

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress import engine, scoring
-from lm_eval_kvpress.cache import CompressedCache, LayerKV, attention_bias, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, stack
 from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.scoring import BranchScore, Pack
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_kvpress.cache import (
+from lm_eval_kvpress.cache.compressed import (
     CompressedCache,
     LayerKV,
     attention_bias,

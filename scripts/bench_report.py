@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lm_eval_kvpress.report import WRITERS, make_report
+from lm_eval_kvpress.report.command import WRITERS, make_report
 
 PROMPT = "The trade of Rachel is farmer. " * 40
 

@@ -13,8 +13,8 @@ import pytest
 from report_files import NUM_DOCUMENTS, predict_only, write_results, write_stream
 from repository import ROOT
 
-from lm_eval_kvpress.report import make_report
-from lm_eval_kvpress.report_html import html, safe_json
+from lm_eval_kvpress.report.command import make_report
+from lm_eval_kvpress.report.html import html, safe_json
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = ROOT / "build" / "screenshots"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from report_files import STREAMED, amend, write_results, write_stream
 
-from lm_eval_kvpress.report import make_report
-from lm_eval_kvpress.report_html import html
-from lm_eval_kvpress.report_streams import curve
-from lm_eval_kvpress.report_table import Curve
-from lm_eval_kvpress.report_text import as_json
-from lm_eval_kvpress.results import ResultsError
+from lm_eval_kvpress.report.command import make_report
+from lm_eval_kvpress.report.html import html
+from lm_eval_kvpress.report.loss_curves import curve
+from lm_eval_kvpress.report.markdown import as_json
+from lm_eval_kvpress.report.result_files import ResultsError
+from lm_eval_kvpress.report.rows import Curve
 
 
 def curves(*places: Path) -> dict[str, tuple[Curve, ...]]:

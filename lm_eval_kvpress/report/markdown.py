@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lm_eval_kvpress.report_columns import MISSING, Column, Kind, arguments, columns, interval, shown, signed
-from lm_eval_kvpress.report_table import Curve, Mark, Row, Setting, Table
-from lm_eval_kvpress.results import Kept
+from lm_eval_kvpress.report.columns import MISSING, Column, Kind, arguments, columns, interval, shown, signed
+from lm_eval_kvpress.report.result_files import Kept
+from lm_eval_kvpress.report.rows import Curve, Mark, Row, Setting, Table
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.report_columns import (
+from lm_eval_kvpress.report.columns import (
     Column,
     arguments,
     bytes_per_context,
@@ -21,9 +21,9 @@ from lm_eval_kvpress.report_columns import (
     press_name,
     series,
 )
-from lm_eval_kvpress.report_table import Row, Table
-from lm_eval_kvpress.report_text import Report
-from lm_eval_kvpress.results import ResultsError
+from lm_eval_kvpress.report.markdown import Report
+from lm_eval_kvpress.report.result_files import ResultsError
+from lm_eval_kvpress.report.rows import Row, Table
 
 AXES = {
     "kept": ("measured kept share", kept_share),

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from report_files import amend, results_file, write_results
 
-from lm_eval_kvpress import report
-from lm_eval_kvpress.results import ResultsError, read_results
+from lm_eval_kvpress.report import command
+from lm_eval_kvpress.report.result_files import ResultsError, read_results
 
 
 def test_facts_of_our_models_are_read(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_unfinished_cells_of_a_sweep_are_named(tmp_path: Path, capsys: pytest.Ca
         (sweep / "cells" / cell).mkdir(parents=True)
     (sweep / "sweep.json").write_text("{}")
     with pytest.raises(ResultsError, match="no cell of the sweep in .* is finished: its command goes on"):
-        report.main([str(sweep), *outputs])
+        command.main([str(sweep), *outputs])
     write_results(sweep / "cells" / "none" / "results", "none", 0.0)
-    assert report.main([str(tmp_path), *outputs]) == 0
+    assert command.main([str(tmp_path), *outputs]) == 0
     said = capsys.readouterr()
     assert said.err == f"{sweep}: 2 cells are unfinished and left out: knorm, snapkv\n"
     assert said.out.endswith("1 rows in 1 table\n")
@@ -56,7 +56,7 @@ def test_figures_of_which_warm_up_is_a_part_are_named(tmp_path: Path) -> None:
         write_results(tmp_path, "snapkv", 0.5),
         lambda content: content["config"]["kvpress"]["throughput"].update(warm_up),
     )
-    (said,) = report.make_report([tmp_path]).notices
+    (said,) = command.make_report([tmp_path]).notices
     assert "Too little was run to leave warm-up out of decode tok/s, TPOT in 1 of 2 runs" in " ".join(said)
 
 

@@ -16,9 +16,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lm_eval_kvpress.report_bootstrap import intervals
-from lm_eval_kvpress.report_samples import Samples, Scores, aggregation, read_samples
-from lm_eval_kvpress.results import SEEDS, STOCK_PROTOCOL, Cell, Metric, Task
+from lm_eval_kvpress.report.bootstrap import intervals
+from lm_eval_kvpress.report.result_files import SEEDS, STOCK_PROTOCOL, Cell, Metric, Task
+from lm_eval_kvpress.report.samples import Samples, Scores, aggregation, read_samples
 
 # Of several metrics of a task, the first of these leads; then the first that has a direction.
 LEADING = ("pressed_token_perplexity", "acc_norm", "acc", "exact_match")

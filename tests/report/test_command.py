@@ -16,14 +16,14 @@ from report_files import NUM_DOCUMENTS, amend, predict_only, sample_line, write_
 from scipy.stats import bootstrap
 
 from lm_eval_kvpress import cli
-from lm_eval_kvpress.report import make_report
-from lm_eval_kvpress.report_bootstrap import NUM_RESAMPLES, intervals
-from lm_eval_kvpress.report_columns import arguments, kept_share, press_name
-from lm_eval_kvpress.report_figures import write_figures
-from lm_eval_kvpress.report_html import html
-from lm_eval_kvpress.report_latex import latex
-from lm_eval_kvpress.report_samples import _parse, read_samples
-from lm_eval_kvpress.report_text import as_csv, as_json, markdown
+from lm_eval_kvpress.report.bootstrap import NUM_RESAMPLES, intervals
+from lm_eval_kvpress.report.columns import arguments, kept_share, press_name
+from lm_eval_kvpress.report.command import make_report
+from lm_eval_kvpress.report.figures import write_figures
+from lm_eval_kvpress.report.html import html
+from lm_eval_kvpress.report.latex import latex
+from lm_eval_kvpress.report.markdown import as_csv, as_json, markdown
+from lm_eval_kvpress.report.samples import _parse, read_samples
 
 EVIL = "<script>alert(1)</script>|{{ x }}"
 
@@ -539,7 +539,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_read(
 ) -> None:
     may = os.access  # root may write everywhere, so who may not is made up
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in Path(path).name and may(path, mode))
-    monkeypatch.setattr("lm_eval_kvpress.report.make_report", lambda *_, **__: pytest.fail("results were read"))
+    monkeypatch.setattr("lm_eval_kvpress.report.command.make_report", lambda *_, **__: pytest.fail("results were read"))
     monkeypatch.chdir(tmp_path)
     for folder in ("folder.md", "folder", "locked"):
         Path(folder).mkdir()

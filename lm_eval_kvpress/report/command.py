@@ -15,15 +15,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lm_eval_kvpress import __version__
-from lm_eval_kvpress.report_columns import find, ranked
-from lm_eval_kvpress.report_figures import write_figures
-from lm_eval_kvpress.report_html import html
-from lm_eval_kvpress.report_latex import latex
-from lm_eval_kvpress.report_streams import with_curves
-from lm_eval_kvpress.report_table import build_tables
-from lm_eval_kvpress.report_text import Report, as_csv, as_json, markdown
-from lm_eval_kvpress.report_trust import mark, notices
-from lm_eval_kvpress.results import ResultsError, read_results, unfinished_cells
+from lm_eval_kvpress.report.columns import find, ranked
+from lm_eval_kvpress.report.figures import write_figures
+from lm_eval_kvpress.report.html import html
+from lm_eval_kvpress.report.latex import latex
+from lm_eval_kvpress.report.loss_curves import with_curves
+from lm_eval_kvpress.report.markdown import Report, as_csv, as_json, markdown
+from lm_eval_kvpress.report.marks import mark, notices
+from lm_eval_kvpress.report.result_files import ResultsError, read_results, unfinished_cells
+from lm_eval_kvpress.report.rows import build_tables
 
 TITLE = "KV-cache compression"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lm_eval_kvpress.report_columns import MISSING, Kind, columns, shown, signed
-from lm_eval_kvpress.report_table import Table
-from lm_eval_kvpress.report_text import Report, all_marks, cell_text, heading, protocol_words
+from lm_eval_kvpress.report.columns import MISSING, Kind, columns, shown, signed
+from lm_eval_kvpress.report.markdown import Report, all_marks, cell_text, heading, protocol_words
+from lm_eval_kvpress.report.rows import Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lm_eval_kvpress.report_table import Curve, Row, Table
-from lm_eval_kvpress.results import Identity, ResultsError, identity
+from lm_eval_kvpress.report.result_files import Identity, ResultsError, identity
+from lm_eval_kvpress.report.rows import Curve, Row, Table
 
 FIRST_BIN = 16  # tokens; each further bin ends sqrt(2) times as far as the one before it
 BINS_PER_OCTAVE = 2

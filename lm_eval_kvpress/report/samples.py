@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lm_eval_kvpress.results import ResultsError
+from lm_eval_kvpress.report.result_files import ResultsError
 
 Array = npt.NDArray[np.float64]
 DocumentKey = tuple[int, str]  # lm-eval's doc_id and its hash of the document

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-from lm_eval_kvpress.report_table import Difference, MetricKey, Row, Table
-from lm_eval_kvpress.results import Kept, ResultsError
+from lm_eval_kvpress.report.result_files import Kept, ResultsError
+from lm_eval_kvpress.report.rows import Difference, MetricKey, Row, Table
 
 MISSING = "-"
 Value = float | str | None

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lm_eval_kvpress.report_table import Mark, Row, Table
-from lm_eval_kvpress.results import Cell, Kept
+from lm_eval_kvpress.report.result_files import Cell, Kept
+from lm_eval_kvpress.report.rows import Mark, Row, Table
 
 FEW_DOCUMENTS = 10
 NAMES_TOLD = 5

@@ -13,7 +13,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from lm_eval_kvpress.report_columns import (
+from lm_eval_kvpress.report.columns import (
     Column,
     arguments,
     bytes_per_context,
@@ -25,9 +25,9 @@ from lm_eval_kvpress.report_columns import (
     shown,
     signed,
 )
-from lm_eval_kvpress.report_table import Row, Table
-from lm_eval_kvpress.report_text import Report, all_marks, documents_words, heading, protocol_words
-from lm_eval_kvpress.results import ResultsError
+from lm_eval_kvpress.report.markdown import Report, all_marks, documents_words, heading, protocol_words
+from lm_eval_kvpress.report.result_files import ResultsError
+from lm_eval_kvpress.report.rows import Row, Table
 
 # Of each plot: its name in the script, its title and its horizontal axis.
 PLOTS = (

@@ -33,8 +33,6 @@ from lm_eval_kvpress import (
     heap,
     identity,
     linear_layers,
-    native,
-    neox,
     neox_forward,
     parity,
     plan,
@@ -52,10 +50,11 @@ from lm_eval_kvpress.arguments import (
 from lm_eval_kvpress.compression import Compressor, ShortContextError
 from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.encoding import encode_all, encode_pairs
-from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.loading import CheckedHFLM
+from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -162,15 +161,17 @@ class KVPress(CheckedHFLM):
             self._model = self.model.merge_and_unload()
         model = self.model
         if model.config.model_type != "gpt_neox":
-            attentions, presented = native.attention_modules(model), functools.partial(native.presented, model)
+            attentions, presented = llama_like.attention_modules(model), functools.partial(llama_like.presented, model)
             grouped = functools.partial(grouped_attention.lent, attentions)
             return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
         try:
-            neox.prepare(model)
+            gpt_neox.prepare(model)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
-        return PressableModel(model, neox.attention_modules(model), presented, quickened, step_trial.StepMaker(model))
+        presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, neox_forward.in_place))
+        return PressableModel(
+            model, gpt_neox.attention_modules(model), presented, quickened, step_trial.StepMaker(model)
+        )
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.

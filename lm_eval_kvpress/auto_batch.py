@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 
 CPU_TOKENS = 16_384

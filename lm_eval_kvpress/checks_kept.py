@@ -18,7 +18,7 @@ from lm_eval_kvpress import dense, press_formulas
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.checks import Check, Part, Subject, compress
-from lm_eval_kvpress.engine import prefill
+from lm_eval_kvpress.models.pressable import prefill
 from lm_eval_kvpress.parity import worst
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress import dense, neox
+from lm_eval_kvpress import dense
 from lm_eval_kvpress.checks import Check, Part, Subject, load_untouched
+from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.parity import rounding, worst
 
 
@@ -28,7 +29,7 @@ def check_basis(subject: Subject) -> Check:
         model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
         before = dense.logits(model, tokens)
         if model.config.model_type == "gpt_neox":
-            neox.prepare(model)
+            gpt_neox.prepare(model)
         parts.append(_basis_part(before, dense.logits(model, tokens), dtype))
     return Check("basis", "the change of basis leaves the logits alone", tuple(parts))
 

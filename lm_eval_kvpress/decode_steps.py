@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, growing_cache
-from lm_eval_kvpress.engine import PressableModel, placeholder_mask
+from lm_eval_kvpress.models.pressable import PressableModel, placeholder_mask
 
 
 class Steps:
@@ -25,7 +25,7 @@ class Steps:
         num_new: tokens to be fed after them, at most.
 
     Attributes:
-        biases: the mask of each layer for the next forward; give them to `engine.masked`.
+        biases: the mask of each layer for the next forward; give them to `pressable.masked`.
         layers: the growing buffers.
         masks: per layer what single tokens may attend, ``(B, 1 or heads, 1, C)``, open for all that is to come; None
             where nothing is hidden.

@@ -18,7 +18,7 @@ from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep
 from lm_eval_kvpress.decode_press import Keeper
 from lm_eval_kvpress.decode_steps import Steps
-from lm_eval_kvpress.engine import PressableModel, masked, prefill_hidden
+from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill_hidden
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 
 TILE_ROWS = 2_048
 TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}

@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress import native
 from lm_eval_kvpress.arguments import Settings, UsageError
+from lm_eval_kvpress.models import llama_like
 
 
 class CheckedHFLM(HFLM):
@@ -71,15 +71,15 @@ class CheckedHFLM(HFLM):
             raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
 
     def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
-        if config.model_type in native.MODEL_TYPES:
+        if config.model_type in llama_like.MODEL_TYPES:
             try:
-                native.check_config(config)
+                llama_like.check_config(config)
             except ValueError as error:
                 raise UsageError(str(error)) from error
         elif config.model_type != "gpt_neox":
             raise UsageError(
                 f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
-                f"({', '.join(native.MODEL_TYPES)})"
+                f"({', '.join(llama_like.MODEL_TYPES)})"
             )
         check_settings(self._settings, config, max_length)
 

@@ -190,7 +190,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotat
     """Rotary position embedding in place.
 
     Rotation pairs dim ``i`` with ``i + width / 2`` of the first ``width`` dims of a head. In the full-width order of
-    `neox.prepare` the width is D and the pairs beyond the first R / 2 have the angle zero; before it is R.
+    `gpt_neox.prepare` the width is D and the pairs beyond the first R / 2 have the angle zero; before it is R.
 
     Args:
         heads: ``(B, T, H, parts, D)``.

@@ -21,8 +21,8 @@ from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import decode
-from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.generation import sampler_for
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.telemetry import Clock, ContextRecord

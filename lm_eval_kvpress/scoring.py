@@ -17,8 +17,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, reading_cache
-from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask, prefill_hidden
 from lm_eval_kvpress.head import token_scores
+from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask, prefill_hidden
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.engine import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
 from lm_eval_kvpress.linear_layers import quick_forwards
+from lm_eval_kvpress.models.pressable import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
 from lm_eval_kvpress.telemetry import Clock, PhaseTiming
 
 Tokens = tuple[int, ...]
@@ -79,7 +79,7 @@ class SharedPrefills:
     def hold(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
         """Runs contexts in groups of equal length, unless all are held already, and forgets those held before.
 
-        For ``for_cache_only`` see `engine.prefill`; it must be the same for all presses.
+        For ``for_cache_only`` see `pressable.prefill`; it must be the same for all presses.
         """
         wanted = [context for context in dict.fromkeys(contexts) if context]
         if all(context in self._places for context in wanted):
@@ -104,7 +104,7 @@ class SharedPrefills:
 
     @torch.inference_mode()
     def compress(self, contexts: Sequence[Tokens], press: Press | None, *, rerotates: bool = False) -> CompressedCache:
-        """`engine.prefill` of held contexts of one length, without a forward."""
+        """`pressable.prefill` of held contexts of one length, without a forward."""
         prefill, _ = self._places[contexts[0]]
         places = [self._places[context][1] for context in contexts]
         everything = places == list(range(len(prefill.contexts)))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lm_eval_kvpress import plan
 from lm_eval_kvpress.arguments import Settings
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
 from lm_eval_kvpress.stream_store import StreamStore
 from lm_eval_kvpress.streaming import StreamPlan, stream

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from lm_eval_kvpress.cache.compressed import attention_bias
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
-from lm_eval_kvpress.engine import PressableModel, masked, placeholder_mask
+from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 
 class Scorer(Protocol):

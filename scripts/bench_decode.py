@@ -38,7 +38,7 @@ from bench_eval import machine, synchronize
 from benchmark import GROUPED_SHAPES, SHAPES, Bench, Case, Measurement, count, estimate, prompts, random_model
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**29}
 TARGETS = {"roofline": 0.6, "generate": 8.0, "press": 1.9}

@@ -23,7 +23,7 @@ from bench_eval_requests import Workload
 from benchmark import random_model
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.parity import StockHFLM
 from lm_eval_kvpress.presses.spec import parse_press
 

@@ -18,10 +18,11 @@ from lm_eval.tasks import TaskManager
 from transformers import DynamicCache
 
 from benchmark import Bench, Case, prompts, run_cases, summarize
-from lm_eval_kvpress import neox, plugin, recall
+from lm_eval_kvpress import plugin, recall
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.checks import compress
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
+from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.parity import quiet_loader
 from lm_eval_kvpress.presses.spec import parse_press
 
@@ -195,10 +196,10 @@ def perplexities(
 def contiguous_split() -> Iterator[None]:
     """The origin's mistake: the fused rows cut into thirds, though they lie head by head."""
 
-    def rows(self: neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
+    def rows(self: gpt_neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
         return fused.view(3, -1, *fused.shape[1:])[self._part]
 
-    with mock.patch.object(neox.ProjectionView, "_rows", rows):
+    with mock.patch.object(gpt_neox.ProjectionView, "_rows", rows):
         yield
 
 

@@ -31,8 +31,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import grouped_attention, native, neox, neox_forward, neox_step, step_trial, triton_support
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress import grouped_attention, neox_forward, neox_step, step_trial, triton_support
+from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models.pressable import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
 torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
@@ -134,16 +135,16 @@ def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: 
 
 
 def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
-    neox.prepare(model)
-    attentions = neox.attention_modules(model)
-    presented, quickened = (functools.partial(lend, model) for lend in (neox.presented, neox_forward.in_place))
+    gpt_neox.prepare(model)
+    attentions = gpt_neox.attention_modules(model)
+    presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, neox_forward.in_place))
     return PressableModel(model, attentions, presented, quickened, step_trial.StepMaker(model))
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
-    attentions = native.attention_modules(model)
+    attentions = llama_like.attention_modules(model)
     grouped = functools.partial(grouped_attention.lent, attentions)
-    presented = functools.partial(native.presented, model)
+    presented = functools.partial(llama_like.presented, model)
     return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
 
 

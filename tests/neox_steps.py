@@ -11,9 +11,10 @@ import torch
 from references import PRESSES, REROTATES, distinct_tokens
 from transformers import LogitsProcessorList
 
-from lm_eval_kvpress import decode_graph, decoding, engine
+from lm_eval_kvpress import decode_graph, decoding
 from lm_eval_kvpress.cache.compressed import stack
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length) for length in (50, 29, 41)]
 HELD = [1, 3, 2]
@@ -35,7 +36,7 @@ def decoded(
 ) -> list[list[int]]:
     """The new tokens of the first ``rows`` prompts under a press of `PRESSES`."""
     caches = [
-        engine.prefill(
+        pressable.prefill(
             model, torch.tensor([context[: len(context) - held]]), PRESSES[name](), rerotates=name in REROTATES
         )
         for context, held in zip(CONTEXTS[:rows], HELD, strict=False)

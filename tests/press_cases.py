@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.engine import PressableModel, prefill
+from lm_eval_kvpress.models.pressable import PressableModel, prefill
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 
 Kept = Callable[[int, float, Mapping[str, Any]], list[float]]

@@ -20,7 +20,7 @@ from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import ReadingLayer
 from lm_eval_kvpress.encoding import encode_pairs
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.telemetry import RollingScore
 
 SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"

@@ -12,7 +12,7 @@ from transformers import GPTNeoXForCausalLM
 
 import bench_decode
 from benchmark import SHAPES, Case, Measurement
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 
 TINY = [
     "--shape",

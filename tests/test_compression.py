@@ -12,7 +12,7 @@ from references import distinct_tokens
 from lm_eval_kvpress import compression
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.compression import CompressedBatch, Compressor
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.telemetry import Clock

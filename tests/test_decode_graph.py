@@ -23,10 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_graph, decoding, engine, grouped_attention, grouped_kernel, triton_support
+from lm_eval_kvpress import decode_graph, decoding, grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.decoding import Sampler
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 41))]
 NUM_NEW = 20
@@ -95,7 +96,7 @@ def tape(step: Callable[[], None]) -> Callable[[], None]:
 
 def decoded(model: PressableModel, name: str, held: list[int], sampler: Sampler = GREEDY, **options: Any) -> Any:
     caches = [
-        engine.prefill(
+        pressable.prefill(
             model, torch.tensor([context[: len(context) - count]]), PRESSES[name](), rerotates=name in REROTATES
         )
         for context, count in zip(CONTEXTS, held, strict=True)

@@ -11,11 +11,12 @@ import torch
 from references import PRESSES, distinct_tokens
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from lm_eval_kvpress import decoding, engine
+from lm_eval_kvpress import decoding
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
 from lm_eval_kvpress.decoding import Sampler
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import ratio_that_keeps
 
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 12))]
@@ -45,7 +46,7 @@ def decoded(
 ) -> tuple[list[list[int]], Keeper]:
     plan = DecodingPlan(INTERVAL, TARGET, 8, lambda length: BASES[base](ratio_that_keeps(TARGET, length)))
     keeper = Keeper(model, plan)
-    caches = [engine.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
+    caches = [pressable.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
     rows = decoding.decode(
         model,
         stack(caches),

@@ -30,10 +30,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_steps, decoding, engine
+from lm_eval_kvpress import decode_steps, decoding
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.decoding import Sampler
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 
 LENGTHS = (50, 29, 64, 29, 41)
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate(LENGTHS)]
@@ -66,7 +67,7 @@ def subject(
 
 def cached(model: PressableModel, context: Sequence[int], held: int, name: str) -> CompressedCache:
     tokens = torch.tensor([context[: len(context) - held]])
-    return engine.prefill(model, tokens, PRESSES[name](), rerotates=name in REROTATES)
+    return pressable.prefill(model, tokens, PRESSES[name](), rerotates=name in REROTATES)
 
 
 def decoded(

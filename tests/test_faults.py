@@ -20,13 +20,14 @@ from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress import compression, decoding, engine, neox, plan, scoring, telemetry, work
+from lm_eval_kvpress import compression, decoding, plan, scoring, telemetry, work
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
 from lm_eval_kvpress.compression import Compressor
 from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.plugin import tasks_path
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.scoring import _Layout
@@ -66,20 +67,20 @@ def fault(name: str, effect: str, check: str) -> Callable[[Callable[[MonkeyPatch
 
 @fault("contiguous Q/K/V split", "presses score tokens by rows of other heads' Q, K and V; it runs", "projections")
 def _(patch: MonkeyPatch) -> None:
-    def rows(self: neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
+    def rows(self: gpt_neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
         return fused.view(3, -1, *fused.shape[1:])[self._part]
 
-    patch.setattr(neox.ProjectionView, "_rows", rows)
+    patch.setattr(gpt_neox.ProjectionView, "_rows", rows)
 
 
 @fault("whole heads rotated, rows not reordered", "pairs of dims that do not belong together are rotated", "basis")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(neox, "full_width_order", lambda head_dim, rotary_dims: torch.arange(head_dim))
+    patch.setattr(gpt_neox, "full_width_order", lambda head_dim, rotary_dims: torch.arange(head_dim))
 
 
 @fault("full-width frequencies on partial RoPE", "dims are rotated that the model does not rotate", "rotation")
 def _(patch: MonkeyPatch) -> None:
-    prepare = neox.prepare
+    prepare = gpt_neox.prepare
 
     def rotate_everything(model: Any) -> Any:
         prepare(model)
@@ -88,7 +89,7 @@ def _(patch: MonkeyPatch) -> None:
         rotary.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
         return model
 
-    patch.setattr(neox, "prepare", rotate_everything)
+    patch.setattr(gpt_neox, "prepare", rotate_everything)
 
 
 # --------------------------------------------------------------------------------------------------- the press
@@ -128,7 +129,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("masking press taken for a shrinking one", "nothing is evicted, the ratio is reported all the same", "kept")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(engine, "_evicted_by_mask", lambda attention, keys: None)
+    patch.setattr(pressable, "_evicted_by_mask", lambda attention, keys: None)
 
 
 @fault("layers skipped, the ratio quoted as global", "less is removed than the record says", "kept")

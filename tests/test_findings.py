@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from lm_eval_kvpress import neox
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
+from lm_eval_kvpress.models import gpt_neox
 from reproduce_findings import load, parser
 from reproduce_findings_experiments import (
     Findings,
@@ -66,13 +66,13 @@ def test_one_forward_prunes_the_cache_and_leaves_the_logits(lm: KVPress, context
 
 
 def test_a_wrong_split_changes_what_queries_choose_and_nothing_else(lm: KVPress, context: list[int]) -> None:
-    views = neox.ProjectionView._rows
+    views = gpt_neox.ProjectionView._rows
     by_query = split_difference(lm, [context], "snapkv", 0.5)
     by_place = split_difference(lm, [context], "streaming_llm", 0.5)
     assert by_query.num_kept == by_place.num_kept == 3 * 4 * 99
     assert 0 < by_query.num_different < by_query.num_kept
     assert by_place.num_different == 0
-    assert neox.ProjectionView._rows is views
+    assert gpt_neox.ProjectionView._rows is views
 
 
 def test_a_press_moves_rolling_scores_under_prefix_only(lm: KVPress, context: list[int]) -> None:
@@ -95,11 +95,11 @@ def test_answers_move_only_if_a_token_is_held_back(lm: KVPress) -> None:
 
 
 def test_contiguous_split_is_undone_after_an_error() -> None:
-    rows = neox.ProjectionView._rows
+    rows = gpt_neox.ProjectionView._rows
     with pytest.raises(RuntimeError), contiguous_split():
-        assert neox.ProjectionView._rows is not rows
+        assert gpt_neox.ProjectionView._rows is not rows
         raise RuntimeError
-    assert neox.ProjectionView._rows is rows
+    assert gpt_neox.ProjectionView._rows is rows
 
 
 def test_data_that_is_not_there_is_skipped_and_named(lm: KVPress, tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from lm_eval_kvpress import grouped_attention, native
+from lm_eval_kvpress import grouped_attention
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.decode_steps import Steps
-from lm_eval_kvpress.engine import PressableModel, masked, prefill
+from lm_eval_kvpress.models import llama_like
+from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill
 
 ROWS, HEADS, SHARED, ENTRIES, DIM = 2, 6, 2, 21, 16
 MASKS = {"none": None, "of all": (1, 1), "of rows": (ROWS, 1), "of heads": (ROWS, HEADS), "of heads alone": (1, HEADS)}
@@ -129,7 +130,7 @@ def test_each_architecture_looks_it_up_and_gets_its_own_back(
 ) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    attentions, token = native.attention_modules(model), torch.tensor([[5]])
+    attentions, token = llama_like.attention_modules(model), torch.tensor([[5]])
     attentions[1].config = copy.copy(attentions[1].config)  # as where a layer was copied from elsewhere
     before = [attention.config for attention in attentions]
     expected = after_a_context(model, token)
@@ -148,13 +149,13 @@ def test_each_architecture_looks_it_up_and_gets_its_own_back(
 def test_other_attention_is_left_as_it_is(attn: str, heads: int) -> None:
     config = LlamaConfig(**{**TINY, "num_key_value_heads": heads})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
-    with grouped_attention.lent(native.attention_modules(model)):
-        assert {attention.config._attn_implementation for attention in native.attention_modules(model)} == {attn}
+    with grouped_attention.lent(llama_like.attention_modules(model)):
+        assert {attention.config._attn_implementation for attention in llama_like.attention_modules(model)} == {attn}
 
 
 def test_layers_of_other_attention_keep_it(attended: list[tuple[int, int, int]]) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY), attn_implementation="sdpa").eval()
-    first, second = native.attention_modules(model)
+    first, second = llama_like.attention_modules(model)
     second.config = copy.copy(second.config)
     second.config._attn_implementation = "eager"
     for _ in range(2):

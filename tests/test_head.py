@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress import head
-from lm_eval_kvpress.engine import PressableModel
 from lm_eval_kvpress.head import token_scores
+from lm_eval_kvpress.models.pressable import PressableModel
 
 NUM_ROWS, NUM_TOKENS = 40, 150
 TOLERANCE = 1e-5  # logits of up to 30 are rounded to 2e-6, in products of another order otherwise

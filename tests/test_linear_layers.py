@@ -14,8 +14,8 @@ from references import largest_difference
 from torch import Tensor, nn
 
 from lm_eval_kvpress import head, linear_layers
-from lm_eval_kvpress.engine import PressableModel, prefill
 from lm_eval_kvpress.linear_layers import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
+from lm_eval_kvpress.models.pressable import PressableModel, prefill
 from lm_eval_kvpress.scoring import Pack, score
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 

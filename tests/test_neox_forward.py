@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress import neox, neox_forward
+from lm_eval_kvpress import neox_forward
+from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.neox_forward import in_place
 
 MakeNeox = Callable[..., GPTNeoXForCausalLM]
@@ -47,7 +48,7 @@ def test_numbers_are_those_of_transformers(
 ) -> None:
     model = make_neox(**shape)
     if prepared:
-        neox.prepare(model)
+        gpt_neox.prepare(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = everything(model)
         with in_place(model):
@@ -58,7 +59,7 @@ def test_numbers_are_those_of_transformers(
 
 def test_whole_heads_are_not_rotated_and_gelu_makes_no_tensor(make_neox: MakeNeox) -> None:
     """Fails when a new transformers no longer has the forward that is stood in for: then ours must follow."""
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
 
     class Operators(TorchDispatchMode):
         def __init__(self) -> None:
@@ -83,7 +84,7 @@ def test_whole_heads_are_not_rotated_and_gelu_makes_no_tensor(make_neox: MakeNeo
 
 
 def test_who_watches_a_linear_layer_sees_what_it_made(make_neox: MakeNeox) -> None:
-    model, seen = neox.prepare(make_neox()), dict[str, tuple[Tensor, Tensor]]()
+    model, seen = gpt_neox.prepare(make_neox()), dict[str, tuple[Tensor, Tensor]]()
     attention, mlp = model.gpt_neox.layers[1].attention, model.gpt_neox.layers[1].mlp
 
     def keep(name: str) -> Callable[..., None]:
@@ -102,7 +103,7 @@ def test_who_watches_a_linear_layer_sees_what_it_made(make_neox: MakeNeox) -> No
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_who_watches_every_module_sees_what_each_made(make_neox: MakeNeox, when: str) -> None:
-    model, seen = neox.prepare(make_neox()), list[tuple[str, Tensor, Tensor]]()
+    model, seen = gpt_neox.prepare(make_neox()), list[tuple[str, Tensor, Tensor]]()
 
     def keep(module: nn.Module, *tensors: Any) -> None:
         tensor = tensors[-1][0] if when == "before" else tensors[-1]
@@ -131,7 +132,7 @@ def test_hooks_on_the_activation_run(make_neox: MakeNeox) -> None:
 
 
 def test_hooks_run_and_replaced_forwards_stay(make_neox: MakeNeox) -> None:
-    model, calls = neox.prepare(make_neox()), list[str]()
+    model, calls = gpt_neox.prepare(make_neox()), list[str]()
     first, second, third = model.gpt_neox.layers
     own = second.attention.__dict__["forward"] = second.attention.forward
     with (
@@ -155,7 +156,7 @@ def test_other_layers_keep_their_forwards(make_neox: MakeNeox) -> None:
     class Watched(modeling_gpt_neox.GPTNeoXAttention):
         pass
 
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     model.gpt_neox.layers[0].attention.__class__ = Watched
     model.gpt_neox.layers[1].mlp.act = nn.Tanh()
     model.gpt_neox.layers[2].mlp.act = type(model.gpt_neox.layers[2].mlp.act)(use_gelu_python=True)
@@ -195,7 +196,7 @@ def test_gradients_are_those_of_transformers(make_neox: MakeNeox) -> None:
         model(CONTEXT, labels=CONTEXT).loss.backward()
         return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
-    model = neox.prepare(randomized(make_neox(), 3))
+    model = gpt_neox.prepare(randomized(make_neox(), 3))
     expected = gradients(model)
     with in_place(model):
         found = gradients(model)
@@ -238,7 +239,7 @@ def products(layer: Any) -> tuple[nn.Linear, nn.Linear]:
 @pytest.mark.usefixtures("few_are_enough")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_first_layer_computes_a_row_for_each_distinct_token(make_neox: MakeNeox, shape: dict[str, Any]) -> None:
-    model = neox.prepare(make_neox(**shape))
+    model = gpt_neox.prepare(make_neox(**shape))
     every, expected = rows_and_logits(model, position_ids=POSITIONS)
     with in_place(model):
         rows, logits = rows_and_logits(model, position_ids=POSITIONS)
@@ -256,7 +257,7 @@ def test_the_first_layer_computes_a_row_for_each_distinct_token(make_neox: MakeN
 @pytest.mark.usefixtures("few_are_enough")
 def test_rows_that_somebody_made_differ_are_all_computed(make_neox: MakeNeox) -> None:
     """A hook that adds to the embeddings what depends on the place, and one behind a norm."""
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     noise = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(7))
     for module in (model.gpt_neox.embed_in, model.gpt_neox.layers[0].post_attention_layernorm):
         with module.register_forward_hook(lambda _, args, output: output + noise):
@@ -271,7 +272,7 @@ def test_rows_that_somebody_made_differ_are_all_computed(make_neox: MakeNeox) ->
 @pytest.mark.usefixtures("few_are_enough")
 @pytest.mark.parametrize("name", ["attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"])
 def test_who_watches_a_product_sees_all_rows(make_neox: MakeNeox, name: str) -> None:
-    model, seen = neox.prepare(make_neox()), list[torch.Size]()
+    model, seen = gpt_neox.prepare(make_neox()), list[torch.Size]()
     product = model.gpt_neox.layers[0].get_submodule(name)
     for register in (product.register_forward_hook, product.register_forward_pre_hook):
         with register(lambda _, args, *output: seen.append(args[0].shape[:-1])), in_place(model):
@@ -284,7 +285,7 @@ NEARLY_DISTINCT = torch.cat([torch.arange(170), torch.arange(30)])[None]
 
 @pytest.mark.parametrize("ids", [REPEATED, NEARLY_DISTINCT], ids=["few tokens", "nearly all distinct"])
 def test_all_rows_are_computed_where_that_saves_nothing(make_neox: MakeNeox, ids: Tensor) -> None:
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     with in_place(model), pytest.MonkeyPatch.context() as patch:
         if ids is not REPEATED:
             patch.setattr(neox_forward, "LEAST_TOKENS", 2)
@@ -296,7 +297,7 @@ def test_all_rows_are_computed_where_that_saves_nothing(make_neox: MakeNeox, ids
 @pytest.mark.parametrize("change", ["wrapped", "its forward replaced"])
 def test_a_product_that_is_not_plain_is_given_all_rows(make_neox: MakeNeox, change: str) -> None:
     """As adapters wrap it and accelerate replaces its forward: what they do may depend on the place of a row."""
-    model, seen = neox.prepare(make_neox()), list[torch.Size]()
+    model, seen = gpt_neox.prepare(make_neox()), list[torch.Size]()
     attention = model.gpt_neox.layers[0].attention
     inner = attention.query_key_value
 
@@ -316,7 +317,7 @@ def test_a_product_that_is_not_plain_is_given_all_rows(make_neox: MakeNeox, chan
 
 @pytest.mark.usefixtures("few_are_enough")
 def test_tokens_of_32_bits_and_by_name(make_neox: MakeNeox) -> None:
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     expected = rows_and_logits(model)[1]
     with in_place(model), torch.inference_mode():
         torch.testing.assert_close(rows_and_logits(model, REPEATED.int())[1], expected)
@@ -325,7 +326,7 @@ def test_tokens_of_32_bits_and_by_name(make_neox: MakeNeox) -> None:
 
 @pytest.mark.usefixtures("few_are_enough")
 def test_where_gradients_are_asked_for_all_rows_are_computed(make_neox: MakeNeox) -> None:
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     embeddings = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(9), requires_grad=True)
     with in_place(model):
         with torch.inference_mode():
@@ -337,7 +338,7 @@ def test_where_gradients_are_asked_for_all_rows_are_computed(make_neox: MakeNeox
 @pytest.mark.usefixtures("few_are_enough")
 def test_embeddings_instead_of_tokens_after_a_forward_of_tokens(make_neox: MakeNeox) -> None:
     """Nothing is left of the forward before, whose tokens would be taken for these rows'."""
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     embeddings = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(8))
     expected = model(inputs_embeds=embeddings).logits
     with in_place(model):

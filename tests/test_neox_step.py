@@ -13,7 +13,7 @@ from neox_steps import NUM_NEW, decoded, kernels_after_trial
 from torch import nn
 
 from lm_eval_kvpress import decode_graph, step_trial, triton_support
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 

@@ -29,9 +29,10 @@ from references import (
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress import engine, scoring
+from lm_eval_kvpress import scoring
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, stack
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.scoring import BranchScore, Pack
 
 TOLERANCE = 2e-5
@@ -74,7 +75,7 @@ def llama(make_pressable_llama: Callable[..., PressableModel]) -> Subject:
 
 
 def prefilled(model: PressableModel, context: Sequence[int], name: str) -> CompressedCache:
-    return engine.prefill(model, torch.tensor([list(context)]), PRESSES[name](), rerotates=name in REROTATES)
+    return pressable.prefill(model, torch.tensor([list(context)]), PRESSES[name](), rerotates=name in REROTATES)
 
 
 def cached(
@@ -338,7 +339,7 @@ def test_fault_zero_mask(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_fault_masked_heads_ignored(sdpa: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_evicted_by_mask", lambda *_: None)
+        patch.setattr(pressable, "_evicted_by_mask", lambda *_: None)
         assert dense_difference(sdpa, "adakv:snapkv", 1) > WRONG
 
 

@@ -12,7 +12,7 @@ from neox_steps import NUM_NEW, decoded
 from triton_failures import REFUSALS
 
 from lm_eval_kvpress import neox_step, step_trial
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kvpress import StreamingLLMPress, TOVAPress
 
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.streaming import StreamPlan, stream
 
 BUDGET, CHUNK = 24, 8

@@ -25,7 +25,7 @@ from press_cases import (
 )
 from repository import ROOT
 
-from lm_eval_kvpress.engine import PressableModel, prefill
+from lm_eval_kvpress.models.pressable import PressableModel, prefill
 from lm_eval_kvpress.presses.catalog import ROWS, UNSUPPORTED
 from lm_eval_kvpress.presses.spec import (
     list_presses,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress import engine, neox
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import gpt_neox, pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 
 MakeNeox = Callable[..., GPTNeoXForCausalLM]
 SHAPES = [
@@ -51,8 +51,8 @@ def test_prepare_changes_no_logit_and_twice_is_once(make_neox: MakeNeox, attn: s
     before = logits(model, tokens())
     weights = [model.gpt_neox.layers[0].attention.query_key_value.weight.clone()]
     for _ in range(2):
-        assert neox.prepare(model) is model
-        assert neox.is_prepared(model)
+        assert gpt_neox.prepare(model) is model
+        assert gpt_neox.is_prepared(model)
         weights.append(model.gpt_neox.layers[0].attention.query_key_value.weight.clone())
         torch.testing.assert_close(logits(model, tokens()), before, atol=2e-5, rtol=0)
     assert torch.equal(weights[1], weights[2])
@@ -73,7 +73,7 @@ def test_drift_in_half_precision_is_that_of_rounding(make_neox: MakeNeox, dtype:
     exact = NeoxReference(make_neox()).logits(tokens()[0], None, 0)
     model = make_neox(dtype=dtype)
     untouched = logits(model, tokens())[0].double()
-    prepared = logits(neox.prepare(model), tokens())[0].double()
+    prepared = logits(gpt_neox.prepare(model), tokens())[0].double()
     of_model, of_prepared = (untouched - exact).abs().mean(), (prepared - exact).abs().mean()
     drift = (prepared - untouched).abs().mean()
     assert of_prepared < 1.1 * of_model, (of_prepared, of_model)
@@ -83,7 +83,7 @@ def test_drift_in_half_precision_is_that_of_rounding(make_neox: MakeNeox, dtype:
 
 def test_a_key_dot_product_depends_on_distance_alone_over_the_full_head(make_neox: MakeNeox) -> None:
     """What presses rely on: full-width cos and sin rotate a prepared head as a whole."""
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     cos, sin = model.gpt_neox.rotary_emb(torch.zeros(1), torch.arange(40)[None])
     assert cos.shape[-1] == model.config.hidden_size // model.config.num_attention_heads
     q, k = torch.randn(2, 1, 1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_a_key_dot_product_depends_on_distance_alone_over_the_full_head(make_neo
 
 @pytest.mark.parametrize(("head_dim", "rotated"), [(16, 4), (80, 20), (64, 16), (8, 8), (12, 6), (6, 2)])
 def test_order_pairs_what_partial_rope_pairs(head_dim: int, rotated: int) -> None:
-    order = neox.full_width_order(head_dim, rotated).tolist()
+    order = gpt_neox.full_width_order(head_dim, rotated).tolist()
     assert sorted(order) == list(range(head_dim))
     for pair in range(rotated // 2):
         assert order.index(pair + rotated // 2) - order.index(pair) == head_dim // 2
@@ -151,9 +151,9 @@ def test_prepare_refuses_what_would_not_be_exact_and_changes_nothing(make_neox: 
     change(model)
     first = model.gpt_neox.layers[0].attention.query_key_value.weight.clone()
     with pytest.raises(ValueError, match=says) as caught:
-        neox.prepare(model)
+        gpt_neox.prepare(model)
     assert "\n" not in str(caught.value)
-    assert not neox.is_prepared(model)
+    assert not gpt_neox.is_prepared(model)
     assert torch.equal(model.gpt_neox.layers[0].attention.query_key_value.weight, first)
 
 
@@ -163,12 +163,12 @@ def test_quantised_weights_are_refused_where_no_basis_change_is_needed_too(make_
     model = make_neox(rotary_pct=1.0)
     REFUSED[case][0](model)
     with pytest.raises(ValueError, match="quantised"):
-        neox.prepare(model)
+        gpt_neox.prepare(model)
 
 
 def test_an_unprepared_model_cannot_be_presented(make_neox: MakeNeox) -> None:
     model = make_neox()
-    with pytest.raises(ValueError, match="prepare"), neox.presented(model):
+    with pytest.raises(ValueError, match="prepare"), gpt_neox.presented(model):
         pass
     assert "model" not in model.__dict__
 
@@ -218,12 +218,12 @@ def largest_projection_error(
     with torch.no_grad():
         with captured(untouched, monkeypatch) as seen:
             untouched(ids)
-        model = neox.prepare(make_neox("eager", seed=seed, **shape))
+        model = gpt_neox.prepare(make_neox("eager", seed=seed, **shape))
         head_dim = model.config.hidden_size // model.config.num_attention_heads
-        order = neox.full_width_order(head_dim, int(shape["rotary_pct"] * head_dim))
+        order = gpt_neox.full_width_order(head_dim, int(shape["rotary_pct"] * head_dim))
         cos, sin = (angle[:, None] for angle in model.gpt_neox.rotary_emb(torch.zeros(1), torch.arange(70)[None]))
         errors = []
-        with neox.presented(model):
+        with gpt_neox.presented(model):
             for layer, hidden in enumerate(seen["hidden"]):
                 attention = model.model.layers[layer].self_attn
                 parts = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -250,13 +250,13 @@ def test_projection_views_are_the_q_k_v_of_the_untouched_layer(
     assert largest_projection_error(make_neox, monkeypatch, shape, seed=3) < 1e-5
 
 
-def contiguous_thirds(view: neox.ProjectionView, fused: Tensor) -> Tensor:
+def contiguous_thirds(view: gpt_neox.ProjectionView, fused: Tensor) -> Tensor:
     return fused.chunk(3)[view._part]
 
 
 def test_fault_contiguous_split(make_neox: MakeNeox, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neox.ProjectionView, "_rows", contiguous_thirds)
+        patch.setattr(gpt_neox.ProjectionView, "_rows", contiguous_thirds)
         assert largest_projection_error(make_neox, monkeypatch, SHAPES[0], seed=3) > 0.1
 
 
@@ -266,7 +266,7 @@ def arange_rows(model: GPTNeoXForCausalLM, part: int) -> Tensor:
     with torch.no_grad():
         fused.weight[:] = torch.arange(fused.weight.shape[0], dtype=torch.float32)[:, None]
         fused.bias[:] = torch.arange(fused.weight.shape[0], dtype=torch.float32)
-    view = neox.ProjectionView(model.gpt_neox.layers[0].attention, part)
+    view = gpt_neox.ProjectionView(model.gpt_neox.layers[0].attention, part)
     assert torch.equal(view.weight[:, 0], view.bias)
     assert torch.equal(view.weight, view.weight[:, :1].expand_as(view.weight))
     return view.bias.long()
@@ -277,7 +277,7 @@ def test_an_arange_weight_shows_head_major_rows(make_neox: MakeNeox, part: int) 
     expected = [head * 48 + part * 16 + dim for head in range(4) for dim in range(16)]
     assert arange_rows(make_neox(), part).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neox.ProjectionView, "_rows", contiguous_thirds)
+        patch.setattr(gpt_neox.ProjectionView, "_rows", contiguous_thirds)
         assert arange_rows(make_neox(), part).tolist() != expected
 
 
@@ -285,22 +285,22 @@ def test_an_arange_weight_shows_head_major_rows(make_neox: MakeNeox, part: int) 
 def test_prepare_reorders_rows_within_q_and_k_of_each_head(make_neox: MakeNeox, part: int, reordered: bool) -> None:
     model = make_neox()
     arange_rows(model, part)
-    neox.prepare(model)
+    gpt_neox.prepare(model)
     within = [0, 1, *range(4, 10), 2, 3, *range(10, 16)] if reordered else list(range(16))
-    view = neox.ProjectionView(model.gpt_neox.layers[0].attention, part)
+    view = gpt_neox.ProjectionView(model.gpt_neox.layers[0].attention, part)
     assert view.bias.long().tolist() == [head * 48 + part * 16 + dim for head in range(4) for dim in within]
     assert torch.equal(view.weight[:, 5], view.bias)
 
 
 def test_projection_views_hold_no_weights(make_neox: MakeNeox) -> None:
-    model = neox.prepare(make_neox())
+    model = gpt_neox.prepare(make_neox())
     attention = model.gpt_neox.layers[0].attention
-    view = neox.ProjectionView(attention, 1)
+    view = gpt_neox.ProjectionView(attention, 1)
     before = view.weight.clone()
     with torch.no_grad():
         attention.query_key_value.weight += 1
     assert torch.equal(view.weight, before + 1), "a view must follow its parameter"
-    with neox.presented(model):
+    with gpt_neox.presented(model):
         assert {name for name, _ in model.named_parameters()} == {name for name, _ in make_neox().named_parameters()}
 
 
@@ -349,7 +349,7 @@ def test_a_prefill_leaves_no_trace(make_pressable: Callable[..., PressableModel]
         pytest.skip("kvpress masks heads in its patched attention functions, which eager attention does not use")
     model = make_pressable(attn)
     before = snapshot(model.model)
-    engine.prefill(model, tokens(1), PRESSES[name]())
+    pressable.prefill(model, tokens(1), PRESSES[name]())
     assert snapshot(model.model) == before
 
 
@@ -364,7 +364,7 @@ def test_a_prefill_that_fails_leaves_no_trace(make_pressable: Callable[..., Pres
     model = make_pressable()
     before = snapshot(model.model)
     with pytest.raises(RuntimeError, match="stumbled"):
-        engine.prefill(model, tokens(1), STUMBLING[kind]())
+        pressable.prefill(model, tokens(1), STUMBLING[kind]())
     assert snapshot(model.model) == before
 
 
@@ -389,7 +389,7 @@ def test_presented_restores_what_was_there(make_pressable: Callable[..., Pressab
 def test_kvpress_does_not_warn_of_an_untested_model(
     make_pressable: Callable[..., PressableModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.prefill(make_pressable(), tokens(1), kvpress.KnormPress(0.5))
+    pressable.prefill(make_pressable(), tokens(1), kvpress.KnormPress(0.5))
     assert not [record for record in caplog.records if "not tested" in record.getMessage()]
     with make_pressable().presented():
         logging.getLogger("kvpress.presses.base_press").warning("something else")

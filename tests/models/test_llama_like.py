@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from lm_eval_kvpress import engine, native
-from lm_eval_kvpress.engine import PressableModel
+from lm_eval_kvpress.models import llama_like, pressable
+from lm_eval_kvpress.models.pressable import PressableModel
 
 REFUSED = {
     "mistral 0.1": (MistralConfig(sliding_window=4096), "sliding"),
@@ -34,14 +34,14 @@ ACCEPTED = {
 def test_what_presses_cannot_express_is_refused_in_one_line(case: str) -> None:
     config, says = REFUSED[case]
     with pytest.raises(ValueError, match=says) as caught:
-        native.check_config(config)
+        llama_like.check_config(config)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("config", ACCEPTED.values(), ids=ACCEPTED)
 def test_full_attention_over_whole_heads_is_accepted(config: PretrainedConfig) -> None:
-    assert config.model_type in native.MODEL_TYPES
-    native.check_config(config)
+    assert config.model_type in llama_like.MODEL_TYPES
+    llama_like.check_config(config)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -64,7 +64,7 @@ def test_a_prefill_leaves_nothing_on_the_attention_modules(
 
     before = left()
     try:
-        engine.prefill(model, torch.arange(30)[None], Stumbles(0.5))
+        pressable.prefill(model, torch.arange(30)[None], Stumbles(0.5))
     except RuntimeError:
         assert fails
     assert left() == before

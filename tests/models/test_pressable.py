@@ -13,9 +13,10 @@ from references import MASKS, PRESSES, REROTATES, distinct_tokens, kept_by_press
 from torch import Tensor, nn
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress import engine, scoring
+from lm_eval_kvpress import scoring
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
-from lm_eval_kvpress.engine import PressableModel, prefill, prefill_padded
+from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.scoring import Pack
 
@@ -63,7 +64,7 @@ def skip_refused(model: PressableModel, name: str) -> None:
 
 
 def prefilled(model: PressableModel, contexts: list[list[int]], name: str) -> CompressedCache:
-    return engine.prefill(model, torch.tensor(contexts), PRESSES[name](), rerotates=name in REROTATES)
+    return pressable.prefill(model, torch.tensor(contexts), PRESSES[name](), rerotates=name in REROTATES)
 
 
 def contexts_of(length: int, count: int = 4) -> list[list[int]]:
@@ -143,7 +144,7 @@ def test_a_failed_prefill_changes_no_later_score(sdpa_model: PressableModel) -> 
     cache = prefilled(sdpa_model, contexts_of(45, 1), "none")
     before = probe(sdpa_model, cache)
     with pytest.raises(RuntimeError, match="stumbled"):
-        engine.prefill(sdpa_model, torch.tensor(contexts_of(30, 1)), Stumbles(kvpress.KnormPress(0.5)))
+        pressable.prefill(sdpa_model, torch.tensor(contexts_of(30, 1)), Stumbles(kvpress.KnormPress(0.5)))
     assert probe(sdpa_model, cache) == before
 
 
@@ -158,7 +159,7 @@ def test_a_batched_prefill_equals_single_ones(sdpa_model: PressableModel, name: 
     contexts, rerotates = contexts_of(45), name.startswith("key_rerotation")
 
     def run(rows: list[list[int]]) -> CompressedCache:
-        return engine.prefill(sdpa_model, torch.tensor(rows), build(), rerotates=rerotates)
+        return pressable.prefill(sdpa_model, torch.tensor(rows), build(), rerotates=rerotates)
 
     single = [value for context in contexts for value in probe(sdpa_model, run([context]))]
     assert largest_difference(probe(sdpa_model, run(contexts)), single) < TOLERANCE
@@ -172,7 +173,7 @@ def test_presses_that_mix_rows(sdpa_model: PressableModel, name: str) -> None:
     def run(rows: list[list[int]]) -> CompressedCache:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return engine.prefill(sdpa_model, torch.tensor(rows), MIXES_ROWS[name]())
+            return pressable.prefill(sdpa_model, torch.tensor(rows), MIXES_ROWS[name]())
 
     single = [value for context in contexts for value in probe(sdpa_model, run([context]))]
     assert largest_difference(probe(sdpa_model, run(contexts)), single) > 1e-2
@@ -214,7 +215,7 @@ def test_a_padded_prefill_equals_single_ones(
     model: PressableModel, lengths: tuple[int, ...], side_by_side: Sequence[list[int]] | None
 ) -> None:
     contexts = [distinct_tokens(length, 211, length) for length in lengths]
-    padded = engine.prefill_padded(model, contexts, side_by_side=side_by_side, spare=9)
+    padded = pressable.prefill_padded(model, contexts, side_by_side=side_by_side, spare=9)
     assert all((layer.hidden is None) == (len(set(lengths)) == 1) for layer in padded.layers)
     singles = [prefilled(model, [context], "none") for context in contexts]
     assert padded.kept() == [[float(length)] * 3 for length in lengths]
@@ -232,7 +233,7 @@ def test_half_precision_stays_near_full_precision(make_pressable: MakePressable,
     figures = {}
     for kind in (torch.float32, dtype):
         model = make_pressable(attn, dtype=kind)
-        plain = engine.prefill_padded(model, contexts_of(20, 1) + contexts_of(33, 1))
+        plain = pressable.prefill_padded(model, contexts_of(20, 1) + contexts_of(33, 1))
         pressed = prefilled(model, contexts_of(45, 2), "streaming_llm")
         rows = [plain, pressed, model.empty_cache(1)]
         if attn == "sdpa":
@@ -254,7 +255,7 @@ def test_masked_gives_each_layer_its_own_mask_and_takes_it_back(sdpa_model: Pres
         for attention in sdpa_model.attentions
     ]
     before = [dict(attention._forward_pre_hooks) for attention in sdpa_model.attentions]
-    with engine.masked(sdpa_model.attentions, biases):
+    with pressable.masked(sdpa_model.attentions, biases):
         for hook, attention in zip(hooks, sdpa_model.attentions, strict=True):
             attention._forward_pre_hooks.move_to_end(hook.id)  # after the one under test
         with torch.no_grad():
@@ -262,7 +263,7 @@ def test_masked_gives_each_layer_its_own_mask_and_takes_it_back(sdpa_model: Pres
             biases[1] = torch.zeros(1, 1, 4, 4)
             sdpa_model.hidden_states(torch.tensor([[1, 2, 3, 4]]))
     assert [id(mask) for mask in seen[3:]] == [id(bias) for bias in biases]
-    with pytest.raises(KeyError), engine.masked(sdpa_model.attentions, biases):
+    with pytest.raises(KeyError), pressable.masked(sdpa_model.attentions, biases):
         raise KeyError("inside")
     assert [dict(attention._forward_pre_hooks) for attention in sdpa_model.attentions] == before
     for hook in hooks:

@@ -26,20 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lm_eval_kvpress import (
-    answer_cache,
-    auto_batch,
-    grouped_attention,
-    heap,
-    identity,
-    linear_layers,
-    neox_forward,
-    parity,
-    plan,
-    ranks,
-    record,
-    step_trial,
-)
+from lm_eval_kvpress import answer_cache, auto_batch, identity, parity, plan, ranks, record
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -54,6 +41,7 @@ from lm_eval_kvpress.generation import StopStrings, sampler_for
 from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.loading import CheckedHFLM
 from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.runner import Generation, Job, Runner
@@ -168,10 +156,10 @@ class KVPress(CheckedHFLM):
             gpt_neox.prepare(model)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, neox_forward.in_place))
-        return PressableModel(
-            model, gpt_neox.attention_modules(model), presented, quickened, step_trial.StepMaker(model)
+        presented, quickened = (
+            functools.partial(lend, model) for lend in (gpt_neox.presented, gpt_neox_forward.in_place)
         )
+        return PressableModel(model, gpt_neox.attention_modules(model), presented, quickened, trial.StepMaker(model))
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
@@ -180,7 +168,7 @@ class KVPress(CheckedHFLM):
             torch.cuda.set_device(self._press_model.device)
         elif self._press_model.device.type == "cpu":
             heap.keep_freed_memory()
-            linear_layers.warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
+            onednn_linear.warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
 
     @property
     def press_model(self) -> PressableModel:
@@ -528,7 +516,7 @@ class KVPress(CheckedHFLM):
             **record.asked(self._settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "linear_layers": "oneDNN" if linear_layers.uses_onednn(head) else "torch",
+            "linear_layers": "oneDNN" if onednn_linear.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),

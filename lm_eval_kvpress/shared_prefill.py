@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.linear_layers import quick_forwards
+from lm_eval_kvpress.models.fast.onednn_linear import quick_forwards
 from lm_eval_kvpress.models.pressable import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
 from lm_eval_kvpress.telemetry import Clock, PhaseTiming
 

@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress import grouped_attention, neox_forward, neox_step, step_trial, triton_support
 from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models.fast import gpt_neox_forward, gpt_neox_step, grouped_attention, trial, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -137,8 +137,8 @@ def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: 
 def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
     gpt_neox.prepare(model)
     attentions = gpt_neox.attention_modules(model)
-    presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, neox_forward.in_place))
-    return PressableModel(model, attentions, presented, quickened, step_trial.StepMaker(model))
+    presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, gpt_neox_forward.in_place))
+    return PressableModel(model, attentions, presented, quickened, trial.StepMaker(model))
 
 
 def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
@@ -195,7 +195,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has GPTNeoX's step in few kernels asked for on a CPU, too."""
-    monkeypatch.setattr(step_trial, "DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr(trial, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 
 
@@ -215,7 +215,7 @@ def make_for_gpu(make_pressable: Callable[..., PressableModel]) -> Callable[...,
 def step_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What each forward of a single token was: modules or few kernels."""
     log: list[str] = []
-    few, modules = neox_step.NeoxStep.__call__, PressableModel.hidden_states
+    few, modules = gpt_neox_step.NeoxStep.__call__, PressableModel.hidden_states
 
     def few_kernels(self: Any, *args: Any) -> torch.Tensor:
         log.append("few")
@@ -226,7 +226,7 @@ def step_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             log.append("modules")
         return modules(self, tokens, **kwargs)
 
-    monkeypatch.setattr(neox_step.NeoxStep, "__call__", few_kernels)
+    monkeypatch.setattr(gpt_neox_step.NeoxStep, "__call__", few_kernels)
     monkeypatch.setattr(PressableModel, "hidden_states", by_modules)
     return log
 

@@ -14,12 +14,13 @@ from adapter_presses import PRESSES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress import linear_layers, runner
+from lm_eval_kvpress import runner
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import ReadingLayer
 from lm_eval_kvpress.encoding import encode_pairs
+from lm_eval_kvpress.models.fast import onednn_linear
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.telemetry import RollingScore
 
@@ -190,8 +191,8 @@ def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, mo
 def test_the_record_names_the_library_of_linear_layers(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, is_faster: bool, library: str
 ) -> None:
-    bounds = linear_layers.AMD_BOUNDS["AVX512"] if is_faster else linear_layers.NEVER
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: bounds)
+    bounds = onednn_linear.AMD_BOUNDS["AVX512"] if is_faster else onednn_linear.NEVER
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: bounds)
     assert ours(checkpoint_dir, press="none", dtype=dtype).describe()["linear_layers"] == library
 
 
@@ -208,7 +209,7 @@ def test_a_slow_dtype_is_asked_for_on_a_cpu(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], computes_in: torch.dtype
 ) -> None:
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(linear_layers, "warn_of_slow_dtype", asked.append)
+    monkeypatch.setattr(onednn_linear, "warn_of_slow_dtype", asked.append)
     ours(checkpoint_dir, press="none", **arguments)
     assert asked == [computes_in]
 

@@ -23,10 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_graph, decoding, grouped_attention, grouped_kernel, triton_support
+from lm_eval_kvpress import decode_graph, decoding
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.decoding import Sampler
 from lm_eval_kvpress.models import pressable
+from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 41))]

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, FillingLayer, LayerBuffers, LayerKV, empty_cache
-from lm_eval_kvpress.linear_layers import linear, quick_forwards
+from lm_eval_kvpress.models.fast.onednn_linear import linear, quick_forwards
 
 
 class Press(Protocol):
@@ -46,7 +46,7 @@ class PressableModel:
         presented: makes the context in which kvpress presses can hook the model.
         quickened: makes a context in which the model's own layers compute the same numbers faster.
         step_maker: what makes decoding steps that stand for the modules, for as long as no hook watches them
-            (`step_trial.StepMaker`); None where there is no such step.
+            (`trial.StepMaker`); None where there is no such step.
         made_of: what the newest step by modules was made of, for the record.
     """
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 
-from lm_eval_kvpress import triton_support
 from lm_eval_kvpress.cache.compressed import GrowingLayer
-from lm_eval_kvpress.neox_step import NeoxStep, why_not
+from lm_eval_kvpress.models.fast import triton_support
+from lm_eval_kvpress.models.fast.gpt_neox_step import NeoxStep, why_not
 
 logger = logging.getLogger("lm_eval_kvpress")
 

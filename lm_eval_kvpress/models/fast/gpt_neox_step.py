@@ -29,8 +29,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from lm_eval_kvpress.cache.compressed import GrowingLayer
-from lm_eval_kvpress.neox_forward import every_module_is_watched, has_plain_gelu
-from lm_eval_kvpress.triton_support import why_not_on
+from lm_eval_kvpress.models.fast.gpt_neox_forward import every_module_is_watched, has_plain_gelu
+from lm_eval_kvpress.models.fast.triton_support import why_not_on
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,7 +89,7 @@ def _is_plain_product(product: nn.Module) -> bool:
 
 
 class NeoxStep:
-    """One token per row through the model, over whole buffers; for the arguments see `step_trial.Batch`.
+    """One token per row through the model, over whole buffers; for the arguments see `trial.Batch`.
 
     What it returns is in a buffer that the next call overwrites.
     """
@@ -102,14 +102,14 @@ class NeoxStep:
         places: Sequence[torch.Tensor],
         side: torch.cuda.Stream | None,
     ) -> None:
-        from lm_eval_kvpress import decode_attention, decode_kernels
+        from lm_eval_kvpress.models.fast import triton_attention, triton_ops
 
-        self._kernels, self._body = decode_kernels, model.gpt_neox
+        self._kernels, self._body = triton_ops, model.gpt_neox
         self._layers, self._masks, self._places, self._side = layers, masks, places, side
         keys = layers[0].keys
         rows, heads, _, dim = keys.shape
         capacity = max(layer.capacity for layer in layers)
-        self._attention = decode_attention.Attention(rows, heads, dim, capacity, keys)
+        self._attention = triton_attention.Attention(rows, heads, dim, capacity, keys)
         self.kind: Hashable = (rows == 1, self._attention.block_spans)
         """Steps of one kind are made of the same kernels."""
         self._query = keys.new_empty(rows, heads, dim)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lm_eval_kvpress import triton_support
+from lm_eval_kvpress.models.fast import triton_support
 
 if TYPE_CHECKING:
-    from lm_eval_kvpress.decode_attention import Attention
+    from lm_eval_kvpress.models.fast.triton_attention import Attention
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -124,7 +124,7 @@ def _is_recording(device: torch.device) -> bool:
 
 
 def _attention(query: torch.Tensor, keys: torch.Tensor) -> Attention:
-    from lm_eval_kvpress.decode_attention import Attention
+    from lm_eval_kvpress.models.fast.triton_attention import Attention
 
     rows, heads, dim = query.shape
     return Attention(rows, heads, dim, keys.shape[2], query, per_key_head=heads // keys.shape[1])

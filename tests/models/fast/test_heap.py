@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from lm_eval_kvpress.heap import VARIABLES
+from lm_eval_kvpress.models.fast.heap import VARIABLES
 
 PROGRAM = """
 import ctypes, resource, sys
-from lm_eval_kvpress.heap import keep_freed_memory
+from lm_eval_kvpress.models.fast.heap import keep_freed_memory
 
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

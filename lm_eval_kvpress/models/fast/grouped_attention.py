@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from lm_eval_kvpress.grouped_kernel import GroupedKernel
+from lm_eval_kvpress.models.fast.grouped_kernel import GroupedKernel
 
 NAME = "kvpress_grouped"
 REPLACES = "sdpa"

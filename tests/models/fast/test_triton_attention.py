@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 
-from lm_eval_kvpress import decode_attention  # noqa: E402
+from lm_eval_kvpress.models.fast import triton_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -36,7 +36,7 @@ def difference(
     mask = torch.zeros(1, 1, 1, capacity, dtype=dtype, device=DEVICE)
     if hidden is not None:
         mask = mask.masked_fill(hidden[:, :, None].to(DEVICE), torch.finfo(dtype).min)
-    attend = decode_attention.Attention(rows, heads, DIM, capacity, query, per_key_head=group)
+    attend = triton_attention.Attention(rows, heads, DIM, capacity, query, per_key_head=group)
     found = attend(query, keys, values, mask, torch.tensor([place], device=DEVICE), DIM**-0.5)
     written = slice(0, place + 1)
     wanted = nn.functional.scaled_dot_product_attention(
@@ -56,8 +56,8 @@ def difference(
 def test_attends_to_what_is_written(
     rows: int, capacity: int, place: int, wanted_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_attention, "WANTED_BLOCKS", wanted_blocks)
-    monkeypatch.setattr(decode_attention, "LEAST_SPANS", 1)
+    monkeypatch.setattr(triton_attention, "WANTED_BLOCKS", wanted_blocks)
+    monkeypatch.setattr(triton_attention, "LEAST_SPANS", 1)
     assert difference(rows, capacity, place) < CLOSE[torch.float32]
 
 

@@ -13,8 +13,9 @@ from kvpress import SnapKVPress
 from references import largest_difference
 from torch import Tensor, nn
 
-from lm_eval_kvpress import head, linear_layers
-from lm_eval_kvpress.linear_layers import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
+from lm_eval_kvpress import head
+from lm_eval_kvpress.models.fast import onednn_linear
+from lm_eval_kvpress.models.fast.onednn_linear import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
 from lm_eval_kvpress.models.pressable import PressableModel, prefill
 from lm_eval_kvpress.scoring import Pack, score
 from lm_eval_kvpress.shared_prefill import SharedPrefills
@@ -27,16 +28,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The weights that oneDNN multiplied by, on a machine that is made to prefer it."""
     if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
         pytest.skip("this PyTorch has no oneDNN for x86")
-    assert linear_layers._operator_works(), "the operator is gone or has changed: linear_layers must follow"
+    assert onednn_linear._operator_works(), "the operator is gone or has changed: linear_layers must follow"
     weights: list[Tensor] = []
-    by_onednn = linear_layers._by_onednn
+    by_onednn = onednn_linear._by_onednn
 
     def recorded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weights.append(weight)
         return by_onednn(hidden, weight, bias)
 
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: AMD_BOUNDS["AVX512"])
-    monkeypatch.setattr(linear_layers, "_by_onednn", recorded)
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: AMD_BOUNDS["AVX512"])
+    monkeypatch.setattr(onednn_linear, "_by_onednn", recorded)
     with torch.inference_mode():
         yield weights
 
@@ -77,7 +78,7 @@ def test_code_is_generated_for_few_rows_and_for_large_products(
     width: int,
     goes_there: bool,
 ) -> None:
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: AMD_BOUNDS[instructions])
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: AMD_BOUNDS[instructions])
     hidden, weight = torch.randn(*rows, 512), torch.randn(width, 512) / 16
     product, expected = linear(hidden, weight, None), nn.functional.linear(hidden, weight)
     torch.testing.assert_close(product, expected, rtol=0, atol=TOLERANCE)
@@ -92,7 +93,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
     num_bytes: int,
 ) -> None:
     model = make_pressable()
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: Bounds(weight=0, product=0))
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: Bounds(weight=0, product=0))
     monkeypatch.setitem(head.TILE_BYTES, "cpu", num_bytes)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
@@ -108,7 +109,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
         2 * sum(layer.weight.numel() for layer in layers) - model.model.get_output_embeddings().weight.numel()
     ), "the prefill has no head"
     assert not any("forward" in layer.__dict__ for layer in layers)
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: NEVER)
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: NEVER)
     num_calls = len(calls)
     assert largest_difference(by_onednn, scores()) < TOLERANCE
     assert len(calls) == num_calls
@@ -158,7 +159,7 @@ def test_a_shared_prefill_multiplies_as_one_of_its_own(
     shared: bool,
 ) -> None:
     """Else a sweep could keep other entries than a single run, where scores are nearly tied."""
-    monkeypatch.setattr(linear_layers, "bounds_here", lambda: Bounds(weight=0, product=0))
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: Bounds(weight=0, product=0))
     model, context = make_pressable_llama(), tuple(range(1, 31))
     press = SnapKVPress(0.5, window_size=4)
     if shared:
@@ -208,9 +209,9 @@ def test_an_operator_that_is_absent_or_wrong_is_not_used(
             raise fault
         return nn.functional.linear(hidden, weight)  # the bias is lost
 
-    assert linear_layers._operator_works()
-    monkeypatch.setattr(linear_layers, "_by_onednn", faulty)
-    assert not linear_layers._operator_works()
+    assert onednn_linear._operator_works()
+    monkeypatch.setattr(onednn_linear, "_by_onednn", faulty)
+    assert not onednn_linear._operator_works()
 
 
 @pytest.mark.parametrize(
@@ -231,16 +232,16 @@ def test_a_known_processor_a_working_operator_and_the_user_decide(
     here = {"capability": "AVX512", "processor": "AuthenticAMD", "works": True, "mkl": True, "switch": "1", **changed}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here["capability"])
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: here["mkl"])
-    monkeypatch.setattr(linear_layers, "_processor", lambda: f"vendor_id\t: {here['processor']}")
-    monkeypatch.setattr(linear_layers, "_operator_works", lambda: here["works"])
-    monkeypatch.setenv(linear_layers.SWITCH, here["switch"])
-    assert linear_layers.bounds_here.__wrapped__() == bounds
+    monkeypatch.setattr(onednn_linear, "_processor", lambda: f"vendor_id\t: {here['processor']}")
+    monkeypatch.setattr(onednn_linear, "_operator_works", lambda: here["works"])
+    monkeypatch.setenv(onednn_linear.SWITCH, here["switch"])
+    assert onednn_linear.bounds_here.__wrapped__() == bounds
 
 
 def test_without_a_list_of_processors_their_name_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_layers, "Path", lambda _: Path("/no/such/file"))
+    monkeypatch.setattr(onednn_linear, "Path", lambda _: Path("/no/such/file"))
     monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
-    assert "AuthenticAMD" in linear_layers._processor()
+    assert "AuthenticAMD" in onednn_linear._processor()
 
 
 SLOW, QUICK = (lambda: False), (lambda: True)
@@ -271,7 +272,7 @@ def test_a_dtype_without_instructions_is_named_in_one_line(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bf16, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", fp16, raising=False)
-    linear_layers.warn_of_slow_dtype.__wrapped__(dtype)
+    onednn_linear.warn_of_slow_dtype.__wrapped__(dtype)
     assert len(caplog.messages) == (named is not None)
     assert named is None or f"no instructions for {named}:" in caplog.text and "dtype=float32" in caplog.text
 

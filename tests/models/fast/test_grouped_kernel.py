@@ -11,8 +11,8 @@ from triton_failures import REFUSALS
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 
-from lm_eval_kvpress import decode_attention, grouped_attention, grouped_kernel, triton_support  # noqa: E402
-from lm_eval_kvpress.grouped_kernel import GroupedKernel  # noqa: E402
+from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_attention, triton_support  # noqa: E402
+from lm_eval_kvpress.models.fast.grouped_kernel import GroupedKernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, HEADS, SHARED, CAPACITY, DIM = 2, 6, 2, 48, 16
@@ -30,13 +30,13 @@ def _asked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtype of each call of the kernel."""
     log: list[torch.dtype] = []
-    call = decode_attention.Attention.__call__
+    call = triton_attention.Attention.__call__
 
     def watched(self: Any, query: torch.Tensor, *args: Any) -> torch.Tensor:
         log.append(query.dtype)
         return call(self, query, *args)
 
-    monkeypatch.setattr(decode_attention.Attention, "__call__", watched)
+    monkeypatch.setattr(triton_attention.Attention, "__call__", watched)
     return log
 
 
@@ -149,7 +149,7 @@ def test_where_the_kernel_cannot_be_made_pytorchs_runs(
         raise error()
 
     expected, kernel = attended(never(), arguments(), monkeypatch), GroupedKernel()
-    monkeypatch.setattr(decode_attention.Attention, "__call__", fails)
+    monkeypatch.setattr(triton_attention.Attention, "__call__", fails)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         for _ in range(2):
             assert torch.equal(attended(kernel, arguments(), monkeypatch), expected)
@@ -208,14 +208,14 @@ def test_the_record_says_what_attended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_wrong_head_is_found(
     wrong: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    call, expected = decode_attention.Attention.__call__, attended(never(), arguments(), monkeypatch)
+    call, expected = triton_attention.Attention.__call__, attended(never(), arguments(), monkeypatch)
 
     def wrong_head(self: Any, *args: Any) -> torch.Tensor:
         found = call(self, *args).view(ROWS, HEADS, DIM).clone()
         found[1, 4] *= wrong
         return found
 
-    monkeypatch.setattr(decode_attention.Attention, "__call__", wrong_head)
+    monkeypatch.setattr(triton_attention.Attention, "__call__", wrong_head)
     kernel = GroupedKernel()
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         for _ in range(2):
@@ -240,7 +240,7 @@ def test_out_of_memory_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch) ->
         raise torch.OutOfMemoryError("full")
 
     kernel = GroupedKernel()
-    monkeypatch.setattr(decode_attention.Attention, "__call__", full)
+    monkeypatch.setattr(triton_attention.Attention, "__call__", full)
     with pytest.raises(torch.OutOfMemoryError):
         attended(kernel, arguments(), monkeypatch)
     assert not kernel._was_refused

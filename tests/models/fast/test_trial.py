@@ -11,7 +11,7 @@ import torch
 from neox_steps import NUM_NEW, decoded
 from triton_failures import REFUSALS
 
-from lm_eval_kvpress import neox_step, step_trial
+from lm_eval_kvpress.models.fast import gpt_neox_step, trial
 from lm_eval_kvpress.models.pressable import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
@@ -40,11 +40,11 @@ def test_a_kernel_that_does_nothing_is_found_out_and_the_modules_run(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from lm_eval_kvpress import decode_kernels
+    from lm_eval_kvpress.models.fast import triton_ops
 
     model = make_for_gpu(num_layers=2)
     expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(decode_kernels, kernel, lambda *args: None)
+    monkeypatch.setattr(triton_ops, kernel, lambda *args: None)
     step_calls.clear()
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert decoded(model) == expected
@@ -71,7 +71,7 @@ def test_where_kernels_cannot_be_made_the_modules_run(
 
     model = make_for_gpu(num_layers=1)
     expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(neox_step.NeoxStep, where, fails)
+    monkeypatch.setattr(gpt_neox_step.NeoxStep, where, fails)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         assert decoded(model) == expected
         assert decoded(model) == expected
@@ -89,7 +89,7 @@ def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
     model = make_for_gpu(num_layers=1)
     expected = decoded(model)
     assert model.step_maker() is not None
-    monkeypatch.setattr(neox_step.NeoxStep, "__call__", fails)
+    monkeypatch.setattr(gpt_neox_step.NeoxStep, "__call__", fails)
     assert decoded(model) == expected
     assert model.step_maker() is None
 
@@ -97,7 +97,7 @@ def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
 @pytest.mark.usefixtures("few_kernels_anywhere")
 @pytest.mark.parametrize("rows", [2, 300])
 def test_one_wrong_row_among_many_is_found(make_for_gpu: Callable[..., PressableModel], rows: int) -> None:
-    maker, expected = step_trial.StepMaker(make_for_gpu().model), torch.randn(rows, 64)
+    maker, expected = trial.StepMaker(make_for_gpu().model), torch.randn(rows, 64)
     found = expected.clone()
     found[1] *= 0.98
     maker.compare("some kind", found, expected)
@@ -106,7 +106,7 @@ def test_one_wrong_row_among_many_is_found(make_for_gpu: Callable[..., Pressable
 
 @pytest.mark.usefixtures("few_kernels_anywhere")
 def test_where_the_modules_overflow_nothing_is_settled(make_for_gpu: Callable[..., PressableModel]) -> None:
-    maker, expected = step_trial.StepMaker(make_for_gpu().model), torch.randn(2, 64)
+    maker, expected = trial.StepMaker(make_for_gpu().model), torch.randn(2, 64)
     expected[0, 3] = torch.inf
     maker.compare("some kind", expected, expected)
     assert maker() is not None and maker.needs_comparison("some kind")
@@ -121,7 +121,7 @@ def test_out_of_memory_is_left_to_the_caller_and_proves_nothing(
 
     model = make_for_gpu(num_layers=2)
     with monkeypatch.context() as patch:
-        patch.setattr(neox_step.NeoxStep, "__call__", full)
+        patch.setattr(gpt_neox_step.NeoxStep, "__call__", full)
         with pytest.raises(torch.OutOfMemoryError):
             decoded(model)
     assert decoded(model) == decoded(model, few_kernels=False)

@@ -9,7 +9,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 
-from lm_eval_kvpress import decode_kernels as kernels  # noqa: E402
+from lm_eval_kvpress.models.fast import triton_ops as kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress import neox_forward
 from lm_eval_kvpress.models import gpt_neox
-from lm_eval_kvpress.neox_forward import in_place
+from lm_eval_kvpress.models.fast import gpt_neox_forward
+from lm_eval_kvpress.models.fast.gpt_neox_forward import in_place
 
 MakeNeox = Callable[..., GPTNeoXForCausalLM]
 CONTEXT = torch.randint(1, 90, (2, 23), generator=torch.Generator().manual_seed(5))
@@ -177,11 +177,11 @@ def test_another_signature_keeps_transformers_forward(make_neox: MakeNeox, monke
         raise NotImplementedError
 
     model = make_neox()
-    neox_forward._has_known_arguments.cache_clear()
+    gpt_neox_forward._has_known_arguments.cache_clear()
     monkeypatch.setattr(modeling_gpt_neox.GPTNeoXAttention, "forward", older)
     with in_place(model):
         assert not any("forward" in layer.attention.__dict__ for layer in model.gpt_neox.layers)
-    neox_forward._has_known_arguments.cache_clear()
+    gpt_neox_forward._has_known_arguments.cache_clear()
 
 
 def test_training_keeps_transformers_forward(make_neox: MakeNeox) -> None:
@@ -208,7 +208,7 @@ def test_gradients_are_those_of_transformers(make_neox: MakeNeox) -> None:
 
 @pytest.fixture
 def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neox_forward, "LEAST_TOKENS", 2)
+    monkeypatch.setattr(gpt_neox_forward, "LEAST_TOKENS", 2)
 
 
 REPEATED = torch.randint(1, 12, (2, 23), generator=torch.Generator().manual_seed(6))
@@ -288,7 +288,7 @@ def test_all_rows_are_computed_where_that_saves_nothing(make_neox: MakeNeox, ids
     model = gpt_neox.prepare(make_neox())
     with in_place(model), pytest.MonkeyPatch.context() as patch:
         if ids is not REPEATED:
-            patch.setattr(neox_forward, "LEAST_TOKENS", 2)
+            patch.setattr(gpt_neox_forward, "LEAST_TOKENS", 2)
         rows, _ = rows_and_logits(model, ids)
     assert rows == [ids.numel()] * 6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_eval_kvpress import triton_support
+from lm_eval_kvpress.models.fast import triton_support
 
 
 @pytest.mark.parametrize(

@@ -38,19 +38,19 @@ from lm_eval_kvpress.compression import Compressor, ShortContextError
 from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.generation import StopStrings, sampler_for
-from lm_eval_kvpress.ledger import Ledger
 from lm_eval_kvpress.loading import CheckedHFLM
 from lm_eval_kvpress.models import gpt_neox, llama_like
 from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
+from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.records.meter import Meter, Recorder, RequestId
+from lm_eval_kvpress.records.totals import Ledger
 from lm_eval_kvpress.runner import Generation, Job, Runner
 from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
-from lm_eval_kvpress.stream_store import StreamStore
-from lm_eval_kvpress.telemetry import Clock
-from lm_eval_kvpress.throughput import Meter, Recorder, RequestId
-from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
 from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -474,7 +474,7 @@ class KVPress(CheckedHFLM):
         port = self._settings.metrics_port
         if port is not None:
             try:
-                from lm_eval_kvpress.metrics import MetricsServer  # needs an extra
+                from lm_eval_kvpress.records.prometheus import MetricsServer  # needs an extra
 
                 yield MetricsServer(port + self.rank)
             except ImportError as error:

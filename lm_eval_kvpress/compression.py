@@ -20,8 +20,8 @@ import torch
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import PressSpec
+from lm_eval_kvpress.records.clock import Clock, ContextRecord
 from lm_eval_kvpress.shared_prefill import SharedPrefills
-from lm_eval_kvpress.telemetry import Clock, ContextRecord
 
 Tokens = tuple[int, ...]
 

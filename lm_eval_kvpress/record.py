@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval_kvpress.arguments import Settings
 from lm_eval_kvpress.ranks import RankFacts
-from lm_eval_kvpress.telemetry import TaskTotals
+from lm_eval_kvpress.records.clock import TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")
 

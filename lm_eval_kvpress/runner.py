@@ -24,9 +24,9 @@ from lm_eval_kvpress.decoding import decode
 from lm_eval_kvpress.generation import sampler_for
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
+from lm_eval_kvpress.records.clock import Clock, ContextRecord
+from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.scoring import BranchScore, Pack, score
-from lm_eval_kvpress.telemetry import Clock, ContextRecord
-from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
 
 PACK_TOKENS = 4_096
 """At most so many continuation tokens are scored in one forward per context."""

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.models.fast.onednn_linear import quick_forwards
 from lm_eval_kvpress.models.pressable import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
-from lm_eval_kvpress.telemetry import Clock, PhaseTiming
+from lm_eval_kvpress.records.clock import Clock, PhaseTiming
 
 Tokens = tuple[int, ...]
 

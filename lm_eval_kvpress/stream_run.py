@@ -16,10 +16,10 @@ from lm_eval_kvpress import plan
 from lm_eval_kvpress.arguments import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
-from lm_eval_kvpress.stream_store import StreamStore
+from lm_eval_kvpress.records.clock import Clock, RollingScore, TaskTotals
+from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.streaming import StreamPlan, stream
-from lm_eval_kvpress.telemetry import Clock, RollingScore, TaskTotals
-from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
 
 
 @dataclass

@@ -26,7 +26,7 @@ from lm_eval_kvpress import plugin
 from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
 from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.identity import weights_fingerprint
-from lm_eval_kvpress.stream_store import write_whole
+from lm_eval_kvpress.records.loss_files import write_whole
 from lm_eval_kvpress.sweep_model import CellRun, SweepModel
 from lm_eval_kvpress.sweep_plan import Cell, SweepSettings, parse_settings
 from lm_eval_kvpress.sweep_store import SweepStore

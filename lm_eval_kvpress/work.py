@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lm_eval_kvpress import plan
-from lm_eval_kvpress.ledger import Ledger
+from lm_eval_kvpress.records.clock import RollingScore
+from lm_eval_kvpress.records.meter import RequestId
+from lm_eval_kvpress.records.totals import Ledger
 from lm_eval_kvpress.runner import Generated, Generation, Job, Runner, Scored
-from lm_eval_kvpress.telemetry import RollingScore
-from lm_eval_kvpress.throughput import RequestId
 
 logger = logging.getLogger("lm_eval_kvpress")
 

@@ -26,8 +26,8 @@ from lm_eval.api.instance import Instance
 
 from benchmark import estimate
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.telemetry import Clock
-from lm_eval_kvpress.throughput import Meter
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.meter import Meter
 
 STORIES = Path(__file__).resolve().parent.parent / "tasks" / "demo" / "stories"
 KINDS = ("with log", "without log", "without clock")

@@ -141,7 +141,7 @@ def file_name(title: str) -> str:
 def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Losses in nats of every setting, ``(books, tokens)``; what an earlier run finished is read."""
     from lm_eval_kvpress.adapter import KVPress
-    from lm_eval_kvpress.stream_store import StreamStore
+    from lm_eval_kvpress.records.loss_files import StreamStore
 
     lm = KVPress(pretrained=arguments.pretrained, device="cpu", dtype="float32")
     weights = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.stream_store import StreamStore
+from lm_eval_kvpress.records.loss_files import StreamStore
 
 NUM_DOCUMENTS = 20
 STREAMED = ([3.0] * 20 + [2.0] * 30, [1.0] * 40)  # losses of two documents

@@ -20,7 +20,7 @@ from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress import compression, decoding, plan, scoring, telemetry, work
+from lm_eval_kvpress import compression, decoding, plan, scoring, work
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
@@ -30,8 +30,9 @@ from lm_eval_kvpress.decode_steps import Steps
 from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.plugin import tasks_path
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
+from lm_eval_kvpress.records import clock
+from lm_eval_kvpress.records.clock import Clock, KeptTotals, RollingScore, TaskTotals
 from lm_eval_kvpress.scoring import _Layout
-from lm_eval_kvpress.telemetry import Clock, KeptTotals, RollingScore, TaskTotals
 from lm_eval_kvpress.verify import CHECKS
 
 DOCS = ROOT / "docs" / "correctness.md"
@@ -301,7 +302,7 @@ def _(patch: MonkeyPatch) -> None:
 
     def remember(self: TaskTotals, logprobs: Sequence[float], *, pressed: bool) -> None:
         scored(self, logprobs, pressed=pressed)
-        perplexity = telemetry.perplexity(sum(logprobs), len(logprobs))
+        perplexity = clock.perplexity(sum(logprobs), len(logprobs))
         of_windows.setdefault(id(self), []).append(perplexity or 0.0)
 
     def mean(self: TaskTotals) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval_kvpress import plugin
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.ranks import RankFacts, together, without_padding
-from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
-from lm_eval_kvpress.throughput_records import RunRecords
+from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
+from lm_eval_kvpress.records.timings import RunRecords
 
 TASKS = ["kvpress_story", "kvpress_recall", "kvpress_recall_gen"]
 SETTINGS = {"pretrained": "builtin", "press": "snapkv", "batch_size": 2}

@@ -11,7 +11,7 @@ import pytest
 from lm_eval_kvpress import record
 from lm_eval_kvpress.adapter import is_a_command
 from lm_eval_kvpress.arguments import parse_arguments
-from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
+from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from lm_eval_kvpress.telemetry import Clock, ContextRecord, KeptTotals, RollingScore, TaskTotals, perplexity
+from lm_eval_kvpress.records.clock import Clock, ContextRecord, KeptTotals, RollingScore, TaskTotals, perplexity
 
 CPU = torch.device("cpu")
 

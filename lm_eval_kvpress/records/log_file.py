@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from lm_eval_kvpress.throughput_records import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 CSV_HEADER = ",".join(field.name for field in fields(RequestRecord))
 JSONL_START = '{"record": "'

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from lm_eval_kvpress.telemetry import Clock, ContextRecord, PhaseTiming
-from lm_eval_kvpress.throughput_records import PERCENTILES, BatchRecord, RequestRecord, RunRecords
+from lm_eval_kvpress.records.clock import Clock, ContextRecord, PhaseTiming
+from lm_eval_kvpress.records.timings import PERCENTILES, BatchRecord, RequestRecord, RunRecords
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from lm_eval_kvpress.throughput_records import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 LOOPBACK = "127.0.0.1"
 PREFIX = "lm_eval_kvpress"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from lm_eval_kvpress.presses.spec import PressSpec
-from lm_eval_kvpress.telemetry import ContextRecord, TaskTotals
+from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
 
 
 class Ledger:

@@ -17,9 +17,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.telemetry import Clock, ContextRecord
-from lm_eval_kvpress.throughput import Meter, RequestId, RequestShare
-from lm_eval_kvpress.throughput_records import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.clock import Clock, ContextRecord
+from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
+from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 PARTS = ("prefill_sec", "press_sec", "score_sec", "decode_sec")
 LABELS = dict.fromkeys(("device", "dtype", "press", "protocol"), "-")

@@ -23,10 +23,10 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
-from lm_eval_kvpress.telemetry import Clock
-from lm_eval_kvpress.throughput import Meter
-from lm_eval_kvpress.throughput_log import LogError, ThroughputLog
-from lm_eval_kvpress.throughput_records import RequestRecord
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
+from lm_eval_kvpress.records.meter import Meter
+from lm_eval_kvpress.records.timings import RequestRecord
 
 
 def request(idx: int = 0) -> RequestRecord:

@@ -16,7 +16,7 @@ pytest.importorskip("prometheus_client", reason="needs the extra 'metrics'")
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from lm_eval_kvpress.metrics import MetricsServer
+from lm_eval_kvpress.records.prometheus import MetricsServer
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, auto_batch, identity, parity, plan, ranks, record
+from lm_eval_kvpress import answer_cache, identity, parity, ranks, record
 from lm_eval_kvpress.arguments import (
     Settings,
     UsageError,
@@ -34,10 +34,14 @@ from lm_eval_kvpress.arguments import (
     print_usage_errors_in_one_line,
     resolve_pretrained,
 )
-from lm_eval_kvpress.compression import Compressor, ShortContextError
-from lm_eval_kvpress.decode_graph import GraphRecorder
 from lm_eval_kvpress.encoding import encode_all, encode_pairs
-from lm_eval_kvpress.generation import StopStrings, sampler_for
+from lm_eval_kvpress.engine import batch_size, windows
+from lm_eval_kvpress.engine.compression import Compressor, ShortContextError
+from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.request_batches import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
+from lm_eval_kvpress.engine.runner import Generation, Job, Runner
+from lm_eval_kvpress.engine.sampling import StopStrings, sampler_for
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.loading import CheckedHFLM
 from lm_eval_kvpress.models import gpt_neox, llama_like
 from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
@@ -48,10 +52,7 @@ from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, Recorder, RequestId
 from lm_eval_kvpress.records.totals import Ledger
-from lm_eval_kvpress.runner import Generation, Job, Runner
-from lm_eval_kvpress.shared_prefill import SharedPrefills
 from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
-from lm_eval_kvpress.work import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -239,7 +240,7 @@ class KVPress(CheckedHFLM):
                     f"request {index} of task '{ids[index].task}' has {len(context)} context and {len(continuation)} "
                     f"continuation tokens; each needs at least 1, and a continuation at most {self.max_length}"
                 )
-            kept = plan.truncate_left(context, continuation, self.max_length)
+            kept = windows.truncate_left(context, continuation, self.max_length)
             truncated.append((kept, tuple(continuation)))
             if len(kept) < len(context):
                 cut.add((ids[index].task, tuple(context)))
@@ -309,10 +310,10 @@ class KVPress(CheckedHFLM):
             "seed": torch.initial_seed(),
         }
 
-    def _windows(self, tokens: Sequence[int]) -> Iterator[plan.Window]:
+    def _windows(self, tokens: Sequence[int]) -> Iterator[windows.Window]:
         if self._settings.rolling == "one_pass":
-            return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
-        return plan.prefix_windows(tokens, self.prefix_token_id, *self._rolling_window)
+            return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+        return windows.prefix_windows(tokens, self.prefix_token_id, *self._rolling_window)
 
     @of_own_requests
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -423,8 +424,8 @@ class KVPress(CheckedHFLM):
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is room for."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
-        free, decodes = auto_batch.free_bytes(self._press_model.device), work.request_type == "generate_until"
-        return self.max_batch_size, auto_batch.tokens_per_batch(self._press_model, press, free, decodes=decodes)
+        free, decodes = batch_size.free_bytes(self._press_model.device), work.request_type == "generate_until"
+        return self.max_batch_size, batch_size.tokens_per_batch(self._press_model, press, free, decodes=decodes)
 
     def _autocast(self) -> Any:
         if self.mixed_precision_dtype is None:

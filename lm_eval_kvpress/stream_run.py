@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from lm_eval_kvpress import plan
 from lm_eval_kvpress.arguments import Settings
+from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
 from lm_eval_kvpress.records.clock import Clock, RollingScore, TaskTotals
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
-from lm_eval_kvpress.streaming import StreamPlan, stream
 
 
 @dataclass
@@ -86,7 +86,7 @@ class StreamRun:
         todo = [document for document in documents if not document.is_finished]
         todo.sort(key=lambda document: -len(document.tokens))
         bar.total = sum(len(document.tokens) for document in todo)
-        for batch in plan.batches(todo, batch_size, lambda document: len(document.tokens)):
+        for batch in windows.batches(todo, batch_size, lambda document: len(document.tokens)):
             self._run_batch(batch, bar)
 
     def _run_batch(self, batch: Sequence[StreamedDocument], bar: tqdm[None]) -> None:

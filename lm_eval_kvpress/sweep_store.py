@@ -21,10 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.engine.runner import Generated, Scored
+from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.records.clock import ContextRecord
 from lm_eval_kvpress.records.loss_files import write_whole
-from lm_eval_kvpress.runner import Generated, Scored
-from lm_eval_kvpress.scoring import BranchScore
 
 Outcome = Scored | Generated
 

@@ -39,13 +39,13 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Pretr
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import resolve_pretrained
-from lm_eval_kvpress.compression import Compressor
-from lm_eval_kvpress.decode_graph import GraphRecorder
+from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.runner import Generation, Job, Runner
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
-from lm_eval_kvpress.runner import Generation, Job, Runner
 
 PRESSES = "none,snapkv,streaming_llm,pyramidkv"
 TASKS = Path(__file__).resolve().parent.parent / "tasks"

@@ -27,7 +27,7 @@ import torch
 
 if TYPE_CHECKING:
     from lm_eval_kvpress.adapter import KVPress
-    from lm_eval_kvpress.streaming import ChunkLosses
+    from lm_eval_kvpress.engine.streaming import ChunkLosses
 
 CHUNK = 64
 INSIDE, FAR = slice(1024, 2048), slice(10_000, 20_000)
@@ -99,9 +99,9 @@ def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[
 
 def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
     """The texts side by side, streamed."""
+    from lm_eval_kvpress.engine.streaming import StreamPlan, stream
     from lm_eval_kvpress.presses.spec import parse_press
     from lm_eval_kvpress.presses.streaming import for_stream
-    from lm_eval_kvpress.streaming import StreamPlan, stream
 
     assert setting.press is not None
     press = for_stream(parse_press(setting.press, {}), setting.budget, CHUNK)

@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     from lm_eval_kvpress.adapter import KVPress
-    from lm_eval_kvpress.streaming import StreamPlan, stream
+    from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 
     lm = KVPress(pretrained=arguments.pretrained, device="cpu")
     generator = torch.Generator().manual_seed(0)

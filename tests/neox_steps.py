@@ -11,8 +11,8 @@ import torch
 from references import PRESSES, REROTATES, distinct_tokens
 from transformers import LogitsProcessorList
 
-from lm_eval_kvpress import decode_graph, decoding
 from lm_eval_kvpress.cache.compressed import stack
+from lm_eval_kvpress.engine import cuda_graph, decoding
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -31,7 +31,7 @@ def decoded(
     rows: int = 3,
     *,
     few_kernels: bool = True,
-    record: decode_graph.Recorder = as_it_is,
+    record: cuda_graph.Recorder = as_it_is,
     num_new: int = NUM_NEW,
 ) -> list[list[int]]:
     """The new tokens of the first ``rows`` prompts under a press of `PRESSES`."""

@@ -20,19 +20,19 @@ from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress import compression, decoding, plan, scoring, work
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
-from lm_eval_kvpress.compression import Compressor
-from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.engine import compression, decoding, request_batches, scoring, windows
+from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.decode_state import Steps
+from lm_eval_kvpress.engine.scoring import _Layout
 from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.plugin import tasks_path
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records import clock
 from lm_eval_kvpress.records.clock import Clock, KeptTotals, RollingScore, TaskTotals
-from lm_eval_kvpress.scoring import _Layout
 from lm_eval_kvpress.verify import CHECKS
 
 DOCS = ROOT / "docs" / "correctness.md"
@@ -217,8 +217,8 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("one forward per window", "no press can act: every press gets the figure of none", "action")
 def _(patch: MonkeyPatch) -> None:
-    def one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[plan.Window]:
-        return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+    def one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[windows.Window]:
+        return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
 
     patch.setattr(KVPress, "_windows", one_pass)
 
@@ -278,13 +278,13 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("first token dropped", "the hardest token of every document is missing", "parity")
 def _(patch: MonkeyPatch) -> None:
-    windows = plan.one_pass_windows
-    patch.setattr(plan, "one_pass_windows", lambda tokens, prefix, length: windows(tokens[1:], tokens[0], length))
+    windows = windows.one_pass_windows
+    patch.setattr(windows, "one_pass_windows", lambda tokens, prefix, length: windows(tokens[1:], tokens[0], length))
 
 
 @fault("unweighted mean over windows", "the short last window counts like a full one", "parity")
 def _(patch: MonkeyPatch) -> None:
-    rolling_score = work._rolling_score
+    rolling_score = request_batches._rolling_score
 
     def of_means(scored: Sequence[Any]) -> RollingScore:
         score = rolling_score(scored)
@@ -292,7 +292,7 @@ def _(patch: MonkeyPatch) -> None:
         total = score.num_tokens * sum(means) / len(means)
         return RollingScore(total, score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed)
 
-    patch.setattr(work, "_rolling_score", of_means)
+    patch.setattr(request_batches, "_rolling_score", of_means)
 
 
 @fault("mean of the windows' perplexities", "perplexity in the record is a mean of exponentials", "records")
@@ -317,9 +317,9 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     windows = KVPress._windows
 
-    def baseline_in_one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[plan.Window]:
+    def baseline_in_one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[windows.Window]:
         if self._settings.press.is_none:
-            return plan.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+            return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
         return windows(self, tokens)
 
     patch.setattr(KVPress, "_windows", baseline_in_one_pass)
@@ -336,7 +336,7 @@ def _(patch: MonkeyPatch) -> None:
             row += [0] * (kwargs["max_new_tokens"] - len(row))
         return found
 
-    patch.setattr("lm_eval_kvpress.runner.decode", padded)
+    patch.setattr("lm_eval_kvpress.engine.runner.decode", padded)
 
 
 @fault("prefill and scoring timed as one", "the cost of the press is hidden in tokens per second", "records")

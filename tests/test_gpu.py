@@ -18,8 +18,8 @@ from conftest import tiny_tokenizer
 from lm_eval.api.instance import Instance
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lm_eval_kvpress import auto_batch
 from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.engine import batch_size
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected, _ = answered(wide, kind, 1)
-    monkeypatch.setattr(auto_batch, "SHARE_OF_FREE", 50)
+    monkeypatch.setattr(batch_size, "SHARE_OF_FREE", 50)
     with caplog.at_level(logging.WARNING):
         found, _ = answered(wide, kind, "auto")
     assert_equal(found, expected)

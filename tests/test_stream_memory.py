@@ -8,8 +8,8 @@ import pytest
 import torch
 from kvpress import StreamingLLMPress, TOVAPress
 
+from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.streaming import StreamPlan, stream
 
 BUDGET, CHUNK = 24, 8
 

@@ -22,9 +22,9 @@ from repository import ROOT
 from lm_eval_kvpress import cli, sweep
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError
+from lm_eval_kvpress.engine.runner import Generated, Scored
+from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.records.clock import ContextRecord
-from lm_eval_kvpress.runner import Generated, Scored
-from lm_eval_kvpress.scoring import BranchScore
 from lm_eval_kvpress.sweep_model import CellRun
 from lm_eval_kvpress.sweep_plan import parse_settings
 from lm_eval_kvpress.sweep_store import CellStore, SweepStore

@@ -13,12 +13,12 @@ from references import MASKS, PRESSES, REROTATES, distinct_tokens, kept_by_press
 from torch import Tensor, nn
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress import scoring
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.engine import scoring
+from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import parse_press
-from lm_eval_kvpress.scoring import Pack
 
 MakePressable = Callable[..., PressableModel]
 TOLERANCE = 2e-5

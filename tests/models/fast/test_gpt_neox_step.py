@@ -12,7 +12,7 @@ import torch
 from neox_steps import NUM_NEW, decoded, kernels_after_trial
 from torch import nn
 
-from lm_eval_kvpress import decode_graph
+from lm_eval_kvpress.engine import cuda_graph
 from lm_eval_kvpress.models.fast import trial, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -177,7 +177,7 @@ def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
     for _ in range(3):
         eager = decoded(model, rows=rows, num_new=20)
         step_calls.clear()
-        assert decoded(model, rows=rows, num_new=20, record=decode_graph.cuda_graph) == eager
+        assert decoded(model, rows=rows, num_new=20, record=cuda_graph.cuda_graph) == eager
         assert step_calls[-1] == "few", "what was captured"
         if dtype == torch.float32:
             assert eager == decoded(model, rows=rows, num_new=20, few_kernels=False)

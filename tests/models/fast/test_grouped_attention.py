@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.engine.decode_state import Steps
 from lm_eval_kvpress.models import llama_like
 from lm_eval_kvpress.models.fast import grouped_attention
 from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill

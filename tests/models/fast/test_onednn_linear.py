@@ -13,12 +13,12 @@ from kvpress import SnapKVPress
 from references import largest_difference
 from torch import Tensor, nn
 
-from lm_eval_kvpress import head
+from lm_eval_kvpress.engine import token_logprobs
+from lm_eval_kvpress.engine.scoring import Pack, score
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.fast import onednn_linear
 from lm_eval_kvpress.models.fast.onednn_linear import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
 from lm_eval_kvpress.models.pressable import PressableModel, prefill
-from lm_eval_kvpress.scoring import Pack, score
-from lm_eval_kvpress.shared_prefill import SharedPrefills
 
 TOLERANCE = 1e-5  # 40 products of normal numbers are rounded to 1e-6
 
@@ -94,7 +94,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
 ) -> None:
     model = make_pressable()
     monkeypatch.setattr(onednn_linear, "bounds_here", lambda: Bounds(weight=0, product=0))
-    monkeypatch.setitem(head.TILE_BYTES, "cpu", num_bytes)
+    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", num_bytes)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
     def scores() -> list[float]:

@@ -18,7 +18,7 @@ SHARE_OF_FREE = 0.8
 ACTIVATIONS_PER_TOKEN = 40
 """Numbers per token and hidden dimension alive in one layer's forward: residual, fused QKV, attention, the
 feed-forward's inner width before and after its activation, and copies. A batch too large all the same is halved
-(`work.in_halves`)."""
+(`request_batches.in_halves`)."""
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -11,10 +11,10 @@ import torch
 from references import PRESSES, distinct_tokens
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from lm_eval_kvpress import decoding
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
-from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
-from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import decoding
+from lm_eval_kvpress.engine.decode_budget import DecodingPlan, Keeper
+from lm_eval_kvpress.engine.decoding import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import ratio_that_keeps

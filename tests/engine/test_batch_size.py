@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lm_eval_kvpress.auto_batch import ACTIVATIONS_PER_TOKEN, CPU_TOKENS, SHARE_OF_FREE, free_bytes, tokens_per_batch
+from lm_eval_kvpress.engine.batch_size import (
+    ACTIVATIONS_PER_TOKEN,
+    CPU_TOKENS,
+    SHARE_OF_FREE,
+    free_bytes,
+    tokens_per_batch,
+)
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import parse_press
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.engine.decode_state import Steps
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logger = logging.getLogger("lm_eval_kvpress")

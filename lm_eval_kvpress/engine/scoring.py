@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, reading_cache
-from lm_eval_kvpress.head import token_scores
+from lm_eval_kvpress.engine.token_logprobs import token_scores
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask, prefill_hidden
 
 

@@ -17,9 +17,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.loss_files import StreamStore
-from lm_eval_kvpress.streaming import StreamPlan, stream
 
 BUDGET = 20
 

@@ -29,11 +29,11 @@ from references import (
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress import scoring
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, stack
+from lm_eval_kvpress.engine import scoring
+from lm_eval_kvpress.engine.scoring import BranchScore, Pack
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.scoring import BranchScore, Pack
 
 TOLERANCE = 2e-5
 WRONG = 1e-2  # a fault moves some log-probability by more than this

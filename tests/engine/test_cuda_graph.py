@@ -23,9 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_graph, decoding
 from lm_eval_kvpress.cache.compressed import stack
-from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import cuda_graph, decoding
+from lm_eval_kvpress.engine.decoding import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -161,9 +161,9 @@ def test_stop_ids_end_rows_of_a_recorded_run(model: PressableModel) -> None:
 def test_no_tensor_of_a_step_moves(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses and shapes of all that attention, embedding and head are given, step by step."""
     seen: list[list[tuple[int, Any]]] = []
-    call = decode_graph.StaticStep.__call__
+    call = cuda_graph.StaticStep.__call__
 
-    def watched(self: decode_graph.StaticStep) -> None:
+    def watched(self: cuda_graph.StaticStep) -> None:
         call(self)
         steps = self._steps
         held = [self._tokens, self._positions, self._column, self._step, self._ids, *self._places.values()]
@@ -171,7 +171,7 @@ def test_no_tensor_of_a_step_moves(model: PressableModel, monkeypatch: pytest.Mo
         held += [bias for bias in steps.biases if bias is not None]
         seen.append([(t.data_ptr(), t.shape) for t in held])
 
-    monkeypatch.setattr(decode_graph.StaticStep, "__call__", watched)
+    monkeypatch.setattr(cuda_graph.StaticStep, "__call__", watched)
     decoded(model, "pyramidkv", [1] * len(CONTEXTS), record=run_as_it_is)
     assert len(seen) == NUM_NEW - 1 and all(step == seen[0] for step in seen)
 
@@ -196,7 +196,7 @@ def test_warms_up_then_records_once_then_replays() -> None:
         log.append("record")
         return lambda: log.append("replay")
 
-    repeated = decode_graph.Repeated(lambda: log.append("run"), record)
+    repeated = cuda_graph.Repeated(lambda: log.append("run"), record)
     for _ in range(5):
         repeated()
     assert log == ["run", "record", "replay", "replay", "replay", "replay"]
@@ -204,9 +204,9 @@ def test_warms_up_then_records_once_then_replays() -> None:
 
 @pytest.fixture
 def _says_again() -> Iterator[None]:
-    decode_graph._say_once.cache_clear()
+    cuda_graph._say_once.cache_clear()
     yield
-    decode_graph._say_once.cache_clear()
+    cuda_graph._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -225,16 +225,16 @@ def test_what_cannot_be_recorded_is_said_once_and_not_tried_again(
         finally:
             raise RuntimeError("capture failed due to an error before")  # as the end of a capture says
 
-    monkeypatch.setattr(decode_graph, "cuda_graph", refuse)
-    graphs, log = decode_graph.GraphRecorder(on_gpu), list[str]()
+    monkeypatch.setattr(cuda_graph, "cuda_graph", refuse)
+    graphs, log = cuda_graph.GraphRecorder(on_gpu), list[str]()
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         record = graphs.for_steps(100)
         assert record is graphs
-        repeated = decode_graph.Repeated(lambda: log.append("run"), record)
+        repeated = cuda_graph.Repeated(lambda: log.append("run"), record)
         for _ in range(4):
             repeated()
         assert graphs.for_steps(100) is None
-        decode_graph.GraphRecorder(on_gpu)(lambda: None)
+        cuda_graph.GraphRecorder(on_gpu)(lambda: None)
     assert log == ["run"] * 4
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith("without a CUDA graph: operation not permitted when stream is capturing")
@@ -265,7 +265,7 @@ def test_a_broken_capture_gives_stream_and_random_numbers_back(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     with pytest.raises(RuntimeError, match="not permitted"):
-        decode_graph.cuda_graph(broken)
+        cuda_graph.cuda_graph(broken)
     assert current == ["the caller's", "as before"]
 
 
@@ -279,9 +279,9 @@ def test_out_of_memory_is_left_to_the_caller(on_gpu: PressableModel, monkeypatch
         finally:
             raise RuntimeError("capture failed due to an error before")
 
-    graphs = decode_graph.GraphRecorder(on_gpu)
+    graphs = cuda_graph.GraphRecorder(on_gpu)
     for record in (full, full_in_a_capture):
-        monkeypatch.setattr(decode_graph, "cuda_graph", record)
+        monkeypatch.setattr(cuda_graph, "cuda_graph", record)
         with pytest.raises(torch.OutOfMemoryError, match="full"):
             graphs(lambda: None)
         assert graphs.for_steps(100) is graphs, "a smaller batch may be recorded"
@@ -296,33 +296,33 @@ def test_it_is_known_how_the_steps_of_the_newest_batch_were_made(
     def step() -> None:
         pass
 
-    graphs = decode_graph.GraphRecorder(on_gpu)
+    graphs = cuda_graph.GraphRecorder(on_gpu)
     assert graphs.for_steps(2) is None and graphs.newest == "modules"
     assert graphs.for_steps(0) is None and graphs.newest is None, "no step"
     assert graphs.for_steps(100, is_compressed=True) is None and graphs.newest == "modules"
     assert graphs.for_steps(100) is graphs and graphs.newest is None, "it may end before a record"
-    monkeypatch.setattr(decode_graph, "cuda_graph", lambda step: step)
+    monkeypatch.setattr(cuda_graph, "cuda_graph", lambda step: step)
     graphs(step)
     assert graphs.newest == "modules, CUDA graph"
     step.kernels = "few kernels"  # type: ignore[attr-defined]
     graphs(step)
     assert graphs.newest == "few kernels, CUDA graph"
-    monkeypatch.setattr(decode_graph, "cuda_graph", refuse)
+    monkeypatch.setattr(cuda_graph, "cuda_graph", refuse)
     graphs(step)
     assert graphs.newest == "few kernels"
     assert graphs.for_steps(100) is None and graphs.newest == "modules", "after a failed capture"
 
 
 def test_a_generation_too_short_for_a_record_is_not_recorded(on_gpu: PressableModel) -> None:
-    least = decode_graph.NUM_WARM_UP + decode_graph.LEAST_REPLAYS
-    graphs = decode_graph.GraphRecorder(on_gpu)
+    least = cuda_graph.NUM_WARM_UP + cuda_graph.LEAST_REPLAYS
+    graphs = cuda_graph.GraphRecorder(on_gpu)
     assert graphs.for_steps(least - 1) is None and graphs.for_steps(least) is graphs
 
 
 def test_on_a_cpu_the_growing_cache_is_used_and_nothing_is_said(
     model: PressableModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert decode_graph.GraphRecorder(model).for_steps(1000) is None
+    assert cuda_graph.GraphRecorder(model).for_steps(1000) is None
     assert not caplog.records
 
 
@@ -330,9 +330,9 @@ def test_rotary_embeddings_that_look_at_the_host_are_not_recorded(
     make_pressable: Callable[..., PressableModel],
 ) -> None:
     model = make_pressable()
-    assert decode_graph.why_not_recorded(model) == ""
+    assert cuda_graph.why_not_recorded(model) == ""
     model.model.base_model.rotary_emb.rope_type = "dynamic"
-    assert "positions on the host" in decode_graph.why_not_recorded(model)
+    assert "positions on the host" in cuda_graph.why_not_recorded(model)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a real CUDA graph")
@@ -346,7 +346,7 @@ def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
     model = make_pressable()
     model.model.to("cuda")
     for sampler in (GREEDY, SAMPLING):
-        found = decoded(model, name, [1] * 5, sampler, record=decode_graph.cuda_graph)
+        found = decoded(model, name, [1] * 5, sampler, record=cuda_graph.cuda_graph)
         assert found == decoded(model, name, [1] * 5, sampler)
     assert model.step_maker() is not None, "the few kernels agreed"
 
@@ -368,7 +368,7 @@ def test_heads_that_share_keys_are_attended_by_the_kernel(
     model.model.to("cuda" if on_gpu else "cpu")
     expected = decoded(model, name, held)
     assert model.made_of() == "modules", "of a cache that grows"
-    assert decoded(model, name, held, record=decode_graph.cuda_graph if on_gpu else run_as_it_is) == expected
+    assert decoded(model, name, held, record=cuda_graph.cuda_graph if on_gpu else run_as_it_is) == expected
     assert model.made_of() == "modules, grouped kernel"
 
 
@@ -376,11 +376,11 @@ def test_heads_that_share_keys_are_attended_by_the_kernel(
 def test_after_a_broken_capture_the_device_works_on() -> None:  # pragma: no cover
     stream, tensor = torch.cuda.current_stream(), torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError):
-        decode_graph.cuda_graph(lambda: tensor.add_(1).sum().item())
+        cuda_graph.cuda_graph(lambda: tensor.add_(1).sum().item())
     assert torch.cuda.current_stream() == stream
     torch.cuda.empty_cache()
     torch.manual_seed(5)
     drawn = torch.rand(3, device="cuda")
-    decode_graph.cuda_graph(lambda: tensor.add_(1))()
+    cuda_graph.cuda_graph(lambda: tensor.add_(1))()
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3, device="cuda"), drawn) and drawn.isfinite().all()

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.engine.streaming import Scorer, highest
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.streaming import Scorer, highest
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.decode_graph import Recorder, Repeated, StaticStep
-from lm_eval_kvpress.decode_press import Keeper
-from lm_eval_kvpress.decode_steps import Steps
+from lm_eval_kvpress.engine.cuda_graph import Recorder, Repeated, StaticStep
+from lm_eval_kvpress.engine.decode_budget import Keeper
+from lm_eval_kvpress.engine.decode_state import Steps
 from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill_hidden
 
 

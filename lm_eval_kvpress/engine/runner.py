@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress import plan
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.compression import Compressor
-from lm_eval_kvpress.decode_graph import GraphRecorder
-from lm_eval_kvpress.decode_press import DecodingPlan, Keeper
-from lm_eval_kvpress.decoding import decode
-from lm_eval_kvpress.generation import sampler_for
+from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.decode_budget import DecodingPlan, Keeper
+from lm_eval_kvpress.engine.decoding import decode
+from lm_eval_kvpress.engine.sampling import sampler_for
+from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.records.clock import Clock, ContextRecord
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
-from lm_eval_kvpress.scoring import BranchScore, Pack, score
 
 PACK_TOKENS = 4_096
 """At most so many continuation tokens are scored in one forward per context."""
@@ -84,7 +84,7 @@ class Generation:
     """How prompts are continued.
 
     Attributes:
-        options: arguments of `generation.sampler_for`.
+        options: arguments of `sampling.sampler_for`.
         max_new_tokens: tokens per prompt, at most.
         stop_ids: token ids that end a text.
         stopped: tells from the new tokens, ``(B, n)``, which texts are complete.
@@ -121,14 +121,14 @@ class Runner:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
 
-    def score_groups(self, groups: Sequence[plan.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
+    def score_groups(self, groups: Sequence[windows.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores all continuations of each context, which is prefilled once.
 
         Args:
             ids: of all requests; a group's ``members`` are places in it.
         """
         self.meter.start()
-        split = [list(plan.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
+        split = [list(windows.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
         longest = max(
             sum(len(group.continuations[index]) for index in pack)
             for group, packs in zip(groups, split, strict=True)
@@ -155,7 +155,7 @@ class Runner:
         self.meter.batch("loglikelihood", len(groups), shares)
         return _scored(scores, batch.pressed, batch.records)
 
-    def score_windows(self, windows: Sequence[plan.Window], ids: Sequence[RequestId]) -> list[Scored]:
+    def score_windows(self, windows: Sequence[windows.Window], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores the targets of windows that are all pressed, or all plain. One id per window."""
         self.meter.start()
         contexts = [window.context for window in windows]

@@ -16,11 +16,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lm_eval_kvpress import plan
+from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.runner import Generated, Generation, Job, Runner, Scored
 from lm_eval_kvpress.records.clock import RollingScore
 from lm_eval_kvpress.records.meter import RequestId
 from lm_eval_kvpress.records.totals import Ledger
-from lm_eval_kvpress.runner import Generated, Generation, Job, Runner, Scored
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -67,7 +67,7 @@ class LikelihoodWork:
     request_type, splits_requests = "loglikelihood", False
 
     def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
-        self._groups, self._ids = plan.group_by_context(pairs), ids
+        self._groups, self._ids = windows.group_by_context(pairs), ids
 
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))
@@ -107,7 +107,7 @@ class RollingWork:
 
     request_type, splits_requests = "loglikelihood_rolling", True
 
-    def __init__(self, windows: Sequence[Sequence[plan.Window]], ids: Sequence[RequestId]) -> None:
+    def __init__(self, windows: Sequence[Sequence[windows.Window]], ids: Sequence[RequestId]) -> None:
         """One sequence of windows per document."""
         items = [(index, window) for index, of_one in enumerate(windows) for window in of_one]
         items.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
@@ -198,7 +198,7 @@ class GenerationWork:
 def batches(work: Work[Any], max_items: int, max_tokens: int | None) -> Iterator[list[int]]:
     """Items that run together: at most so many, of at most so many padded tokens."""
     for segment in work.segments():
-        yield from plan.batches(segment, max_items, work.length, max_tokens)
+        yield from windows.batches(segment, max_items, work.length, max_tokens)
 
 
 def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int]) -> list[Outcome]:

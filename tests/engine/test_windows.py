@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lm_eval_kvpress import plan
+from lm_eval_kvpress.engine import windows
 
 LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 40, 41]
 
@@ -15,7 +15,7 @@ LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 40, 41]
 def test_one_pass_windows_are_those_of_stock_lm_eval(length: int, max_length: int) -> None:
     tokens = list(range(100, 100 + length))
     stock = map(make_disjoint_window, get_rolling_token_windows(tokens, 0, max_length, 1))
-    ours = [(list(w.context), list(w.targets)) for w in plan.one_pass_windows(tokens, 0, max_length)]
+    ours = [(list(w.context), list(w.targets)) for w in windows.one_pass_windows(tokens, 0, max_length)]
     assert ours == [(list(context), list(targets)) for context, targets in stock]
 
 
@@ -23,7 +23,7 @@ def test_one_pass_windows_are_those_of_stock_lm_eval(length: int, max_length: in
 @pytest.mark.parametrize(("context", "score"), [(1, 1), (4, 4), (4, 9), (8, 3), (64, 64)])
 def test_prefix_windows_score_every_token_once_after_its_own_past(length: int, context: int, score: int) -> None:
     tokens = list(range(100, 100 + length))
-    windows = list(plan.prefix_windows(tokens, 0, context, score))
+    windows = list(windows.prefix_windows(tokens, 0, context, score))
     assert [token for window in windows for token in window.targets] == tokens
     place = 0
     for window in windows:
@@ -36,20 +36,20 @@ def test_prefix_windows_score_every_token_once_after_its_own_past(length: int, c
 
 
 def test_an_empty_document_has_no_windows() -> None:
-    assert list(plan.one_pass_windows([], 0, 8)) == []
-    assert list(plan.prefix_windows([], 0, 4, 4)) == []
+    assert list(windows.one_pass_windows([], 0, 8)) == []
+    assert list(windows.prefix_windows([], 0, 4, 4)) == []
 
 
 def test_truncation_keeps_the_end_of_the_context_as_stock_does() -> None:
     context, continuation = list(range(20)), [90, 91, 92]
     stock = (context + continuation)[-(10 + 1) :]
-    assert [*plan.truncate_left(context, continuation, 10), *continuation] == stock
-    assert plan.truncate_left([1, 2], continuation, 10) == (1, 2)
+    assert [*windows.truncate_left(context, continuation, 10), *continuation] == stock
+    assert windows.truncate_left([1, 2], continuation, 10) == (1, 2)
 
 
 def test_groups_share_contexts_and_lose_no_request() -> None:
     pairs = [((1, 2), (5,)), ((3,), (6,)), ((1, 2), (7, 8)), ((1, 2), (5,))]
-    groups = plan.group_by_context(pairs)
+    groups = windows.group_by_context(pairs)
     assert [group.context for group in groups] == [(1, 2), (3,)]
     assert groups[0].members == (0, 2, 3)
     assert groups[0].continuations == ((5,), (7, 8), (5,))
@@ -59,7 +59,7 @@ def test_groups_share_contexts_and_lose_no_request() -> None:
 @pytest.mark.parametrize("max_tokens", [None, 1, 12, 10_000])
 def test_batches_keep_order_and_limits(size: int, max_tokens: int | None) -> None:
     items = [9, 7, 7, 5, 3, 3, 3, 1]
-    batches = list(plan.batches(items, size, lambda item: item, max_tokens))
+    batches = list(windows.batches(items, size, lambda item: item, max_tokens))
     assert [item for batch in batches for item in batch] == items
     for batch in batches:
         assert len(batch) <= size
@@ -68,5 +68,5 @@ def test_batches_keep_order_and_limits(size: int, max_tokens: int | None) -> Non
 
 def test_packs_keep_order_and_limit() -> None:
     lengths = [5, 5, 5, 20, 1]
-    packs = list(plan.packs(lengths, 10))
+    packs = list(windows.packs(lengths, 10))
     assert packs == [[0, 1], [2], [3], [4]]

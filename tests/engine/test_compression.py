@@ -9,13 +9,13 @@ import pytest
 import torch
 from references import distinct_tokens
 
-from lm_eval_kvpress import compression
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.compression import CompressedBatch, Compressor
+from lm_eval_kvpress.engine import compression
+from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.records.clock import Clock
-from lm_eval_kvpress.shared_prefill import SharedPrefills
 
 LENGTHS = (90, 41, 41, 30, 41, 0, 41, 5, 30)  # the first alone is more than what is allowed below
 CONTEXTS = [tuple(distinct_tokens(length, 211, seed)) + (7,) for seed, length in enumerate(LENGTHS)]

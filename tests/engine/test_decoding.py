@@ -30,9 +30,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress import decode_steps, decoding
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
-from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine import decode_state, decoding
+from lm_eval_kvpress.engine.decoding import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -424,5 +424,5 @@ def test_fault_last_prompt_token_fed_twice(subject: Subject) -> None:
 def test_fault_padding_of_a_ragged_batch_attended(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [decoded(subject.model, [context], "snapkv")[0] for context in CONTEXTS]
     assert decoded(subject.model, CONTEXTS, "snapkv") == alone
-    monkeypatch.setattr(decode_steps, "_open_ended_mask", lambda *_: None)
+    monkeypatch.setattr(decode_state, "_open_ended_mask", lambda *_: None)
     assert decoded(subject.model, CONTEXTS, "snapkv") != alone

@@ -9,8 +9,8 @@ import torch
 from press_cases import PRESSES, fitting, spec_for, tokens
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel, prefill
-from lm_eval_kvpress.shared_prefill import SharedPrefills
 
 
 def assert_same(shared: CompressedCache, alone: CompressedCache, atol: float) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lm_eval_kvpress.decoding import Sampler
+from lm_eval_kvpress.engine.decoding import Sampler
 
 WARPERS = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,

@@ -73,7 +73,7 @@ def _announce_after(spec: "ModuleSpec") -> None:
 def _announce(fullname: str) -> None:
     """Lets `plugin` do its part. An lm-eval that has changed is reported and goes on without us."""
     try:
-        from lm_eval_kvpress import plugin
+        from lm_eval_kvpress.harness import plugin
 
         getattr(plugin, AFTER_IMPORT[fullname])()
     except (ImportError, AttributeError, LookupError, TypeError, ValueError, OSError) as error:

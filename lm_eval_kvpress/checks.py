@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lm_eval_kvpress import dense, parity, recall
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
+from lm_eval_kvpress import dense, recall
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.harness import parity
+from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import parse_press
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}

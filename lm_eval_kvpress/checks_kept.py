@@ -15,11 +15,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lm_eval_kvpress import dense, press_formulas
-from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.checks import Check, Part, Subject, compress
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.parity import worst
 from lm_eval_kvpress.models.pressable import prefill
-from lm_eval_kvpress.parity import worst
 
 
 def check_kept(subject: Subject) -> Check:

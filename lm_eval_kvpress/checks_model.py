@@ -14,8 +14,8 @@ import torch
 
 from lm_eval_kvpress import dense
 from lm_eval_kvpress.checks import Check, Part, Subject, load_untouched
+from lm_eval_kvpress.harness.parity import rounding, worst
 from lm_eval_kvpress.models import gpt_neox
-from lm_eval_kvpress.parity import rounding, worst
 
 
 def check_basis(subject: Subject) -> Check:

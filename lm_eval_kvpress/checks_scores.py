@@ -15,7 +15,6 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.checks import Check, Part, Subject, compress, score
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
@@ -23,7 +22,8 @@ from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decoding import Sampler, decode
 from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.engine.scoring import score as score_packs
-from lm_eval_kvpress.parity import worst
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.parity import worst
 
 NUM_CONTINUED = 12
 

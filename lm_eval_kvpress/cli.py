@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     """lm-eval's command line, after our models and tasks were entered explicitly, start-up file or not."""
     from lm_eval.__main__ import cli_evaluate
 
-    from lm_eval_kvpress import plugin
+    from lm_eval_kvpress.harness import plugin
 
     plugin.register_models()
     plugin.include_tasks()

@@ -22,10 +22,10 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
-from lm_eval_kvpress import plugin
-from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
-from lm_eval_kvpress.arguments import UsageError
-from lm_eval_kvpress.identity import weights_fingerprint
+from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.harness.identity import weights_fingerprint
+from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.records.loss_files import write_whole
 from lm_eval_kvpress.sweep_model import CellRun, SweepModel
 from lm_eval_kvpress.sweep_plan import Cell, SweepSettings, parse_settings

@@ -15,12 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import Settings, UsageError, parse_arguments
 from lm_eval_kvpress.engine.request_batches import Work, batches, in_halves
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
-from lm_eval_kvpress.loading import check_settings
+from lm_eval_kvpress.harness.arguments import Settings, UsageError, parse_arguments
+from lm_eval_kvpress.harness.loading import check_settings
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.records.totals import Ledger

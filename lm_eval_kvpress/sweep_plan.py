@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from lm_eval.utils import simple_parse_args_string
 
-from lm_eval_kvpress.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
 from lm_eval_kvpress.presses.decoding import split_name
 from lm_eval_kvpress.presses.spec import BUDGET, RATIO, parse_press, press_argument_names
 

@@ -36,8 +36,8 @@ import torch
 
 from bench_eval import machine, synchronize
 from benchmark import GROUPED_SHAPES, SHAPES, Bench, Case, Measurement, count, estimate, prompts, random_model
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models.pressable import PressableModel
 
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**29}

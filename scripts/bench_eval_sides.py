@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from bench_eval_requests import Workload
 from benchmark import random_model
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.parity import StockHFLM
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.parity import StockHFLM
 from lm_eval_kvpress.presses.spec import parse_press
 
 Answers = list[Any]

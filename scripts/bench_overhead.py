@@ -25,7 +25,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from benchmark import estimate
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter
 

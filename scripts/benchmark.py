@@ -37,11 +37,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import resolve_pretrained
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.runner import Generation, Job, Runner
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId

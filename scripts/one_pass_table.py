@@ -22,7 +22,7 @@ def perplexities(arguments: argparse.Namespace, press: str, ratio: float, rollin
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_kvpress import plugin
+    from lm_eval_kvpress.harness import plugin
 
     plugin.register_models()
     results = lm_eval.simple_evaluate(

@@ -26,7 +26,7 @@ def evaluate(arguments: argparse.Namespace, tasks: list[str], model_args: dict[s
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_kvpress import plugin
+    from lm_eval_kvpress.harness import plugin
 
     plugin.register_models()
     manager = TaskManager(include_path=str(plugin.tasks_path()), include_defaults=False)

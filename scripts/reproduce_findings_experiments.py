@@ -18,12 +18,13 @@ from lm_eval.tasks import TaskManager
 from transformers import DynamicCache
 
 from benchmark import Bench, Case, prompts, run_cases, summarize
-from lm_eval_kvpress import plugin, recall
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress import recall
 from lm_eval_kvpress.checks import compress
 from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
+from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.parity import quiet_loader
 from lm_eval_kvpress.models import gpt_neox
-from lm_eval_kvpress.parity import quiet_loader
 from lm_eval_kvpress.presses.spec import parse_press
 
 PRESSES = ("none", "snapkv", "streaming_llm", "pyramidkv")

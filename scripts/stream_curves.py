@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from lm_eval_kvpress.adapter import KVPress
     from lm_eval_kvpress.engine.streaming import ChunkLosses
+    from lm_eval_kvpress.harness.model import KVPress
 
 CHUNK = 64
 INSIDE, FAR = slice(1024, 2048), slice(10_000, 20_000)
@@ -140,7 +140,7 @@ def file_name(title: str) -> str:
 
 def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Losses in nats of every setting, ``(books, tokens)``; what an earlier run finished is read."""
-    from lm_eval_kvpress.adapter import KVPress
+    from lm_eval_kvpress.harness.model import KVPress
     from lm_eval_kvpress.records.loss_files import StreamStore
 
     lm = KVPress(pretrained=arguments.pretrained, device="cpu", dtype="float32")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 from stream_curves import CHUNK, SETTINGS, Setting, read_books, steps_of
 
 

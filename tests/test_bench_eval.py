@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import bench_eval
 import bench_eval_sides
 from bench_eval_requests import WORKLOADS, Text, Workload
-from lm_eval_kvpress.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
 
 QUICK = ["--quick", "--models", "pythia-14m", "--batch-sizes", "2", "--threads", "1"]
 

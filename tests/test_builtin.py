@@ -9,7 +9,7 @@ import sys
 import pytest
 from repository import ROOT
 
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.recall import recall_documents
 
 FOLDER = ROOT / "lm_eval_kvpress" / "builtin"
@@ -19,7 +19,7 @@ import json, socket, time
 def refuse(*arguments, **keywords):
     raise OSError("no network in this test")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from lm_eval_kvpress.adapter import PythiaKVPress
+from lm_eval_kvpress.harness.model import PythiaKVPress
 started = time.perf_counter()
 lm = PythiaKVPress(pretrained="builtin", device="cpu")
 print(json.dumps({"seconds": time.perf_counter() - started, "parameters": lm.model.num_parameters()}))

@@ -20,7 +20,6 @@ from conftest import tiny_neox, tiny_tokenizer
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.checks import Check, Subject
@@ -28,8 +27,9 @@ from lm_eval_kvpress.engine import compression, decoding, request_batches, scori
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.decode_state import Steps
 from lm_eval_kvpress.engine.scoring import _Layout
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.models import gpt_neox, pressable
-from lm_eval_kvpress.plugin import tasks_path
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records import clock
 from lm_eval_kvpress.records.clock import Clock, KeptTotals, RollingScore, TaskTotals

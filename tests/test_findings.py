@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models import gpt_neox
 from reproduce_findings import load, parser
 from reproduce_findings_experiments import (

@@ -18,8 +18,8 @@ from conftest import tiny_tokenizer
 from lm_eval.api.instance import Instance
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.engine import batch_size
+from lm_eval_kvpress.harness.model import KVPress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -102,7 +102,7 @@ def test_start_up_loads_neither_torch_nor_lm_eval(installed: Environment) -> Non
 
 
 def test_tasks_and_scripts_are_where_the_package_says(installed: Environment) -> None:
-    code = "from lm_eval_kvpress.plugin import tasks_path; print(tasks_path())"
+    code = "from lm_eval_kvpress.harness.plugin import tasks_path; print(tasks_path())"
     tasks = Path(installed.python("-c", code).stdout.strip())
     for folder in (tasks, tasks.parent / "scripts"):
         checkout = ROOT / folder.name

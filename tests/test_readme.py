@@ -16,8 +16,8 @@ from lm_eval.utils import simple_parse_args_string
 from real_data import DATA
 from repository import ROOT
 
-from lm_eval_kvpress import plugin
-from lm_eval_kvpress.arguments import ARGUMENTS, parse_arguments
+from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.arguments import ARGUMENTS, parse_arguments
 from lm_eval_kvpress.sweep_plan import parse_settings
 
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from real_data import DATA
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 
 PRESSES = ("snapkv", "streaming_llm", "pyramidkv", "random")
 NUM_CHARACTERS = 3_500  # of each text: about 800 tokens

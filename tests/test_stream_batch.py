@@ -12,8 +12,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from lm_eval_kvpress.adapter import KVPress
 from lm_eval_kvpress.engine.streaming import highest
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.streaming import STREAMED
 
 SENTENCE = "the mill , a river and seven grey geese slept ; nobody asked who owned them . In 1871 it burnt down"

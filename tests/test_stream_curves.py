@@ -11,7 +11,7 @@ import torch
 from repository import ROOT
 
 import stream_curves
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 
 
 @pytest.mark.parametrize("name", ["sinks_512", "sinks_original_512", "tova_512"])

@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 from repository import ROOT
 
 from lm_eval_kvpress import cli, sweep
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.engine.runner import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import ContextRecord
 from lm_eval_kvpress.sweep_model import CellRun
 from lm_eval_kvpress.sweep_plan import parse_settings

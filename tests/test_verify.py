@@ -17,8 +17,8 @@ from conftest import tiny_llama, tiny_neox, tiny_tokenizer
 from repository import ROOT
 
 from lm_eval_kvpress import dense, press_formulas
-from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.checks import Check, Part, Subject
+from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.models.fast.onednn_linear import multiplies_quickly
 from lm_eval_kvpress.verify import CHECKS, line, main, verdict
 

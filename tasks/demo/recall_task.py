@@ -48,7 +48,7 @@ def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str
 def _check(name: str, value: Any, lowest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         # Imported here: it brings kvpress along, which changes transformers, and a stock `hf` run has to stay stock.
-        from lm_eval_kvpress.arguments import UsageError
+        from lm_eval_kvpress.harness.arguments import UsageError
 
         raise UsageError(f"{name}={value!r} must be a whole number of at least {lowest}")
 

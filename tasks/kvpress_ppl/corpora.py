@@ -202,7 +202,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[str, PreTrainedTokenizerBas
         )
     folder = name
     if name == "builtin":
-        from lm_eval_kvpress.arguments import resolve_pretrained
+        from lm_eval_kvpress.harness.arguments import resolve_pretrained
 
         folder = resolve_pretrained(name)
     try:
@@ -277,7 +277,7 @@ def usage_error(message: str) -> ValueError:
     Imported here and not above: it brings kvpress along, which replaces transformers' attention functions at import,
     and a stock `--model hf` run has to stay stock.
     """
-    from lm_eval_kvpress.arguments import UsageError
+    from lm_eval_kvpress.harness.arguments import UsageError
 
     return UsageError(message)
 

@@ -15,9 +15,9 @@ from lm_eval.api.instance import Instance
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import UsageError, parse_arguments
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
+from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.loss_files import StreamStore
 
@@ -191,7 +191,7 @@ def test_finished_documents_are_read_and_another_setting_is_refused(
     assert record["max_stream_entries"] <= 40
     assert record["tokens_scored"] == sum(score.num_tokens for score in first)  # type: ignore[attr-defined]
     again = KVPress(stream_budget=40, **common)
-    monkeypatch.setattr("lm_eval_kvpress.stream_run.stream", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("lm_eval_kvpress.harness.stream_requests.stream", lambda *_: pytest.fail("computed again"))
     assert again.loglikelihood_rolling(requests(), disable_tqdm=True) == first
     with pytest.raises(UsageError, match="another setting"):
         KVPress(stream_budget=41, **common).loglikelihood_rolling(requests(), disable_tqdm=True)

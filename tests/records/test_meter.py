@@ -16,7 +16,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock, ContextRecord
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord

@@ -14,12 +14,12 @@ from adapter_presses import PRESSES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.arguments import UsageError
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import ReadingLayer
-from lm_eval_kvpress.encoding import encode_pairs
 from lm_eval_kvpress.engine import runner
+from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.tokenization import encode_pairs
 from lm_eval_kvpress.models.fast import onednn_linear
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.clock import RollingScore

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.arguments import resolve_pretrained
-from lm_eval_kvpress.identity import arguments_of_answers, weights_fingerprint
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.identity import arguments_of_answers, weights_fingerprint
 
 
 def test_any_weight_that_differs_is_another_checkpoint(make_neox: Callable[..., GPTNeoXForCausalLM]) -> None:

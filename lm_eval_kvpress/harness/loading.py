@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress.arguments import Settings, UsageError
+from lm_eval_kvpress.harness.arguments import Settings, UsageError
 from lm_eval_kvpress.models import llama_like
 
 

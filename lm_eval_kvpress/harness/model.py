@@ -26,15 +26,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lm_eval_kvpress import answer_cache, identity, parity, ranks, record
-from lm_eval_kvpress.arguments import (
-    Settings,
-    UsageError,
-    parse_arguments,
-    print_usage_errors_in_one_line,
-    resolve_pretrained,
-)
-from lm_eval_kvpress.encoding import encode_all, encode_pairs
 from lm_eval_kvpress.engine import batch_size, windows
 from lm_eval_kvpress.engine.compression import Compressor, ShortContextError
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
@@ -42,7 +33,17 @@ from lm_eval_kvpress.engine.request_batches import GenerationWork, LikelihoodWor
 from lm_eval_kvpress.engine.runner import Generation, Job, Runner
 from lm_eval_kvpress.engine.sampling import StopStrings, sampler_for
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
-from lm_eval_kvpress.loading import CheckedHFLM
+from lm_eval_kvpress.harness import answer_cache, identity, parity, ranks, run_record
+from lm_eval_kvpress.harness.arguments import (
+    Settings,
+    UsageError,
+    parse_arguments,
+    print_usage_errors_in_one_line,
+    resolve_pretrained,
+)
+from lm_eval_kvpress.harness.loading import CheckedHFLM
+from lm_eval_kvpress.harness.stream_requests import StreamedDocument, StreamRun
+from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
 from lm_eval_kvpress.models import gpt_neox, llama_like
 from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -52,7 +53,6 @@ from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, Recorder, RequestId
 from lm_eval_kvpress.records.totals import Ledger
-from lm_eval_kvpress.stream_run import StreamedDocument, StreamRun
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -102,7 +102,7 @@ class KVPress(CheckedHFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         if is_a_command(sys.argv[0]):
             print_usage_errors_in_one_line(LogError)
-            record.speak_as("lm_eval")
+            run_record.speak_as("lm_eval")
         pretrained = self.DEFAULT_PRETRAINED if pretrained is None else pretrained
         if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
@@ -505,8 +505,8 @@ class KVPress(CheckedHFLM):
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
         if is_a_command(sys.argv[0]):
-            record.speak_as("lm_eval")  # again: --verbosity comes into force after the requests
-        record.tell(self._settings, self._facts().totals)
+            run_record.speak_as("lm_eval")  # again: --verbosity comes into force after the requests
+        run_record.tell(self._settings, self._facts().totals)
         return {**super().get_model_info(), "kvpress": self.describe()}
 
     def describe(self) -> dict[str, Any]:
@@ -514,15 +514,15 @@ class KVPress(CheckedHFLM):
         head = self.model.get_output_embeddings().weight
         return {
             "pretrained": self._pretrained_name,
-            **record.asked(self._settings, self.max_length),
+            **run_record.asked(self._settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
             "linear_layers": "oneDNN" if onednn_linear.uses_onednn(head) else "torch",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),
-            **record.measured(self._facts()),
-            "versions": record.versions(),
+            **run_record.measured(self._facts()),
+            "versions": run_record.versions(),
         }
 
 

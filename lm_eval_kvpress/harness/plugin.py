@@ -17,8 +17,8 @@ TaskPath = str | PathLike[str]
 
 # The same pairs as the entry points `lm_eval.models` in pyproject.toml; a test compares them.
 MODELS = {
-    "pythia-kvpress": "lm_eval_kvpress.adapter:PythiaKVPress",
-    "kvpress": "lm_eval_kvpress.adapter:KVPress",
+    "pythia-kvpress": "lm_eval_kvpress.harness.model:PythiaKVPress",
+    "kvpress": "lm_eval_kvpress.harness.model:KVPress",
 }
 
 

@@ -17,9 +17,9 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from lm_eval_kvpress import plugin
-from lm_eval_kvpress.adapter import KVPress
-from lm_eval_kvpress.ranks import RankFacts, together, without_padding
+from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.ranks import RankFacts, together, without_padding
 from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
 from lm_eval_kvpress.records.timings import RunRecords
 
@@ -35,7 +35,7 @@ torch.cuda.device_count = lambda: 2  # all that HFLM asks before it takes part i
 import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval_kvpress import plugin
-from lm_eval_kvpress.adapter import KVPress
+from lm_eval_kvpress.harness.model import KVPress
 
 lm = KVPress(**json.loads(sys.argv[1]))
 tasks = TaskManager(include_path=str(plugin.tasks_path()))

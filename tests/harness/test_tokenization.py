@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
-from lm_eval_kvpress import encoding
-from lm_eval_kvpress.encoding import encode_all, encode_pairs
+from lm_eval_kvpress.harness import tokenization
+from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
 
 END = "<|endoftext|>"
 CONTEXTS = ("The old mill", "The old mill ", "The old mill \n\n", " geese", "  ", "", f"{END}The river", "Ünï—code 雪 ")
@@ -30,7 +30,7 @@ def lm(request: pytest.FixtureRequest, checkpoint_dir: Path) -> HFLM:
 
 def test_many_texts_get_the_ids_of_each(lm: HFLM, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*CONTEXTS, *TEXTS, "river " * 700]  # longer than the model: no warning, no truncation
-    monkeypatch.setattr(encoding, "TEXTS_PER_CALL", 5)
+    monkeypatch.setattr(tokenization, "TEXTS_PER_CALL", 5)
     assert encode_all(lm, texts) == [lm.tok_encode(text) for text in texts]
     assert encode_all(lm, []) == []
 

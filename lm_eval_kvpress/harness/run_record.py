@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from lm_eval_kvpress.arguments import Settings
-from lm_eval_kvpress.ranks import RankFacts
+from lm_eval_kvpress.harness.arguments import Settings
+from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.records.clock import TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")

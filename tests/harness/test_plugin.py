@@ -13,7 +13,7 @@ from lm_eval.tasks import manager
 from lm_eval.tasks.manager import TaskManager
 from repository import ROOT
 
-from lm_eval_kvpress import plugin
+from lm_eval_kvpress.harness import plugin
 
 LM_EVAL_TASKS = Path(manager.__file__).parent
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from lm_eval_kvpress.arguments import Settings
 from lm_eval_kvpress.engine import windows
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
+from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
 from lm_eval_kvpress.records.clock import Clock, RollingScore, TaskTotals

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.adapter import KVPress, PythiaKVPress
-from lm_eval_kvpress.arguments import UsageError, parse_arguments, resolve_pretrained
+from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments, resolve_pretrained
+from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapvk"}, "snapkv"),

@@ -27,7 +27,9 @@ class Command:
 
 COMMANDS = {
     "run": Command("lm_eval_kvpress.cli:run", "evaluate: lm-eval's own `run`, our models and tasks entered"),
-    "verify": Command("lm_eval_kvpress.verify:main", "check a checkpoint: are compressed caches scored correctly?"),
+    "verify": Command(
+        "lm_eval_kvpress.verify.command:main", "check a checkpoint: are compressed caches scored correctly?"
+    ),
     "sweep": Command("lm_eval_kvpress.sweep:main", "evaluate many presses and ratios at once, from one prefill"),
     "report": Command(
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"

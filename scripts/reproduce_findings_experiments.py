@@ -19,13 +19,13 @@ from transformers import DynamicCache
 
 from benchmark import Bench, Case, prompts, run_cases, summarize
 from lm_eval_kvpress import recall
-from lm_eval_kvpress.checks import compress
-from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import quiet_loader
 from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.verify.check import compress
+from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
 
 PRESSES = ("none", "snapkv", "streaming_llm", "pyramidkv")
 RATIOS = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99)

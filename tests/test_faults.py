@@ -22,7 +22,6 @@ from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
-from lm_eval_kvpress.checks import Check, Subject
 from lm_eval_kvpress.engine import compression, decoding, request_batches, scoring, windows
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.decode_state import Steps
@@ -33,7 +32,8 @@ from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records import clock
 from lm_eval_kvpress.records.clock import Clock, KeptTotals, RollingScore, TaskTotals
-from lm_eval_kvpress.verify import CHECKS
+from lm_eval_kvpress.verify.check import Check, Subject
+from lm_eval_kvpress.verify.command import CHECKS
 
 DOCS = ROOT / "docs" / "correctness.md"
 BEGIN, END = "<!-- faults: begin, written by tests/test_faults.py -->", "<!-- faults: end -->"
@@ -364,12 +364,12 @@ def _(patch: MonkeyPatch) -> None:
     fields = '("page", "short_book_title", "url", "text")'
     dummy = f'    except OSError as error:\n        return [dict.fromkeys({fields}, "Lorem ipsum.")]\n'
     module.write_text(code.replace(honest, dummy + "        raise usage_error("))
-    patch.setattr("lm_eval_kvpress.checks_results.tasks_path", lambda: folder)
+    patch.setattr("lm_eval_kvpress.verify.answers.tasks_path", lambda: folder)
 
 
 @fault("silent fall-back checkpoint", "figures of a small model under the name of a large one", "refusals")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr("lm_eval_kvpress.checks_results.resolve_pretrained", lambda pretrained: "builtin")
+    patch.setattr("lm_eval_kvpress.verify.answers.resolve_pretrained", lambda pretrained: "builtin")
 
 
 @fault("more context than the model has positions", "perplexity explodes, and the press is blamed", "refusals")

@@ -17,12 +17,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from lm_eval_kvpress.checks import Check, Part, Subject
 from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.arguments import parse_arguments, resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import text_gap, worst
 from lm_eval_kvpress.harness.plugin import tasks_path
+from lm_eval_kvpress.verify.check import Check, Part, Subject
 
 # ---------------------------------------------------------------------------------------------------------- parity
 

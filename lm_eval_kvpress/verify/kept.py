@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lm_eval_kvpress import dense, press_formulas
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.checks import Check, Part, Subject, compress
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
 from lm_eval_kvpress.models.pressable import prefill
+from lm_eval_kvpress.verify import dense_reference, press_formulas
+from lm_eval_kvpress.verify.check import Check, Part, Subject, compress
 
 
 def check_kept(subject: Subject) -> Check:
@@ -27,7 +27,7 @@ def check_kept(subject: Subject) -> Check:
     parts: list[Part] = []
     context = subject.tokens(subject.max_length // 2)
     seen = context[:-1]
-    reference = dense.attended(subject.untouched, seen)
+    reference = dense_reference.attended(subject.untouched, seen)
     full = full_cache(subject.lm.model, seen)
     for press in subject.presses():
         lm = subject.under(press)
@@ -69,7 +69,11 @@ def _fallback_parts(subject: Subject, context: Sequence[int]) -> list[Part]:
 
 
 def _choice_parts(
-    subject: Subject, lm: KVPress, cache: CompressedCache, full: DynamicCache, reference: Sequence[dense.Attended]
+    subject: Subject,
+    lm: KVPress,
+    cache: CompressedCache,
+    full: DynamicCache,
+    reference: Sequence[dense_reference.Attended],
 ) -> list[Part]:
     press = lm._settings.press
     regrets = []

@@ -16,14 +16,14 @@ from lm_eval.api.instance import Instance
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.checks import Check, Part, Subject, compress, score
-from lm_eval_kvpress.checks_kept import evicted_entries, full_cache
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decoding import Sampler, decode
 from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.engine.scoring import score as score_packs
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
+from lm_eval_kvpress.verify.check import Check, Part, Subject, compress, score
+from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
 
 NUM_CONTINUED = 12
 

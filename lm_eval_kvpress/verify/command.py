@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from lm_eval.utils import simple_parse_args_string
 
-from lm_eval_kvpress import checks_kept, checks_model, checks_results, checks_scores
-from lm_eval_kvpress.checks import Check, Subject
+from lm_eval_kvpress.verify import answers, kept, presentation, scores
+from lm_eval_kvpress.verify.check import Check, Subject
 
 CHECKS: Mapping[str, Callable[[Subject], Check]] = {
-    "basis": checks_model.check_basis,
-    "projections": checks_model.check_projections,
-    "rotation": checks_model.check_rotation,
-    "kept": checks_kept.check_kept,
-    "scoring": checks_scores.check_scoring,
-    "causality": checks_scores.check_causality,
-    "parity": checks_results.check_parity,
-    "action": checks_scores.check_action,
-    "batches": checks_results.check_batches,
-    "records": checks_results.check_records,
-    "refusals": checks_results.check_refusals,
+    "basis": presentation.check_basis,
+    "projections": presentation.check_projections,
+    "rotation": presentation.check_rotation,
+    "kept": kept.check_kept,
+    "scoring": scores.check_scoring,
+    "causality": scores.check_causality,
+    "parity": answers.check_parity,
+    "action": scores.check_action,
+    "batches": answers.check_batches,
+    "records": answers.check_records,
+    "refusals": answers.check_refusals,
 }
 """In the order in which they run: each relies on what the ones before it have shown."""
 

@@ -12,25 +12,25 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress import dense
-from lm_eval_kvpress.checks import Check, Part, Subject, load_untouched
 from lm_eval_kvpress.harness.parity import rounding, worst
 from lm_eval_kvpress.models import gpt_neox
+from lm_eval_kvpress.verify import dense_reference
+from lm_eval_kvpress.verify.check import Check, Part, Subject, load_untouched
 
 
 def check_basis(subject: Subject) -> Check:
     """Logits before and after the change of basis: in the dtype of the run, in float32, and in 16 bits."""
     tokens = subject.tokens(subject.max_length // 2)
-    before, after = dense.logits(subject.untouched, tokens), dense.logits(subject.lm.model, tokens)
+    before, after = dense_reference.logits(subject.untouched, tokens), dense_reference.logits(subject.lm.model, tokens)
     parts = [_basis_part(before, after, subject.lm.model.dtype)]
     own = subject.lm.config.dtype
     half = own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
     for dtype in sorted({torch.float32, half} - {subject.lm.model.dtype}, key=str):
         model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
-        before = dense.logits(model, tokens)
+        before = dense_reference.logits(model, tokens)
         if model.config.model_type == "gpt_neox":
             gpt_neox.prepare(model)
-        parts.append(_basis_part(before, dense.logits(model, tokens), dtype))
+        parts.append(_basis_part(before, dense_reference.logits(model, tokens), dtype))
     return Check("basis", "the change of basis leaves the logits alone", tuple(parts))
 
 
@@ -46,7 +46,7 @@ def check_projections(subject: Subject) -> Check:
     differences: dict[str, list[float]] = {}
     with subject.lm._press_model.presented():
         for when, places in (("before", [0] * len(tokens)), ("after", positions)):
-            layers = dense.attended(model, tokens, places)
+            layers = dense_reference.attended(model, tokens, places)
             for attention, inside in zip(subject.lm._press_model.attentions, layers, strict=True):
                 queries, keys, values = project(attention, inside.hidden)
                 if when == "after":
@@ -80,7 +80,7 @@ def check_rotation(subject: Subject) -> Check:
             return Check("rotation", claim, (Part("dims of a head that no frequency is there for", num_left_out, 0),))
         for end in dict.fromkeys((len(tokens), last)):
             positions = list(range(end - len(tokens), end))
-            layers = dense.attended(subject.untouched, tokens, positions)
+            layers = dense_reference.attended(subject.untouched, tokens, positions)
             for attention, inside in zip(attentions, layers, strict=True):
                 queries, keys, _ = project(attention, inside.hidden)
                 queries, keys = rotate(model, inside.hidden, positions, queries, keys)

@@ -16,11 +16,11 @@ import torch
 from conftest import tiny_llama, tiny_neox, tiny_tokenizer
 from repository import ROOT
 
-from lm_eval_kvpress import dense, press_formulas
-from lm_eval_kvpress.checks import Check, Part, Subject
 from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.models.fast.onednn_linear import multiplies_quickly
-from lm_eval_kvpress.verify import CHECKS, line, main, verdict
+from lm_eval_kvpress.verify import dense_reference, press_formulas
+from lm_eval_kvpress.verify.check import Check, Part, Subject
+from lm_eval_kvpress.verify.command import CHECKS, line, main, verdict
 
 
 def builtin() -> str:
@@ -113,7 +113,7 @@ def test_command_prints_a_line_per_check_and_writes_json(checkpoint_dir: Path, t
 def test_a_failed_check_is_told_by_line_verdict_and_exit_status(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lm_eval_kvpress.checks_model.relative", lambda found, reference: math.nan)
+    monkeypatch.setattr("lm_eval_kvpress.verify.presentation.relative", lambda found, reference: math.nan)
     arguments = f"pretrained={checkpoint_dir},device=cpu"
     assert main(["--model_args", arguments, "--checks", "rotation,refusals"]) == 1
     out = capsys.readouterr().out
@@ -195,11 +195,13 @@ def test_verdict_names_what_failed() -> None:
 def test_dense_reference_is_the_plain_model_where_nothing_is_evicted(attention: str) -> None:
     model = tiny_neox(attention)
     tokens = torch.randint(0, 200, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    plain = dense.logits(model, tokens)[:-1].log_softmax(dim=-1)
+    plain = dense_reference.logits(model, tokens)[:-1].log_softmax(dim=-1)
     expected = plain.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     nothing = [torch.zeros(4, 40, dtype=torch.bool)] * 3
     for evicted in (None, nothing):
-        torch.testing.assert_close(dense.log_probabilities(model, tokens, evicted), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            dense_reference.log_probabilities(model, tokens, evicted), expected, atol=1e-4, rtol=0
+        )
     assert model.config._attn_implementation == attention
     assert not any("dense_probe" in module.__dict__ for module in model.modules())
 
@@ -210,8 +212,8 @@ def test_dense_reference_hides_evicted_entries_from_later_tokens_only() -> None:
     tokens = torch.randint(0, 200, (50,), generator=torch.Generator().manual_seed(1)).tolist()
     evicted = torch.ones(4, 40, dtype=torch.bool)
     evicted[:, 0] = False
-    full = dense.log_probabilities(model, tokens)
-    masked = dense.log_probabilities(model, tokens, [evicted] * 3)
+    full = dense_reference.log_probabilities(model, tokens)
+    masked = dense_reference.log_probabilities(model, tokens, [evicted] * 3)
     torch.testing.assert_close(masked[:39], full[:39], atol=1e-5, rtol=0)
     assert (masked[40:] - full[40:]).abs().max() > 0.1
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lm_eval_kvpress import dense, recall
+from lm_eval_kvpress import recall
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.verify import dense_reference
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}
 """Arguments of the loader that the second, untouched copy gets as well."""
@@ -191,7 +192,7 @@ class Subject:
         self, context: Sequence[int], continuation: Sequence[int], evicted: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Of each token of the continuation, ``(n,)``, by the dense reference on the untouched copy."""
-        return dense.log_probabilities(self.untouched, [*context, *continuation], evicted)[len(context) - 1 :]
+        return dense_reference.log_probabilities(self.untouched, [*context, *continuation], evicted)[len(context) - 1 :]
 
 
 def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreTrainedModel:

@@ -30,7 +30,9 @@ COMMANDS = {
     "verify": Command(
         "lm_eval_kvpress.verify.command:main", "check a checkpoint: are compressed caches scored correctly?"
     ),
-    "sweep": Command("lm_eval_kvpress.sweep:main", "evaluate many presses and ratios at once, from one prefill"),
+    "sweep": Command(
+        "lm_eval_kvpress.sweep.command:main", "evaluate many presses and ratios at once, from one prefill"
+    ),
     "report": Command(
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"
     ),

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.sweep_plan import Cell, SweepSettings, parse_settings
+from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
 
 PRESSES = "snapkv,streaming_llm,pyramidkv,tova,knorm,random"
 

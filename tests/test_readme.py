@@ -18,7 +18,7 @@ from repository import ROOT
 
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.arguments import ARGUMENTS, parse_arguments
-from lm_eval_kvpress.sweep_plan import parse_settings
+from lm_eval_kvpress.sweep.cells import parse_settings
 
 README = (ROOT / "README.md").read_text()
 

@@ -27,9 +27,9 @@ from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.records.loss_files import write_whole
-from lm_eval_kvpress.sweep_model import CellRun, SweepModel
-from lm_eval_kvpress.sweep_plan import Cell, SweepSettings, parse_settings
-from lm_eval_kvpress.sweep_store import SweepStore
+from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
+from lm_eval_kvpress.sweep.model import CellRun, SweepModel
+from lm_eval_kvpress.sweep.store import SweepStore
 
 logger = logging.getLogger("lm_eval_kvpress")
 

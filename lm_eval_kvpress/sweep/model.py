@@ -24,8 +24,8 @@ from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.records.totals import Ledger
-from lm_eval_kvpress.sweep_plan import Cell
-from lm_eval_kvpress.sweep_store import CellStore, Outcome
+from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.store import CellStore, Outcome
 
 logger = logging.getLogger("lm_eval_kvpress")
 

@@ -19,15 +19,16 @@ import yaml
 from lm_eval.tasks import TaskManager
 from repository import ROOT
 
-from lm_eval_kvpress import cli, sweep
+from lm_eval_kvpress import cli
 from lm_eval_kvpress.engine.runner import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import ContextRecord
-from lm_eval_kvpress.sweep_model import CellRun
-from lm_eval_kvpress.sweep_plan import parse_settings
-from lm_eval_kvpress.sweep_store import CellStore, SweepStore
+from lm_eval_kvpress.sweep import command
+from lm_eval_kvpress.sweep.cells import parse_settings
+from lm_eval_kvpress.sweep.model import CellRun
+from lm_eval_kvpress.sweep.store import CellStore, SweepStore
 
 PRESSES = "none,knorm,streaming_llm,random,pyramidkv,observed_attention"
 DATA = """
@@ -73,7 +74,7 @@ def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def only_these_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without lm-eval's own thousands, which take seconds to list."""
-    monkeypatch.setattr(sweep, "_tasks", lambda settings, cell: manager(settings.include_path))
+    monkeypatch.setattr(command, "_tasks", lambda settings, cell: manager(settings.include_path))
 
 
 def manager(folder: str | Path | None) -> TaskManager:
@@ -122,8 +123,8 @@ def whole(checkpoint_dir: Path, tasks_dir: Path, tmp_path_factory: pytest.TempPa
     """A sweep that was not disturbed."""
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "_tasks", lambda settings, cell: manager(settings.include_path))
-        assert sweep.main(command(checkpoint_dir, tasks_dir, output)) == 0
+        patch.setattr(command, "_tasks", lambda settings, cell: manager(settings.include_path))
+        assert command.main(command(checkpoint_dir, tasks_dir, output)) == 0
     return output
 
 
@@ -227,10 +228,10 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_figures(
     for _ in range(3):
         calls[0], limit = 0, draw.randint(2, 60)
         with pytest.raises(Killed):
-            sweep.main(arguments)
+            command.main(arguments)
             raise Killed  # it was quicker than its killer
     limit = 10**9
-    assert sweep.main(arguments) == 0
+    assert command.main(arguments) == 0
     assert_same(tmp_path, whole)
 
 
@@ -251,13 +252,13 @@ def test_a_finished_sweep_computes_nothing_again_and_more_cells_can_be_added(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {"presses": "none,knorm", "tasks": "sweep_choice"}
-    assert sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/results/*/*")}
-    load, loaded = sweep._load, []
-    monkeypatch.setattr(sweep, "_load", lambda settings: (loaded.append(1), load(settings))[1])
-    assert sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    load, loaded = command._load, []
+    monkeypatch.setattr(command, "_load", lambda settings: (loaded.append(1), load(settings))[1])
+    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
     assert not loaded
-    assert sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5,0.9", **small)) == 0
+    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5,0.9", **small)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(results_of(tmp_path)) == 3
 
@@ -270,7 +271,7 @@ def test_streams_are_cells_too_and_keep_their_losses_by_position(
     arguments = command(
         checkpoint_dir, tasks_dir, tmp_path, **{**settings, "model_args": model_args, "tasks": "sweep_rolling"}
     )
-    assert sweep.main(arguments) == 0
+    assert command.main(arguments) == 0
     found = results_of(tmp_path)
     assert set(found) == {
         "none_rolling=prefix",
@@ -329,16 +330,16 @@ def test_bad_input_is_one_line_before_any_work(
 def test_several_processes_for_one_sweep_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="a sweep is one process: start it without accelerate or torchrun"):
-        sweep.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
+        command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_tasks_are_refused_before_the_model_is_loaded(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_load", lambda settings: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command, "_load", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="unknown task 'sweep_chioce': did you mean 'sweep_choice'"):
-        sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
+        command.main(command(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
     assert not (tmp_path / "sweep.json").exists(), "the folder is free for the command as it was meant"
 
 
@@ -423,7 +424,7 @@ def test_streams_beyond_the_trained_positions_are_refused(
     model_args = ",".join([f"pretrained={checkpoint_dir}", *([stream["model_args"]] if "model_args" in stream else [])])
     settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": None, "budgets": "4096"}
     with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
-        sweep.main(command(checkpoint_dir, tasks_dir, tmp_path, **settings))
+        command.main(command(checkpoint_dir, tasks_dir, tmp_path, **settings))
 
 
 def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ def test_one_pass_windows_are_those_of_stock_lm_eval(length: int, max_length: in
 @pytest.mark.parametrize(("context", "score"), [(1, 1), (4, 4), (4, 9), (8, 3), (64, 64)])
 def test_prefix_windows_score_every_token_once_after_its_own_past(length: int, context: int, score: int) -> None:
     tokens = list(range(100, 100 + length))
-    windows = list(windows.prefix_windows(tokens, 0, context, score))
-    assert [token for window in windows for token in window.targets] == tokens
+    cut = list(windows.prefix_windows(tokens, 0, context, score))
+    assert [token for window in cut for token in window.targets] == tokens
     place = 0
-    for window in windows:
+    for window in cut:
         assert window.pressed == (place >= context)
         assert len(window.context) + len(window.targets) <= max(context + score, context + 1)
         before = [0, *tokens][: place + 1]

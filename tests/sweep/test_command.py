@@ -81,7 +81,7 @@ def manager(folder: str | Path | None) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def command(checkpoint_dir: Path, tasks_dir: Path, output: Path, **settings: Any) -> list[str]:
+def command_line(checkpoint_dir: Path, tasks_dir: Path, output: Path, **settings: Any) -> list[str]:
     given = {
         "model_args": f"pretrained={checkpoint_dir},rolling_context=96,rolling_score=96",
         "presses": PRESSES,
@@ -124,7 +124,7 @@ def whole(checkpoint_dir: Path, tasks_dir: Path, tmp_path_factory: pytest.TempPa
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_tasks", lambda settings, cell: manager(settings.include_path))
-        assert command.main(command(checkpoint_dir, tasks_dir, output)) == 0
+        assert command.main(command_line(checkpoint_dir, tasks_dir, output)) == 0
     return output
 
 
@@ -224,7 +224,7 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_figures(
 
     monkeypatch.setattr(CellStore, "add", dying(add))
     monkeypatch.setattr(CellStore, "part", dying(part))
-    arguments = command(checkpoint_dir, tasks_dir, tmp_path)
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
     for _ in range(3):
         calls[0], limit = 0, draw.randint(2, 60)
         with pytest.raises(Killed):
@@ -252,13 +252,13 @@ def test_a_finished_sweep_computes_nothing_again_and_more_cells_can_be_added(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {"presses": "none,knorm", "tasks": "sweep_choice"}
-    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/results/*/*")}
     load, loaded = command._load, []
     monkeypatch.setattr(command, "_load", lambda settings: (loaded.append(1), load(settings))[1])
-    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
     assert not loaded
-    assert command.main(command(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5,0.9", **small)) == 0
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5,0.9", **small)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(results_of(tmp_path)) == 3
 
@@ -268,7 +268,7 @@ def test_streams_are_cells_too_and_keep_their_losses_by_position(
 ) -> None:
     settings = {"presses": "none,streaming_llm,knorm", "rolling": "prefix,stream", "ratios": None, "budgets": "64"}
     model_args = f"pretrained={checkpoint_dir},stream_chunk=16"
-    arguments = command(
+    arguments = command_line(
         checkpoint_dir, tasks_dir, tmp_path, **{**settings, "model_args": model_args, "tasks": "sweep_rolling"}
     )
     assert command.main(arguments) == 0
@@ -339,7 +339,7 @@ def test_unknown_tasks_are_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(command, "_load", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="unknown task 'sweep_chioce': did you mean 'sweep_choice'"):
-        command.main(command(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
+        command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
     assert not (tmp_path / "sweep.json").exists(), "the folder is free for the command as it was meant"
 
 
@@ -424,7 +424,7 @@ def test_streams_beyond_the_trained_positions_are_refused(
     model_args = ",".join([f"pretrained={checkpoint_dir}", *([stream["model_args"]] if "model_args" in stream else [])])
     settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": None, "budgets": "4096"}
     with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
-        command.main(command(checkpoint_dir, tasks_dir, tmp_path, **settings))
+        command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, **settings))
 
 
 def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_ten_real_kills_at_random_moments(checkpoint_dir: Path, tasks_dir: Path,
         if (folder / "summary.json").exists():  # done before the tenth kill: once more from the start
             assert_same(folder, whole)
             folder = tmp_path / str(kills)
-        arguments = [sys.executable, "-c", code, *command(checkpoint_dir, tasks_dir, folder)]
+        arguments = [sys.executable, "-c", code, *command_line(checkpoint_dir, tasks_dir, folder)]
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout is not None
         process.stdout.readline()

@@ -278,8 +278,8 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("first token dropped", "the hardest token of every document is missing", "parity")
 def _(patch: MonkeyPatch) -> None:
-    windows = windows.one_pass_windows
-    patch.setattr(windows, "one_pass_windows", lambda tokens, prefix, length: windows(tokens[1:], tokens[0], length))
+    whole = windows.one_pass_windows
+    patch.setattr(windows, "one_pass_windows", lambda tokens, prefix, length: whole(tokens[1:], tokens[0], length))
 
 
 @fault("unweighted mean over windows", "the short last window counts like a full one", "parity")

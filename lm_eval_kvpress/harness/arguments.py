@@ -328,7 +328,7 @@ def resolve_pretrained(pretrained: str) -> str:
         UsageError: if a path does not exist.
     """
     if pretrained == BUILTIN:
-        folder = Path(__file__).parent / "builtin"
+        folder = Path(__file__).resolve().parents[1] / "builtin"
         if not (folder / "config.json").is_file():
             raise UsageError(f"this installation has no built-in checkpoint in {folder}: reinstall lm-eval-kvpress")
         return str(folder)

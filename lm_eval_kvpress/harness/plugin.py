@@ -28,7 +28,7 @@ def tasks_path() -> Path:
     Raises:
         FileNotFoundError: if neither is there.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for path in (package / "tasks", package.parent / "tasks"):
         if path.is_dir():
             return path

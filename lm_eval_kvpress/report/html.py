@@ -52,7 +52,7 @@ def html(report: Report) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ResultsError(f"a page needs {error.name}: pip install 'lm-eval-kvpress[report]'") from error
-    assets = resources.files(__package__) / "report_assets"
+    assets = resources.files(__package__) / "assets"
     bundle = resources.files("itables") / "html" / "dt_bundle.js"
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((assets / "page.html").read_text(encoding="utf-8"))

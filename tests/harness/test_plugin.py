@@ -68,7 +68,7 @@ def test_tasks_path_holds_our_tasks() -> None:
 
 
 def test_tasks_path_is_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "__file__", str(tmp_path / "lm_eval_kvpress" / "plugin.py"))
+    monkeypatch.setattr(plugin, "__file__", str(tmp_path / "lm_eval_kvpress" / "harness" / "plugin.py"))
     with pytest.raises(FileNotFoundError, match="reinstall"):
         plugin.tasks_path()
     (tmp_path / "tasks").mkdir()

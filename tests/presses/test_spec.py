@@ -509,7 +509,7 @@ def test_every_press_of_kvpress_is_listed() -> None:
 # ----------------------------------------------------------------------------------------------------------- docs
 
 DOCS = ROOT / "docs" / "presses.md"
-BEGIN, END = "<!-- table: python tests/test_presses.py rewrites it -->\n", "<!-- end of table -->\n"
+BEGIN, END = "<!-- table: python tests/presses/test_spec.py rewrites it -->\n", "<!-- end of table -->\n"
 
 
 def table() -> str:
@@ -529,7 +529,7 @@ def table() -> str:
 def test_the_documentation_lists_the_presses() -> None:
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     written, _, after = rest.partition(END)
-    assert written == table(), "run: python tests/test_presses.py"
+    assert written == table(), "run: python tests/presses/test_spec.py"
 
 
 if __name__ == "__main__":

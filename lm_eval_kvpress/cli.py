@@ -11,10 +11,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import TracebackType
 
 from lm_eval_kvpress import __version__
+from lm_eval_kvpress.presses.suggest import near
 
 BAD_INPUT = 2  # the exit status that argparse uses
 
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:
-        near = get_close_matches(args.command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = near(args.command, COMMANDS)
         parser.error(f"unknown command {args.command!r}; {hint}commands: {', '.join(COMMANDS)}")
     module, _, function = COMMANDS[args.command].target.partition(":")
     try:

@@ -6,7 +6,6 @@ Knows the names that lm-eval's ``HFLM`` and transformers' ``from_pretrained`` ta
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import re
@@ -22,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_kvpress.presses.decoding import DecodingSpec, parse_decoding, split_arguments, split_name
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press, press_argument_names
 from lm_eval_kvpress.presses.streaming import for_stream
+from lm_eval_kvpress.presses.suggest import near
 
 ROLLING = ("prefix", "one_pass", "stream")
 STREAM_POSITIONS = ("cache", "original")
@@ -282,11 +282,9 @@ def _refuse_unknown(rest: Mapping[str, Any], of_press: frozenset[str], press: st
     for key in rest:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
         raise UsageError(
-            f"unknown argument '{key}': {hint}press={press} takes {', '.join(sorted(of_press)) or 'none'}; the model "
-            f"takes {', '.join(sorted(own))} and what lm-eval's hf model takes"
+            f"unknown argument '{key}': {near(key, known)}"
+            f"press={press} takes {', '.join(sorted(of_press)) or 'none'}; the model takes {', '.join(sorted(own))} and what lm-eval's hf model takes"
         )
     if rest.get("softmax_dtype") not in (None, "float32"):
         raise UsageError("softmax_dtype: log-probabilities are always computed in float32 here; leave it out")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from lm_eval_kvpress.presses.arguments import arguments_of
 from lm_eval_kvpress.presses.catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
+from lm_eval_kvpress.presses.suggest import near
 
 NONE = "none"
 DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
@@ -101,9 +101,8 @@ def _row(name: str) -> Row:
     if name == NONE:
         raise ValueError("press=none removes nothing and cannot be wrapped or composed")
     known_names = [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
-    near = difflib.get_close_matches(name, known_names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"unknown press '{name}': {hint}known are {', '.join([NONE, *ROWS, DECODING, PREFILL_DECODING])}")
+    listed = ", ".join([NONE, *ROWS, DECODING, PREFILL_DECODING])
+    raise ValueError(f"unknown press '{name}': {near(name, known_names)}known are {listed}")
 
 
 def why_not_wrapped(row: Row, inner: Part) -> str:

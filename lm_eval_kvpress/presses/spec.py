@@ -9,7 +9,6 @@ know models or text. `press_catalog` holds the table of presses.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from lm_eval_kvpress.presses.catalog import (
     check_number_of_ratios,
 )
 from lm_eval_kvpress.presses.names import NONE, Part, parse_name, resolve, why_not_wrapped
+from lm_eval_kvpress.presses.suggest import near
 
 RATIO, BUDGET, RATIOS = "compression_ratio", "kv_budget", "compression_ratios"
 DEFAULT_RATIO = 0.5
@@ -376,9 +376,7 @@ def _unknown_argument(part: Part, key: str) -> str:
     if shared:
         return f"'{key}' is an argument of several presses here: write {' or '.join(shared)}"
     names = [RATIO, BUDGET, *part.names.values()]
-    near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown argument '{key}': {hint}press={part.name} takes {', '.join(names)}"
+    return f"unknown argument '{key}': {near(key, names)}press={part.name} takes {', '.join(names)}"
 
 
 def _check_as_a_whole(spec: PressSpec) -> None:

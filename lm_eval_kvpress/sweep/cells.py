@@ -6,7 +6,6 @@ A cell is one press at one ratio (or budget) under one protocol. Knows model arg
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from lm_eval.utils import simple_parse_args_string
 from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
 from lm_eval_kvpress.presses.decoding import split_name
 from lm_eval_kvpress.presses.spec import BUDGET, RATIO, parse_press, press_argument_names
+from lm_eval_kvpress.presses.suggest import near
 
 SWEPT = {"press": "presses", RATIO: "ratios", BUDGET: "budgets", "stream_budget": "budgets"}
 """Model arguments that the cells differ in, and the setting that lists them."""
@@ -169,9 +169,7 @@ def parse_settings(argv: Sequence[str]) -> SweepSettings:
     known = [item.name for item in fields(SweepSettings)]
     for key in merged:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise UsageError(f"unknown setting '{key}': {hint}settings are {', '.join(known)}")
+            raise UsageError(f"unknown setting '{key}': {near(key, known)}settings are {', '.join(known)}")
     missing = [key for key in ("tasks", "presses", "output_path") if not merged.get(key)]
     if missing:
         raise UsageError(f"a sweep needs {', '.join(missing)}: see lm-eval-kvpress sweep --help")

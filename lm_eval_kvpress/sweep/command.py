@@ -5,7 +5,6 @@ Each cell ends as a standard lm-eval results file with its samples, as the run o
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
+from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.records.loss_files import write_whole
 from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
 from lm_eval_kvpress.sweep.model import CellRun, SweepModel
@@ -153,9 +153,8 @@ def _check_tasks(settings: SweepSettings, tasks: TaskManager) -> None:
     """
     for name in settings.tasks:
         if name not in tasks.all_tasks and not Path(name).is_file():
-            near = difflib.get_close_matches(name, tasks.all_tasks, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "`lm_eval ls tasks` lists them"
-            raise UsageError(f"unknown task '{name}': {hint}")
+            hint = near(name, tasks.all_tasks)
+            raise UsageError(f"unknown task '{name}': {hint.rstrip() or '`lm_eval ls tasks` lists them'}")
 
 
 def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, peers: Sequence[CellRun]) -> None:

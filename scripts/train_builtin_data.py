@@ -2,7 +2,8 @@
 
 `batch` is a pure function of (seed, step): a killed run that continues sees the data it would have seen.
 Why repeats: a small model learns to look back only once copying has emerged, and documents that repeat a
-segment (induction: Olsson et al. 2022, arXiv 2209.11895) make it emerge within some 5 M tokens (docs/LOG.md).
+segment (induction: Olsson et al. 2022, arXiv 2209.11895) make it emerge within some 5 M tokens
+(docs/experiments/builtin_training.md).
 """
 
 import lzma
@@ -179,7 +180,7 @@ class TrainingData:
         """Facts amid little filler, then restated and asked for, again and again, to the end of the row.
 
         One or two questions a row teach a model to name *some* value of the text and no more; with ten and more
-        it binds the value to its subject within 1 M tokens (docs/LOG.md).
+        it binds the value to its subject within 1 M tokens (docs/experiments/builtin_training.md).
         """
         facts = self.facts(rng, rng.randint(2, min(24, max(3, num_tokens // 32))))
         statements = [fact.statement for fact in facts]

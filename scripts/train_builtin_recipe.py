@@ -1,6 +1,7 @@
 """The recipe of the built-in checkpoint: sizes, and the stages as a function of tokens.
 
-Context use appears in a sudden transition or not at all, and the order of the stages decides (docs/LOG.md):
+Context use appears in a sudden transition or not at all, and the order of the stages decides
+(docs/experiments/builtin_training.md):
 short rows with many repeats at a constant rate until copying appears, then dense recall documents until a value
 is bound to its subject, then longer rows, then mostly text.
 """

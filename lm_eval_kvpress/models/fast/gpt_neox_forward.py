@@ -2,7 +2,8 @@
 
 transformers rotates queries and keys by whole heads, in six new tensors each, though only `rotary_ndims` of a head's
 dims turn (a quarter of Pythia's); and its GELU makes a second tensor as wide as the feed-forward. On a CPU that is some
-per cent of a prefill, much of it the zeroing of fresh pages (docs/LOG.md). Here both happen in place, in what the
+per cent of a prefill, much of it the zeroing of fresh pages
+(docs/experiments/fresh_pages.md). Here both happen in place, in what the
 linear layer before has just made and nobody else holds.
 
 And the first layer is given the same row for each occurrence of a token: positions come in only with the rotation. Its

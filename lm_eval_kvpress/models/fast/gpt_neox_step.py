@@ -1,7 +1,8 @@
 """GPTNeoX's decoding step on a GPU in few kernels; the numbers are those of its modules, up to rounding.
 
 Between two products of a layer transformers runs kernel after kernel of two microseconds; these, and an attention that
-leaves a GPU idle at few rows, were two thirds of a step of Pythia-2.8B (docs/LOG.md). Here a layer is its four
+leaves a GPU idle at few rows, were two thirds of a step of Pythia-2.8B
+(docs/experiments/h200_decoding_step.md). Here a layer is its four
 products and four kernels (and GELU, for more than one row), and attention and feed-forward, which Pythia has beside
 each other, run on two streams: each fills the gaps of the other.
 

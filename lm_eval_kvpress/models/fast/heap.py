@@ -1,7 +1,8 @@
 """Keeps freed blocks for the next tensors on a CPU, as PyTorch's own allocator does on a GPU.
 
 glibc hands the free top of its heap back to the kernel from some limit on (64 MiB at most), and the next tensors begin
-on pages that the kernel finds and zeroes anew, 4 microseconds each: up to a tenth of a prefill (docs/LOG.md). Here the
+on pages that the kernel finds and zeroes anew, 4 microseconds each: up to a tenth of a prefill
+(docs/experiments/fresh_pages.md). Here the
 limit is lifted for the process, unless its user has set one. Blocks of more than 32 MiB are mapped anew all the same.
 
 Knows the C library alone.

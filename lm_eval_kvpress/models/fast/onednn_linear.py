@@ -2,7 +2,8 @@
 
 In fp32 PyTorch multiplies by Intel's MKL, on AMD's processors too, where it is slow for the few rows of a decoding
 step: on Zen 4 one, two and sixteen rows by a head of 50,304 x 512 take 9.3, 20.4 and 17.7 ms, and by oneDNN, which
-PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth (docs/LOG.md). Both are fp32 and differ by rounding.
+PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth
+(docs/experiments/onednn_linear.md). Both are fp32 and differ by rounding.
 On Zen 3, which has no AVX-512, only few rows by large weights gain. So the bounds are by instruction set, and for AMD's
 processors: on others the two were not compared and nothing changes.
 

@@ -4,7 +4,7 @@ PyTorch's attention has one block per row and head, which leaves a GPU idle at f
 buffer. Here a head's entries are cut into spans, which blocks of their own attend to and a second kernel merges (flash
 decoding, Dao et al. 2023, over the online softmax of Milakov and Gimelshein, arXiv:1805.02867), up to the newest entry.
 On an H200 one row of 1,900 entries takes 12.6 us for 85, 32 rows 173 for 489, at nine tenths of the memory's bandwidth;
-where four query heads share a key-value head, 8 us for 87 and 69 for 133 (docs/LOG.md).
+where four query heads share a key-value head, 8 us for 87 and 69 for 133 (docs/experiments/shared_kv_heads.md).
 
 Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device.
 

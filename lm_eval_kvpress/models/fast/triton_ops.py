@@ -1,7 +1,8 @@
 """Triton kernels of one decoding step, but for its attention (`decode_attention`).
 
 A step reads every weight once and computes little, so on a GPU its time is that of its kernels beyond those bytes: of
-Pythia-2.8B's 5.7 ms on an H200 1.1 were small kernels between its products (docs/LOG.md). Here what stands between two
+Pythia-2.8B's 5.7 ms on an H200 1.1 were small kernels between its products
+(docs/experiments/h200_decoding_step.md). Here what stands between two
 products of a layer is one kernel, and for a single row a product is one too, at whose end its GELU is.
 
 Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device; sums are

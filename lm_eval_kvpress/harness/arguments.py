@@ -284,7 +284,8 @@ def _refuse_unknown(rest: Mapping[str, Any], of_press: frozenset[str], press: st
             continue
         raise UsageError(
             f"unknown argument '{key}': {near(key, known)}"
-            f"press={press} takes {', '.join(sorted(of_press)) or 'none'}; the model takes {', '.join(sorted(own))} and what lm-eval's hf model takes"
+            f"press={press} takes {', '.join(sorted(of_press)) or 'none'}; "
+            f"the model takes {', '.join(sorted(own))} and what lm-eval's hf model takes"
         )
     if rest.get("softmax_dtype") not in (None, "float32"):
         raise UsageError("softmax_dtype: log-probabilities are always computed in float32 here; leave it out")

@@ -39,7 +39,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Pretr
 
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
-from lm_eval_kvpress.engine.runner import Generation, Job, Runner
+from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
+from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import parse_press
@@ -162,8 +163,8 @@ class Bench:
         meter = Meter(self._clock, dict.fromkeys(("device", "dtype", "press", "protocol"), ""), [_Collector(records)])
         compressor = self._compressors[case.press]
         runner = Runner(self._model, compressor, self._clock, meter, nullcontext, graphs=self._graphs)
-        jobs = [Job(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]
-        runner.generate(jobs, Generation({}, case.num_new_tokens, frozenset(), lambda new: [False] * len(new)))
+        jobs = [Prompt(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]
+        runner.generate(jobs, GenerationSettings({}, case.num_new_tokens, frozenset(), lambda new: [False] * len(new)))
         meter.finish("generate_until")
         return _measurement(records)
 

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import cuda_graph, decoding
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -47,7 +48,7 @@ def decoded(
         CONTEXTS[:rows],
         num_held_back=HELD[:rows],
         max_new_tokens=num_new,
-        sampler=decoding.Sampler(LogitsProcessorList()),
+        sampler=Sampler(LogitsProcessorList()),
         stop_ids=frozenset(),
         stopped=lambda new: [False] * len(new),
         record=record if few_kernels else None,

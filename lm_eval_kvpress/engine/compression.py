@@ -21,7 +21,8 @@ from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import PressSpec
-from lm_eval_kvpress.records.clock import Clock, ContextRecord
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.totals import ContextRecord
 
 Tokens = tuple[int, ...]
 
@@ -114,7 +115,7 @@ class Compressor:
         records: dict[int, ContextRecord] = {}
         with self._clock.phase("prefill", num_tokens=0 if self._shared else sum(ends)):
             for rows, cache, pressed in self._prefilled(heads, spare):
-                for row, record in zip(rows, _context_records(cache, pressed), strict=True):
+                for row, record in zip(rows, _context_records(cache, self.press, pressed), strict=True):
                     records[row] = record
                 order += rows
                 caches.append(cache)
@@ -214,14 +215,16 @@ def _by_length(rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[in
     yield from groups.values()
 
 
-def _context_records(cache: CompressedCache, pressed: bool) -> list[ContextRecord]:
+def _context_records(cache: CompressedCache, press: PressSpec, pressed: bool) -> list[ContextRecord]:
     return [
-        _context_record(cache, kept, num_seen, pressed)
+        _context_record(cache, press, kept, num_seen, pressed)
         for kept, num_seen in zip(cache.kept(), cache.num_seen, strict=True)
     ]
 
 
-def _context_record(cache: CompressedCache, kept: Sequence[float], num_seen: int, pressed: bool) -> ContextRecord:
+def _context_record(
+    cache: CompressedCache, press: PressSpec, kept: Sequence[float], num_seen: int, pressed: bool
+) -> ContextRecord:
     """One row's record; padding of a shared prefill is not the row's."""
     sizes = [2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers]
     entries = [layer.num_entries if pressed else num_seen for layer in cache.layers]
@@ -231,6 +234,9 @@ def _context_record(cache: CompressedCache, kept: Sequence[float], num_seen: int
         bytes_before=sum(sizes) * num_seen,
         bytes_allocated=sum(size * count for size, count in zip(sizes, entries, strict=True)),
         pressed=pressed,
+        is_short=not pressed and not press.is_none,
+        is_shrunk=pressed and num_seen < press.min_context(),
+        notes=tuple(press.notes(num_seen, len(cache.layers))) if pressed else (),
     )
 
 

@@ -5,7 +5,7 @@ stay where they are: whole buffers of a known size, whose unwritten end a mask h
 the step itself moves on. Nothing in it comes from the host or goes there. The first step runs as it is, which warms
 up what libraries make at their first call; the record runs nothing; what follows are replays.
 
-Knows torch and `decode_steps`. Does not know text or presses.
+Knows torch and `decode_state`. Does not know text or presses.
 
 Letters in shape comments: B rows, C capacity of a layer's buffers, N tokens of a row.
 """
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lm_eval_kvpress.engine.decode_state import Steps
+from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -33,7 +33,7 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None] | None]
 
 
 class Chooses(Protocol):
-    """`decoding.Sampler`, whose uniforms are on the device."""
+    """`sampling.Sampler`, whose uniforms are on the device."""
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor: ...
 
@@ -54,7 +54,7 @@ class StaticStep:
 
     def __init__(
         self,
-        steps: Steps,
+        steps: DecodeState,
         sampler: Chooses,
         ids: torch.Tensor,
         column: int,

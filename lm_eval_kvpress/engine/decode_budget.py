@@ -42,7 +42,7 @@ class DecodingPlan:
     press_for: Callable[[int], Scorer]
 
 
-class Keeper:
+class BudgetKeeper:
     """Compresses the cache of one batch while it is decoded.
 
     Attributes:

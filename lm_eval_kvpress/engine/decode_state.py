@@ -15,7 +15,7 @@ from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention
 from lm_eval_kvpress.models.pressable import PressableModel, placeholder_mask
 
 
-class Steps:
+class DecodeState:
     """Feeds held-back tokens, then one token per row and step.
 
     Args:
@@ -46,9 +46,9 @@ class Steps:
         self.positions = torch.tensor(cache.next_position, device=model.device)
         self._placeholder = placeholder_mask(model)
 
-    def over(self, cache: CompressedCache, num_new: int) -> Steps:
+    def over(self, cache: CompressedCache, num_new: int) -> DecodeState:
         """Steps that go on over another cache, under the masks that were given away."""
-        steps = Steps(self.model, cache, [0] * len(cache.num_seen), num_new)
+        steps = DecodeState(self.model, cache, [0] * len(cache.num_seen), num_new)
         steps.biases = self.biases
         return steps
 

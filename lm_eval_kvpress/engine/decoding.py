@@ -9,51 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 
 import torch
-from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.cuda_graph import Recorder, Repeated, StaticStep
-from lm_eval_kvpress.engine.decode_budget import Keeper
-from lm_eval_kvpress.engine.decode_state import Steps
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
+from lm_eval_kvpress.engine.decode_state import DecodeState
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill_hidden
-
-
-@dataclass(frozen=True, eq=False)
-class Sampler:
-    """How the next token is chosen.
-
-    Attributes:
-        processors: transformers' logits processors, applied in order.
-        uniforms: ``(B, tokens)`` numbers in [0, 1), one row per request, for sampling by inverse transform, so that a
-            request draws the same tokens in every batch; None for greedy decoding.
-    """
-
-    processors: LogitsProcessorList
-    uniforms: torch.Tensor | None = None
-
-    def on(self, device: torch.device) -> Sampler:
-        """The sampler with its numbers on a device."""
-        return self if self.uniforms is None else replace(self, uniforms=self.uniforms.to(device))
-
-    def choose(self, ids: torch.Tensor, logits: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
-        """The next token per row, ``(B,)``.
-
-        Args:
-            ids: ``(B, N)``, all ids so far, in any order and number: supported processors ask which ids there are.
-            logits: ``(B, V)``.
-            step: tokens chosen before; ``(1,)``, on the device, in a step that a graph repeats.
-        """
-        scores = self.processors(ids, logits)
-        if self.uniforms is None:
-            return scores.argmax(dim=-1)
-        probabilities, tokens = scores.softmax(dim=-1).sort(dim=-1, descending=True)
-        cumulative = probabilities.cumsum(dim=-1)
-        uniforms = self.uniforms[:, step, None] if isinstance(step, int) else self.uniforms.index_select(1, step)
-        drawn = uniforms.to(cumulative) * cumulative[:, -1:]
-        return tokens.gather(1, torch.searchsorted(cumulative, drawn, right=True).clamp(max=tokens.shape[1] - 1))[:, 0]
 
 
 @torch.inference_mode()
@@ -69,7 +33,7 @@ def decode(
     stopped: Callable[[torch.Tensor], Sequence[bool]],
     on_token: Callable[[], None] = lambda: None,
     record: Recorder | None = None,
-    keeper: Keeper | None = None,
+    keeper: BudgetKeeper | None = None,
 ) -> list[list[int]]:
     """Generates for each row from its compressed cache, one forward per token for the whole ragged batch.
 
@@ -91,7 +55,7 @@ def decode(
     prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
     sampler, record = sampler.on(model.device), record if keeper is None else None
     make_step = model.step_maker() if record else None  # before the masks' hooks
-    steps = Steps(model, cache, num_held_back, max_new_tokens)
+    steps = DecodeState(model, cache, num_held_back, max_new_tokens)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)
 

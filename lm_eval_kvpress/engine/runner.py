@@ -1,99 +1,35 @@
 """One model under one press: batches of contexts in, outcomes out, each batch timed.
 
-Token ids only; does not know text, lm-eval or where requests come from. `work` says which contexts make a batch and
-what the outcomes answer. An outcome is a plain value that holds all that a record needs, so it can be kept on disk.
+Knows token ids. Does not know text, lm-eval or where requests come from; `request_batches` says which contexts make a
+batch and what the outcomes answer.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine import batching
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
-from lm_eval_kvpress.engine.decode_budget import DecodingPlan, Keeper
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.decoding import decode
+from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Prompt, Scored
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
-from lm_eval_kvpress.records.clock import Clock, ContextRecord
+from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
+from lm_eval_kvpress.records.totals import ContextRecord
 
 PACK_TOKENS = 4_096
 """At most so many continuation tokens are scored in one forward per context."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What came of a context with continuations, or of a window.
-
-    Attributes:
-        branches: one score per continuation.
-        pressed: whether they count as scored under the press (`compression.CompressedBatch`).
-        context: what was kept of the context; None where nothing was prefilled.
-    """
-
-    branches: tuple[BranchScore, ...]
-    pressed: bool
-    context: ContextRecord | None
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What came of a prompt.
-
-    Attributes:
-        ids: the new token ids.
-        context: what was kept of the prompt.
-        num_compressions: how often a decoding press evicted entries before the last of them.
-        max_entries: the most entries per layer that it found.
-    """
-
-    ids: tuple[int, ...]
-    context: ContextRecord
-    num_compressions: int = 0
-    max_entries: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt to continue.
-
-    Attributes:
-        context: token ids.
-        seed: of its random draws, where tokens are sampled.
-        id: its request.
-    """
-
-    context: tuple[int, ...]
-    seed: int
-    id: RequestId
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """How prompts are continued.
-
-    Attributes:
-        options: arguments of `sampling.sampler_for`.
-        max_new_tokens: tokens per prompt, at most.
-        stop_ids: token ids that end a text.
-        stopped: tells from the new tokens, ``(B, n)``, which texts are complete.
-    """
-
-    options: Mapping[str, Any]
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    stopped: Callable[[torch.Tensor], Sequence[bool]]
 
 
 class Runner:
@@ -121,14 +57,14 @@ class Runner:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
 
-    def score_groups(self, groups: Sequence[windows.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
+    def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores all continuations of each context, which is prefilled once.
 
         Args:
             ids: of all requests; a group's ``members`` are places in it.
         """
         self.meter.start()
-        split = [list(windows.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
+        split = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
         longest = max(
             sum(len(group.continuations[index]) for index in pack)
             for group, packs in zip(groups, split, strict=True)
@@ -155,7 +91,7 @@ class Runner:
         self.meter.batch("loglikelihood", len(groups), shares)
         return _scored(scores, batch.pressed, batch.records)
 
-    def score_windows(self, windows: Sequence[windows.Window], ids: Sequence[RequestId]) -> list[Scored]:
+    def score_windows(self, windows: Sequence[Window], ids: Sequence[RequestId]) -> list[Scored]:
         """Scores the targets of windows that are all pressed, or all plain. One id per window."""
         self.meter.start()
         contexts = [window.context for window in windows]
@@ -177,10 +113,10 @@ class Runner:
         self.meter.batch("loglikelihood_rolling", len(windows), shares)
         return _scored(scores, pressed, records)
 
-    def generate(self, jobs: Sequence[Job], generation: Generation) -> list[Generated]:
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
         """Continues prompts from their compressed caches."""
         self.meter.start()
-        contexts, keeper = [job.context for job in jobs], self._keeper()
+        contexts, keeper = [prompt.context for prompt in prompts], self._keeper()
         start, times = time.perf_counter(), list[float]()
         with self._autocast():
             batch = self.compressor.compress(contexts)
@@ -191,26 +127,28 @@ class Runner:
                     batch.cache,
                     contexts,
                     num_held_back=[len(query) for query in batch.queries],
-                    max_new_tokens=generation.max_new_tokens,
-                    sampler=sampler_for(generation.options, [job.seed for job in jobs], generation.max_new_tokens),
-                    stop_ids=generation.stop_ids,
-                    stopped=generation.stopped,
+                    max_new_tokens=settings.max_new_tokens,
+                    sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
+                    stop_ids=settings.stop_ids,
+                    stopped=settings.stopped,
                     on_token=lambda: times.append(time.perf_counter() - start),
-                    record=self._graphs.for_steps(generation.max_new_tokens - 1, is_compressed=keeper is not None),
+                    record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
                     keeper=keeper,
                 )
                 produced["tokens"] += sum(len(row) for row in rows)
         shares = [
-            RequestShare(job.id, len(job.context), len(row), context=record, token_times_sec=tuple(times[: len(row)]))
-            for job, row, record in zip(jobs, rows, batch.records, strict=True)
+            RequestShare(
+                prompt.id, len(prompt.context), len(row), context=record, token_times_sec=tuple(times[: len(row)])
+            )
+            for prompt, row, record in zip(prompts, rows, batch.records, strict=True)
         ]
-        self.meter.batch("generate_until", len(jobs), shares, decoding_steps=self._graphs.newest)
+        self.meter.batch("generate_until", len(prompts), shares, decoding_steps=self._graphs.newest)
         held = [(0, 0) if keeper is None else keeper.held(index, len(row)) for index, row in enumerate(rows)]
         return [
             Generated(tuple(row), record, *facts) for row, record, facts in zip(rows, batch.records, held, strict=True)
         ]
 
-    def _keeper(self) -> Keeper | None:
+    def _keeper(self) -> BudgetKeeper | None:
         decoding = self._decoding
         if decoding is None:
             return None
@@ -218,7 +156,9 @@ class Runner:
         def press_for(num_entries: int) -> Any:
             return decoding.press.build(num_entries)
 
-        return Keeper(self.model, DecodingPlan(decoding.interval, decoding.target_size, decoding.interval, press_for))
+        return BudgetKeeper(
+            self.model, DecodingPlan(decoding.interval, decoding.target_size, decoding.interval, press_for)
+        )
 
     def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
         num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)

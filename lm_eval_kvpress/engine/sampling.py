@@ -1,22 +1,25 @@
-"""lm-eval's generation arguments to a `Sampler` and a stop test. Does not know models or caches."""
+"""How the next token is chosen: greedily, or by drawing from the processed logits.
+
+Knows lm-eval's generation arguments and transformers' logits processors. Does not know models, caches or text.
+
+Letters in shape comments: B rows, N tokens of a row, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-from lm_eval_kvpress.engine.decoding import Sampler
 
 WARPERS = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
@@ -28,6 +31,41 @@ WARPERS = {
 """Supported arguments and transformers' processors for them, in the order in which transformers applies them."""
 
 NEUTRAL = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """How the next token is chosen.
+
+    Attributes:
+        processors: transformers' logits processors, applied in order.
+        uniforms: ``(B, tokens)`` numbers in [0, 1), one row per request, for sampling by inverse transform, so that a
+            request draws the same tokens in every batch; None for greedy decoding.
+    """
+
+    processors: LogitsProcessorList
+    uniforms: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> Sampler:
+        """The sampler with its numbers on a device."""
+        return self if self.uniforms is None else replace(self, uniforms=self.uniforms.to(device))
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+        """The next token per row, ``(B,)``.
+
+        Args:
+            ids: ``(B, N)``, all ids so far, in any order and number: supported processors ask which ids there are.
+            logits: ``(B, V)``.
+            step: tokens chosen before; ``(1,)``, on the device, in a step that a graph repeats.
+        """
+        scores = self.processors(ids, logits)
+        if self.uniforms is None:
+            return scores.argmax(dim=-1)
+        probabilities, tokens = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+        cumulative = probabilities.cumsum(dim=-1)
+        uniforms = self.uniforms[:, step, None] if isinstance(step, int) else self.uniforms.index_select(1, step)
+        drawn = uniforms.to(cumulative) * cumulative[:, -1:]
+        return tokens.gather(1, torch.searchsorted(cumulative, drawn, right=True).clamp(max=tokens.shape[1] - 1))[:, 0]
 
 
 def sampler_for(options: Mapping[str, Any], seeds: Sequence[int], max_new_tokens: int) -> Sampler:
@@ -64,23 +102,3 @@ def sampler_for(options: Mapping[str, Any], seeds: Sequence[int], max_new_tokens
 
 def _uniforms(seeds: Sequence[int], max_new_tokens: int) -> torch.Tensor:
     return torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-class StopStrings:
-    """Whether the text of the newest tokens holds a stop string; decodes the batch once for all of them.
-
-    Looks back two tokens more than the longest stop string encodes to, since a string can come out in another
-    tokenization than its own (as lm-eval's ``MultiTokenEOSCriteria`` does).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._until = [stop for stop in until if stop]
-        lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self._until]
-        self._num_back = max(lengths, default=0) + 2
-
-    def __call__(self, new_tokens: torch.Tensor) -> list[bool]:
-        if not self._until:
-            return [False] * len(new_tokens)
-        texts = self._tokenizer.batch_decode(new_tokens[:, -self._num_back :])
-        return [any(stop in text for stop in self._until) for text in texts]

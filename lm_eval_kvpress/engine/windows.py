@@ -1,15 +1,13 @@
-"""Pure functions from requests and documents to windows, shared contexts and batches, and back to request order.
+"""Windows of documents for rolling log-likelihoods, and the truncation of contexts.
 
 Knows token ids as integers. Does not know tensors, models, presses or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-Item = TypeVar("Item")
 Tokens = tuple[int, ...]
 
 
@@ -56,68 +54,6 @@ def prefix_windows(tokens: Sequence[int], prefix_token: int, context: int, score
 
 
 def truncate_left(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Tokens:
-    """What is left of a context so that context and continuation fit, as stock ``HFLM`` truncates it."""
-    room = max_length + 1 - len(continuation)
-    return tuple(context[max(0, len(context) - room) :])
-
-
-@dataclass(frozen=True)
-class ContextGroup:
-    """A context and the continuations that share it.
-
-    Attributes:
-        context: token ids.
-        continuations: token ids of each.
-        members: for each continuation, the index of its request.
-    """
-
-    context: Tokens
-    continuations: tuple[Tokens, ...]
-    members: tuple[int, ...]
-
-
-def group_by_context(pairs: Sequence[tuple[Tokens, Tokens]]) -> list[ContextGroup]:
-    """Groups ``(context, continuation)`` pairs by context, longest context first.
-
-    Longest first, so that running out of memory happens at once and time estimates err on the safe side.
-    """
-    members: dict[Tokens, list[int]] = {}
-    for index, (context, _) in enumerate(pairs):
-        members.setdefault(context, []).append(index)
-    groups = [
-        ContextGroup(context, tuple(pairs[index][1] for index in indices), tuple(indices))
-        for context, indices in members.items()
-    ]
-    return sorted(groups, key=lambda group: -len(group.context))
-
-
-def batches(
-    items: Sequence[Item], size: int, length: Callable[[Item], int], max_tokens: int | None = None
-) -> Iterator[list[Item]]:
-    """Consecutive batches of at most ``size`` items and, given ``max_tokens``, of at most so many padded tokens."""
-    batch: list[Item] = []
-    longest = 0
-    for item in items:
-        longest_with = max(longest, length(item))
-        too_long = max_tokens is not None and longest_with * (len(batch) + 1) > max_tokens
-        if batch and (len(batch) == size or too_long):
-            yield batch
-            batch, longest_with = [], length(item)
-        batch.append(item)
-        longest = longest_with
-    if batch:
-        yield batch
-
-
-def packs(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of consecutive continuations whose lengths sum up to at most ``max_tokens`` (or of a single one)."""
-    pack: list[int] = []
-    total = 0
-    for index, length in enumerate(lengths):
-        if pack and total + length > max_tokens:
-            yield pack
-            pack, total = [], 0
-        pack.append(index)
-        total += length
-    if pack:
-        yield pack
+    """The end of a context that fits beside its continuation, as stock ``HFLM`` truncates it."""
+    num_kept = max_length + 1 - len(continuation)
+    return tuple(context[max(0, len(context) - num_kept) :])

@@ -27,11 +27,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lm_eval_kvpress.engine import batch_size, windows
+from lm_eval_kvpress.engine.batching import batches, in_halves
 from lm_eval_kvpress.engine.compression import Compressor, ShortContextError
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
-from lm_eval_kvpress.engine.request_batches import GenerationWork, LikelihoodWork, RollingWork, Work, batches, in_halves
-from lm_eval_kvpress.engine.runner import Generation, Job, Runner
-from lm_eval_kvpress.engine.sampling import StopStrings, sampler_for
+from lm_eval_kvpress.engine.generation_batches import GenerationBatches
+from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
+from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
+from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.engine.rolling_batches import RollingBatches
+from lm_eval_kvpress.engine.runner import Runner
+from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.harness import answer_cache, identity, parity, ranks, run_record
 from lm_eval_kvpress.harness.arguments import (
@@ -41,6 +46,7 @@ from lm_eval_kvpress.harness.arguments import (
     print_usage_errors_in_one_line,
     resolve_pretrained,
 )
+from lm_eval_kvpress.harness.generation_arguments import StopStrings
 from lm_eval_kvpress.harness.loading import CheckedHFLM
 from lm_eval_kvpress.harness.stream_requests import StreamedDocument, StreamRun
 from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
@@ -52,7 +58,7 @@ from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, Recorder, RequestId
-from lm_eval_kvpress.records.totals import Ledger
+from lm_eval_kvpress.records.totals import new_totals
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -135,7 +141,7 @@ class KVPress(CheckedHFLM):
         # Documents are cut into windows here; the tokenizer's warning that they are longer than a window would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._parity = None if stock is None else self._certificate(stock)
-        self._ledger, self._of_all_ranks = Ledger(self._settings.press), None
+        self._totals, self._of_all_ranks = new_totals(), None
         self._runner = self._new_runner(self._settings, list(self._recorders()))
         if self._settings.press.attn_implementation:
             logger.info(
@@ -204,7 +210,7 @@ class KVPress(CheckedHFLM):
             raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         pairs = encode_pairs(self, [request.args for request in requests])
         ids = _request_ids(requests)
-        return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm, requests)
+        return self._answer([LikelihoodBatches(self._truncated(pairs, ids), ids)], disable_tqdm, requests)
 
     def _loglikelihood_tokens(
         self,
@@ -214,7 +220,7 @@ class KVPress(CheckedHFLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         ids = [RequestId("", None, index) for index in range(len(pairs))]
-        return self._answer([LikelihoodWork(self._truncated(pairs, ids), ids)], disable_tqdm)
+        return self._answer([LikelihoodBatches(self._truncated(pairs, ids), ids)], disable_tqdm)
 
     def _encoded(self, requests: Sequence[Instance]) -> list[list[int]]:
         texts = encode_all(self, [request.args[0] for request in requests])
@@ -247,7 +253,7 @@ class KVPress(CheckedHFLM):
         if cut:
             logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), self.max_length)
         for task, _ in cut:
-            self._ledger.totals[task].num_cut_contexts += 1
+            self._totals[task].num_cut_contexts += 1
         return truncated
 
     @of_own_requests
@@ -256,7 +262,7 @@ class KVPress(CheckedHFLM):
         if self._settings.rolling == "stream":
             return self._stream(requests, disable_tqdm)
         windows = [list(self._windows(tokens)) for tokens in self._encoded(requests)]
-        return self._answer([RollingWork(windows, _request_ids(requests))], disable_tqdm, requests)
+        return self._answer([RollingBatches(windows, _request_ids(requests))], disable_tqdm, requests)
 
     def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
         documents = [
@@ -269,7 +275,7 @@ class KVPress(CheckedHFLM):
             prefix_token=self.prefix_token_id,
             clock=self._runner.clock,
             meter=self._runner.meter,
-            totals=self._ledger.totals,
+            totals=self._totals,
             store=self._stream_store(),
         )
         batch_size = self.max_batch_size if self.batch_size == "auto" else int(self.batch_size)
@@ -322,23 +328,23 @@ class KVPress(CheckedHFLM):
         for index, request in enumerate(requests):
             alike[repr(sorted(request.args[1].items()))].append(index)
         works = [
-            self._generation_work(requests[indices[0]].args[1], {index: prompts[index] for index in indices})
+            self._generation_batches(requests[indices[0]].args[1], {index: prompts[index] for index in indices})
             for indices in alike.values()
         ]
         return self._answer(works, disable_tqdm, requests)
 
-    def _prompts(self, requests: Sequence[Instance]) -> list[Job]:
+    def _prompts(self, requests: Sequence[Instance]) -> list[Prompt]:
         """Prompts with their seeds: a prompt that comes again draws other tokens, in any order and batch."""
         occurrences: Counter[tuple[int, ...]] = Counter()
-        jobs = []
+        found = []
         for tokens, id in zip(self._encoded(requests), _request_ids(requests), strict=True):
             context = tuple(tokens or [self.prefix_token_id])
             seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
             occurrences[context] += 1
-            jobs.append(Job(context, seed, id))
-        return jobs
+            found.append(Prompt(context, seed, id))
+        return found
 
-    def _generation_work(self, gen_kwargs: dict[str, Any], prompts: Mapping[int, Job]) -> GenerationWork:
+    def _generation_batches(self, gen_kwargs: dict[str, Any], prompts: Mapping[int, Prompt]) -> GenerationBatches:
         options = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
@@ -355,17 +361,17 @@ class KVPress(CheckedHFLM):
             raise UsageError(str(error)) from error
         eos_ids = self.model.generation_config.eos_token_id
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
-        generation = Generation(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
-        too_long = [job for job in prompts.values() if len(job.context) > room]
+        settings = GenerationSettings(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
+        too_long = [prompt for prompt in prompts.values() if len(prompt.context) > room]
         if too_long:
             logger.warning(
                 "%d prompts were cut from the left to %d tokens: max_length=%d less max_gen_toks=%d",
                 *(len(too_long), room, self.max_length, max_new_tokens),
             )
-        for job in too_long:
-            self._ledger.totals[job.id.task].num_cut_contexts += 1
-        cut = {index: replace(job, context=job.context[-room:]) for index, job in prompts.items()}
-        return GenerationWork(cut, generation, lambda ids: self._text(list(ids), until))
+        for prompt in too_long:
+            self._totals[prompt.id.task].num_cut_contexts += 1
+        cut = {index: replace(prompt, context=prompt.context[-room:]) for index, prompt in prompts.items()}
+        return GenerationBatches(cut, settings, lambda ids: self._text(list(ids), until))
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         """The answer in generated ids: thinking and what follows a stop string cut off, as stock ``HFLM`` does."""
@@ -379,7 +385,9 @@ class KVPress(CheckedHFLM):
 
     # ---------------------------------------------------------------------------------------------------- running
 
-    def _answer(self, works: Sequence[Work[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()) -> list[Any]:
+    def _answer(
+        self, works: Sequence[RequestBatches[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()
+    ) -> list[Any]:
         """One answer per request, in request order; ``requests`` are for lm-eval's cache, told as answers come."""
         for work in works:
             self._check_lengths(work)
@@ -393,19 +401,19 @@ class KVPress(CheckedHFLM):
                         self.cache_hook.add_partial(work.request_type, requests[request].args, answer)
         return [answers[index] for index in range(len(answers))]
 
-    def _check_lengths(self, work: Work[Any]) -> None:
+    def _check_lengths(self, work: RequestBatches[Any]) -> None:
         self._check_lengths_for(self._runner, work)
 
     @staticmethod
-    def _check_lengths_for(runner: Runner, work: Work[Any]) -> None:
+    def _check_lengths_for(runner: Runner, work: RequestBatches[Any]) -> None:
         try:
             for segment in work.segments():
                 runner.compressor.check_lengths(work.contexts(segment))
         except ShortContextError as error:
             raise UsageError(str(error)) from error
 
-    def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
-        """Requests and their answers, as they come; the totals are booked at the end."""
+    def _run(self, work: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        """Requests and their answers, as they come; the totals are recorded at the end."""
         meter, outcomes = self._runner.meter, dict[int, Any]()
         for items in batches(work, *self._batch_limits(self._settings.press, work)):
             done = dict(zip(items, in_halves(functools.partial(work.run, self._runner), items), strict=True))
@@ -416,11 +424,11 @@ class KVPress(CheckedHFLM):
                 meter.finish(work.request_type)
                 yield from work.answers(done).items()
         meter.finish(work.request_type)
-        work.book(outcomes, self._ledger)
+        work.record_totals(outcomes, self._totals)
         if work.splits_requests:
             yield from work.answers(outcomes).items()
 
-    def _batch_limits(self, press: PressSpec, work: Work[Any]) -> tuple[int, int | None]:
+    def _batch_limits(self, press: PressSpec, work: RequestBatches[Any]) -> tuple[int, int | None]:
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is room for."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
@@ -496,7 +504,7 @@ class KVPress(CheckedHFLM):
         return [own for own, _ in gathered]
 
     def _own_facts(self) -> ranks.RankFacts:
-        return ranks.RankFacts(self._ledger.totals, self._runner.meter.records)
+        return ranks.RankFacts(self._totals, self._runner.meter.records)
 
     def _facts(self) -> ranks.RankFacts:
         """What was done: by all ranks, once lm-eval has gathered it."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from lm_eval_kvpress.records.clock import TaskTotals
 from lm_eval_kvpress.records.timings import RunRecords
+from lm_eval_kvpress.records.totals import TaskTotals
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.harness.ranks import RankFacts
-from lm_eval_kvpress.records.clock import TaskTotals
+from lm_eval_kvpress.records.totals import TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")
 

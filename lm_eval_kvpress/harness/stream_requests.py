@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
-from lm_eval_kvpress.records.clock import Clock, RollingScore, TaskTotals
+from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
+from lm_eval_kvpress.records.rolling_score import RollingScore
+from lm_eval_kvpress.records.totals import TaskTotals
 
 
 @dataclass
@@ -86,7 +88,7 @@ class StreamRun:
         todo = [document for document in documents if not document.is_finished]
         todo.sort(key=lambda document: -len(document.tokens))
         bar.total = sum(len(document.tokens) for document in todo)
-        for batch in windows.batches(todo, batch_size, lambda document: len(document.tokens)):
+        for batch in in_batches(todo, batch_size, lambda document: len(document.tokens)):
             self._run_batch(batch, bar)
 
     def _run_batch(self, batch: Sequence[StreamedDocument], bar: tqdm[None]) -> None:
@@ -124,6 +126,6 @@ class StreamRun:
         first = -(-(budget + 1) // chunk) * chunk  # the first chunk that starts beyond the budget
         logprobs = [-loss for loss in document.losses]
         before, after = logprobs[:first], logprobs[first:]
-        self._totals[document.task].scored(before, pressed=False)
-        self._totals[document.task].scored(after, pressed=True)
+        self._totals[document.task].add_scores(before, pressed=False)
+        self._totals[document.task].add_scores(after, pressed=True)
         return RollingScore(math.fsum(logprobs), len(logprobs), len(after), math.fsum(after))

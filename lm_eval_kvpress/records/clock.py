@@ -1,49 +1,18 @@
-"""What was really scored, kept and timed: records with units in their names, and a clock that synchronizes.
+"""Wall-clock times of a batch's phases, with the device synchronized at their edges.
 
 Knows torch's clocks. Does not know lm-eval, presses or models.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-
-
-class RollingScore(float):
-    """A document's log-likelihood in nats that also says how many tokens it is a sum over.
-
-    lm-eval hands a task one number per rolling request; this number carries the counts that token perplexity needs.
-
-    Attributes:
-        num_tokens: tokens scored.
-        num_tokens_pressed: of these, the tokens scored over a cache that the press had compressed; for ``press=none``
-            the same tokens, over the full cache, so that baseline and press compare like with like.
-        loglikelihood_pressed: their log-likelihood in nats.
-    """
-
-    num_tokens: int
-    num_tokens_pressed: int
-    loglikelihood_pressed: float
-
-    def __new__(
-        cls, loglikelihood: float, num_tokens: int, num_tokens_pressed: int, loglikelihood_pressed: float
-    ) -> RollingScore:
-        score = super().__new__(cls, loglikelihood)
-        score.num_tokens = num_tokens
-        score.num_tokens_pressed = num_tokens_pressed
-        score.loglikelihood_pressed = loglikelihood_pressed
-        return score
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        counts = (self.num_tokens, self.num_tokens_pressed, self.loglikelihood_pressed)
-        return RollingScore, (float(self), *counts)
 
 
 @dataclass(frozen=True)
@@ -124,161 +93,3 @@ class Clock:
     def _synchronize(self) -> None:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
-
-
-@dataclass(frozen=True)
-class ContextRecord:
-    """One prefilled context.
-
-    Attributes:
-        num_tokens: tokens prefilled.
-        kept_per_layer: entries that can be attended afterwards; a mean over heads where heads differ.
-        bytes_before: bytes of its keys and values without a press.
-        bytes_allocated: bytes they take afterwards. A masking press leaves them all allocated.
-        pressed: whether a press ran over this context.
-    """
-
-    num_tokens: int
-    kept_per_layer: tuple[float, ...]
-    bytes_before: int
-    bytes_allocated: int
-    pressed: bool
-
-
-@dataclass
-class KeptTotals:
-    """Sums over many contexts, one instance for the pressed and one for the others."""
-
-    num_contexts: int = 0
-    num_tokens: int = 0
-    kept_per_layer: list[float] = field(default_factory=list)
-    bytes_before: int = 0
-    bytes_allocated: int = 0
-
-    def add(self, record: ContextRecord) -> None:
-        kept = list(record.kept_per_layer)
-        self.merge(KeptTotals(1, record.num_tokens, kept, record.bytes_before, record.bytes_allocated))
-
-    def merge(self, other: KeptTotals) -> None:
-        """Adds the sums over other contexts."""
-        if not other.num_contexts:
-            return
-        before = self.kept_per_layer or [0.0] * len(other.kept_per_layer)
-        self.num_contexts += other.num_contexts
-        self.num_tokens += other.num_tokens
-        self.kept_per_layer = [a + b for a, b in zip(before, other.kept_per_layer, strict=True)]
-        self.bytes_before += other.bytes_before
-        self.bytes_allocated += other.bytes_allocated
-
-    def summary(self) -> dict[str, Any]:
-        """Counts, kept shares (fractions of the prefilled tokens) and bytes, ready for JSON."""
-        shares = [kept / self.num_tokens for kept in self.kept_per_layer] if self.num_tokens else []
-        share = sum(shares) / len(shares) if shares else None
-        return {
-            "num_contexts": self.num_contexts,
-            "num_tokens": self.num_tokens,
-            "kept_tokens_per_layer": [round(kept, 3) for kept in self.kept_per_layer],
-            "kept_share": share,
-            "kept_share_min_layer": min(shares, default=None),
-            "kept_share_max_layer": max(shares, default=None),
-            "kv_bytes_before": self.bytes_before,
-            "kv_bytes_allocated": self.bytes_allocated,
-            "kv_bytes_effective": None if share is None else round(self.bytes_before * share),
-        }
-
-
-@dataclass
-class TaskTotals:
-    """What happened to one task's requests.
-
-    Attributes:
-        pressed, unpressed: contexts that went through a press, and those that did not.
-        num_short_contexts: unpressed because shorter than the press needs.
-        num_shrunk_contexts: pressed with a window shrunk to fit.
-        num_cut_contexts: contexts and prompts that lost their beginning, since they did not fit into ``max_length``.
-        num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
-        num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
-        num_tokens_generated: tokens produced by ``generate_until``.
-        num_texts, num_texts_compressed: texts produced, and those of which a decoding press evicted entries before
-            their end.
-        num_decode_compressions, max_decode_entries: how often it did, and the most entries per layer that it found.
-        max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
-            scored over, and the most bytes that keys and values of all rows took.
-        notes: how often the press reported something a reader must know.
-    """
-
-    pressed: KeptTotals = field(default_factory=KeptTotals)
-    unpressed: KeptTotals = field(default_factory=KeptTotals)
-    num_short_contexts: int = 0
-    num_shrunk_contexts: int = 0
-    num_cut_contexts: int = 0
-    num_tokens: int = 0
-    num_tokens_pressed: int = 0
-    loglikelihood: float = 0.0
-    loglikelihood_pressed: float = 0.0
-    num_tokens_generated: int = 0
-    num_texts: int = 0
-    num_texts_compressed: int = 0
-    num_decode_compressions: int = 0
-    max_decode_entries: int = 0
-    max_stream_entries: int = 0
-    max_stream_bytes: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def scored(self, logprobs: Sequence[float], *, pressed: bool) -> None:
-        total = math.fsum(logprobs)
-        self.num_tokens += len(logprobs)
-        self.loglikelihood += total
-        if pressed:
-            self.num_tokens_pressed += len(logprobs)
-            self.loglikelihood_pressed += total
-
-    def merge(self, other: TaskTotals) -> None:
-        """Adds what happened to other requests of the task."""
-        for name, value in vars(other).items():
-            own = getattr(self, name)
-            if isinstance(own, KeptTotals):
-                own.merge(value)
-            elif isinstance(own, Counter):
-                own.update(value)
-            else:
-                setattr(self, name, max(own, value) if name.startswith("max_") else own + value)
-
-    def _perplexity_under_press(self) -> float | None:
-        """None where contexts with tokens were too short for the press: without one, their tokens count, so this figure
-        would be of other tokens than the baseline's."""
-        if self.num_short_contexts and self.unpressed.num_tokens:
-            return None
-        return perplexity(self.loglikelihood_pressed, self.num_tokens_pressed)
-
-    def summary(self) -> dict[str, Any]:
-        """Everything above plus token perplexities, ready for JSON; what was not measured is None."""
-        return {
-            "contexts_pressed": self.pressed.summary(),
-            "contexts_unpressed": self.unpressed.summary(),
-            "num_short_contexts": self.num_short_contexts,
-            "num_shrunk_contexts": self.num_shrunk_contexts,
-            "num_cut_contexts": self.num_cut_contexts,
-            "tokens_scored": self.num_tokens,
-            "tokens_scored_under_press": self.num_tokens_pressed,
-            "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
-            "token_perplexity_under_press": self._perplexity_under_press(),
-            "tokens_generated": self.num_tokens_generated,
-            "texts_generated": self.num_texts,
-            "texts_compressed_while_decoding": self.num_texts_compressed,
-            "num_decode_compressions": self.num_decode_compressions,
-            "max_decode_entries": self.max_decode_entries,
-            "max_stream_entries": self.max_stream_entries,
-            "max_stream_bytes": self.max_stream_bytes,
-            "notes": dict(self.notes),
-        }
-
-
-def perplexity(loglikelihood: float, num_tokens: int) -> float | None:
-    """``exp`` of the mean negative log-likelihood; None without tokens, infinite where a float overflows."""
-    if num_tokens == 0:
-        return None
-    try:
-        return math.exp(-loglikelihood / num_tokens)
-    except OverflowError:
-        return math.inf

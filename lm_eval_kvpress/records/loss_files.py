@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lm_eval_kvpress.records.files import write_whole
 
 SETTINGS = "settings.json"
 
@@ -64,13 +65,3 @@ class StreamStore:
     def _file(self, task: str, document: Sequence[int], name: str) -> Path:
         """Named after the document and its tokens: another text of the same name is another file."""
         return self._folder / (task or "documents") / f"{name}-{zlib.crc32(repr(list(document)).encode()):08x}.csv"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file that is there in full or not at all."""
-    beside = file.with_suffix(f".{os.getpid()}.part")
-    with beside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)

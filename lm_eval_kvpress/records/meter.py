@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from lm_eval_kvpress.records.clock import Clock, ContextRecord, PhaseTiming
+from lm_eval_kvpress.records.clock import Clock, PhaseTiming
 from lm_eval_kvpress.records.timings import PERCENTILES, BatchRecord, RequestRecord, RunRecords
+from lm_eval_kvpress.records.totals import ContextRecord
 
 
 @dataclass(frozen=True)

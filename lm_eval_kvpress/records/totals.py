@@ -1,34 +1,193 @@
-"""What happened to each task's contexts and tokens under one press: the sums that stand in the record.
+"""What was kept of contexts and scored of tokens, summed over the outcomes of each task.
 
-Knows a `PressSpec`. Does not know lm-eval, models or tensors. It is filled in from finished outcomes only, so work that
-failed and was done again counts once.
+Knows plain values. Does not know lm-eval, presses, models or tensors. Totals are made of finished outcomes only, so a
+batch that failed and was run again counts once.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from lm_eval_kvpress.presses.spec import PressSpec
-from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
 
+@dataclass(frozen=True)
+class ContextRecord:
+    """One prefilled context.
 
-class Ledger:
-    """Totals by task.
-
-    Args:
-        press: what the contexts were compressed with.
+    Attributes:
+        num_tokens: tokens prefilled.
+        kept_per_layer: entries that can be attended afterwards; a mean over heads where heads differ.
+        bytes_before: bytes of its keys and values without a press.
+        bytes_allocated: bytes they take afterwards. A masking press leaves them all allocated.
+        pressed: whether a press ran over this context.
+        is_short: whether it was left uncompressed because it is shorter than the press needs.
+        is_shrunk: whether the press ran with a window shrunk to fit.
+        notes: what the press did at this length that a reader must know (`PressSpec.notes`).
     """
 
-    def __init__(self, press: PressSpec) -> None:
-        self._press = press
-        self.totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
+    num_tokens: int
+    kept_per_layer: tuple[float, ...]
+    bytes_before: int
+    bytes_allocated: int
+    pressed: bool
+    is_short: bool = False
+    is_shrunk: bool = False
+    notes: tuple[str, ...] = ()
 
-    def context(self, task: str, record: ContextRecord) -> None:
-        """Books one prefilled context."""
-        totals = self.totals[task]
-        (totals.pressed if record.pressed else totals.unpressed).add(record)
-        if record.pressed:
-            totals.num_shrunk_contexts += record.num_tokens < self._press.min_context()
-            totals.notes.update(self._press.notes(record.num_tokens, len(record.kept_per_layer)))
-        elif not self._press.is_none:
-            totals.num_short_contexts += 1
+
+@dataclass
+class KeptTotals:
+    """Sums over many contexts, one instance for the pressed and one for the others."""
+
+    num_contexts: int = 0
+    num_tokens: int = 0
+    kept_per_layer: list[float] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_allocated: int = 0
+
+    def add(self, record: ContextRecord) -> None:
+        kept = list(record.kept_per_layer)
+        self.merge(KeptTotals(1, record.num_tokens, kept, record.bytes_before, record.bytes_allocated))
+
+    def merge(self, other: KeptTotals) -> None:
+        """Adds the sums over other contexts."""
+        if not other.num_contexts:
+            return
+        before = self.kept_per_layer or [0.0] * len(other.kept_per_layer)
+        self.num_contexts += other.num_contexts
+        self.num_tokens += other.num_tokens
+        self.kept_per_layer = [a + b for a, b in zip(before, other.kept_per_layer, strict=True)]
+        self.bytes_before += other.bytes_before
+        self.bytes_allocated += other.bytes_allocated
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, kept shares (fractions of the prefilled tokens) and bytes, ready for JSON."""
+        shares = [kept / self.num_tokens for kept in self.kept_per_layer] if self.num_tokens else []
+        share = sum(shares) / len(shares) if shares else None
+        return {
+            "num_contexts": self.num_contexts,
+            "num_tokens": self.num_tokens,
+            "kept_tokens_per_layer": [round(kept, 3) for kept in self.kept_per_layer],
+            "kept_share": share,
+            "kept_share_min_layer": min(shares, default=None),
+            "kept_share_max_layer": max(shares, default=None),
+            "kv_bytes_before": self.bytes_before,
+            "kv_bytes_allocated": self.bytes_allocated,
+            "kv_bytes_effective": None if share is None else round(self.bytes_before * share),
+        }
+
+
+@dataclass
+class TaskTotals:
+    """What happened to one task's requests.
+
+    Attributes:
+        pressed, unpressed: contexts that went through a press, and those that did not.
+        num_short_contexts: unpressed because shorter than the press needs.
+        num_shrunk_contexts: pressed with a window shrunk to fit.
+        num_cut_contexts: contexts and prompts that lost their beginning, since they did not fit into ``max_length``.
+        num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
+        num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
+        num_tokens_generated: tokens produced by ``generate_until``.
+        num_texts, num_texts_compressed: texts produced, and those of which a decoding press evicted entries before
+            their end.
+        num_decode_compressions, max_decode_entries: how often it did, and the most entries per layer that it found.
+        max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
+            scored over, and the most bytes that keys and values of all rows took.
+        notes: how often the press reported something a reader must know.
+    """
+
+    pressed: KeptTotals = field(default_factory=KeptTotals)
+    unpressed: KeptTotals = field(default_factory=KeptTotals)
+    num_short_contexts: int = 0
+    num_shrunk_contexts: int = 0
+    num_cut_contexts: int = 0
+    num_tokens: int = 0
+    num_tokens_pressed: int = 0
+    loglikelihood: float = 0.0
+    loglikelihood_pressed: float = 0.0
+    num_tokens_generated: int = 0
+    num_texts: int = 0
+    num_texts_compressed: int = 0
+    num_decode_compressions: int = 0
+    max_decode_entries: int = 0
+    max_stream_entries: int = 0
+    max_stream_bytes: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add_context(self, record: ContextRecord) -> None:
+        """Adds one prefilled context."""
+        (self.pressed if record.pressed else self.unpressed).add(record)
+        self.num_short_contexts += record.is_short
+        self.num_shrunk_contexts += record.is_shrunk
+        self.notes.update(record.notes)
+
+    def add_scores(self, logprobs: Sequence[float], *, pressed: bool) -> None:
+        """Adds the log-probabilities of scored tokens, in nats."""
+        total = math.fsum(logprobs)
+        self.num_tokens += len(logprobs)
+        self.loglikelihood += total
+        if pressed:
+            self.num_tokens_pressed += len(logprobs)
+            self.loglikelihood_pressed += total
+
+    def merge(self, other: TaskTotals) -> None:
+        """Adds what happened to other requests of the task."""
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            if isinstance(own, KeptTotals):
+                own.merge(value)
+            elif isinstance(own, Counter):
+                own.update(value)
+            else:
+                setattr(self, name, max(own, value) if name.startswith("max_") else own + value)
+
+    def _perplexity_under_press(self) -> float | None:
+        """None where contexts with tokens were too short for the press: without one, their tokens count, so this figure
+        would be of other tokens than the baseline's."""
+        if self.num_short_contexts and self.unpressed.num_tokens:
+            return None
+        return perplexity(self.loglikelihood_pressed, self.num_tokens_pressed)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything above plus token perplexities, ready for JSON; what was not measured is None."""
+        return {
+            "contexts_pressed": self.pressed.summary(),
+            "contexts_unpressed": self.unpressed.summary(),
+            "num_short_contexts": self.num_short_contexts,
+            "num_shrunk_contexts": self.num_shrunk_contexts,
+            "num_cut_contexts": self.num_cut_contexts,
+            "tokens_scored": self.num_tokens,
+            "tokens_scored_under_press": self.num_tokens_pressed,
+            "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
+            "token_perplexity_under_press": self._perplexity_under_press(),
+            "tokens_generated": self.num_tokens_generated,
+            "texts_generated": self.num_texts,
+            "texts_compressed_while_decoding": self.num_texts_compressed,
+            "num_decode_compressions": self.num_decode_compressions,
+            "max_decode_entries": self.max_decode_entries,
+            "max_stream_entries": self.max_stream_entries,
+            "max_stream_bytes": self.max_stream_bytes,
+            "notes": dict(self.notes),
+        }
+
+
+def perplexity(loglikelihood: float, num_tokens: int) -> float | None:
+    """``exp`` of the mean negative log-likelihood; None without tokens, infinite where a float overflows."""
+    if num_tokens == 0:
+        return None
+    try:
+        return math.exp(-loglikelihood / num_tokens)
+    except OverflowError:
+        return math.inf
+
+
+TotalsByTask = defaultdict[str, TaskTotals]
+
+
+def new_totals() -> TotalsByTask:
+    """Totals of no request yet, by task."""
+    return defaultdict(TaskTotals)

@@ -26,7 +26,7 @@ from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.presses.suggest import near
-from lm_eval_kvpress.records.loss_files import write_whole
+from lm_eval_kvpress.records.files import write_whole
 from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
 from lm_eval_kvpress.sweep.model import CellRun, SweepModel
 from lm_eval_kvpress.sweep.store import SweepStore

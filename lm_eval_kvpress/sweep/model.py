@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_kvpress.engine.request_batches import Work, batches, in_halves
+from lm_eval_kvpress.engine.batching import batches, in_halves
+from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.harness.arguments import Settings, UsageError, parse_arguments
@@ -23,7 +24,7 @@ from lm_eval_kvpress.harness.loading import check_settings
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
 from lm_eval_kvpress.records.log_file import ThroughputLog
-from lm_eval_kvpress.records.totals import Ledger
+from lm_eval_kvpress.records.totals import new_totals
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.store import CellStore, Outcome
 
@@ -100,22 +101,22 @@ class SweepModel(KVPress):
     def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
         """Makes ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
         self._current, self._peers = run, list(peers)
-        self._settings, self._runner, self._ledger = run.settings, run.runner, Ledger(run.settings.press)
+        self._settings, self._runner, self._totals = run.settings, run.runner, new_totals()
         self._rolling_window = run.settings.rolling_window(self.max_length)
         needed = run.settings.press.attn_implementation or self._attention_at_load
         if self.model.config._attn_implementation != needed:
             self.model.set_attn_implementation(needed)
 
-    def _batch_limits(self, press: PressSpec, work: Work[Any]) -> tuple[int, int | None]:
+    def _batch_limits(self, press: PressSpec, work: RequestBatches[Any]) -> tuple[int, int | None]:
         """A shared prefill is held whole, with half as much again, and a clone beside it."""
         max_items, max_tokens = super()._batch_limits(press, work)
         return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
-    def _check_lengths(self, work: Work[Any]) -> None:
+    def _check_lengths(self, work: RequestBatches[Any]) -> None:
         for run in self._peers:
             self._check_lengths_for(run.runner, work)
 
-    def _run(self, work: Work[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+    def _run(self, work: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         keys = _keys(work)
         wanting = [run for run in self._peers if not run.done.issuperset(keys)]
         bar.total += len(keys) * (len(wanting) - 1) if wanting else 0
@@ -128,11 +129,16 @@ class SweepModel(KVPress):
             run.runner.meter.finish(work.request_type)
         stored = self._current.store.outcomes()
         outcomes = {item: stored[key] for item, key in enumerate(keys)}
-        work.book(outcomes, self._ledger)
+        work.record_totals(outcomes, self._totals)
         yield from work.answers(outcomes).items()
 
     def _answer_all(
-        self, work: Work[Any], items: Sequence[int], keys: Sequence[str], runs: Sequence[CellRun], bar: tqdm[Any]
+        self,
+        work: RequestBatches[Any],
+        items: Sequence[int],
+        keys: Sequence[str],
+        runs: Sequence[CellRun],
+        bar: tqdm[Any],
     ) -> list[None]:
         """One batch for every cell that has not answered it; what is answered is on disk before the next cell."""
         shared = [run for run in runs if run.shares]
@@ -153,7 +159,7 @@ class SweepModel(KVPress):
         return [None] * len(items)
 
 
-def _keys(work: Work[Any]) -> list[str]:
+def _keys(work: RequestBatches[Any]) -> list[str]:
     """A name for each item that says all that its outcome depends on, within the sweep's settings."""
     num_items = sum(len(segment) for segment in work.segments())
     texts = (repr((work.request_type, work.identity(item))) for item in range(num_items))

@@ -21,10 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.engine.runner import Generated, Scored
+from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
-from lm_eval_kvpress.records.clock import ContextRecord
-from lm_eval_kvpress.records.loss_files import write_whole
+from lm_eval_kvpress.records.files import write_whole
+from lm_eval_kvpress.records.totals import ContextRecord
 
 Outcome = Scored | Generated
 
@@ -173,7 +173,8 @@ def _encode(key: str, outcome: Outcome) -> dict[str, Any]:
 def _decode(line: Mapping[str, Any]) -> tuple[str, Outcome]:
     context = line["context"]
     if context is not None:
-        context = ContextRecord(**{**context, "kept_per_layer": tuple(context["kept_per_layer"])})
+        lists = {name: tuple(context[name]) for name in ("kept_per_layer", "notes")}
+        context = ContextRecord(**{**context, **lists})
     if "ids" in line:
         return line["key"], Generated(tuple(line["ids"]), context, *line["held"])
     branches = tuple(BranchScore(tuple(logprobs), is_greedy) for logprobs, is_greedy in line["branches"])

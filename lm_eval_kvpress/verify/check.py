@@ -204,9 +204,9 @@ def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreT
 
 
 def compress(lm: KVPress, context: Sequence[int]) -> tuple[CompressedCache, tuple[int, ...]]:
-    """The compressed cache of one context and its held-back end, as the lm's own requests get them, and booked so."""
+    """The compressed cache of one context and its held-back end, as the lm's own requests get them, and recorded so."""
     batch = lm._runner.compressor.compress([tuple(context)])
-    lm._ledger.context("verify", batch.records[0])
+    lm._totals["verify"].add_context(batch.records[0])
     return batch.cache, batch.queries[0]
 
 

@@ -17,7 +17,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
-from lm_eval_kvpress.engine.decoding import Sampler, decode
+from lm_eval_kvpress.engine.decoding import decode
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.engine.scoring import score as score_packs
 from lm_eval_kvpress.harness.model import KVPress

@@ -1,7 +1,7 @@
 """Figures of a rolling log-likelihood: by word, by byte, and by token where the model says how many it scored.
 
-The kvpress models answer with a float that carries counts (`lm_eval_kvpress.records.clock.RollingScore`). From a model
-that answers with a plain number, such as stock `hf`, the token figures are left out rather than guessed.
+The kvpress models answer with a float that carries counts (`lm_eval_kvpress.records.rolling_score.RollingScore`). From
+a model that answers with a plain number, such as stock `hf`, the token figures are left out rather than guessed.
 """
 
 from __future__ import annotations

@@ -22,16 +22,18 @@ from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
-from lm_eval_kvpress.engine import compression, decoding, request_batches, scoring, windows
+from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine.compression import Compressor
-from lm_eval_kvpress.engine.decode_state import Steps
+from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import _Layout
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press
-from lm_eval_kvpress.records import clock
-from lm_eval_kvpress.records.clock import Clock, KeptTotals, RollingScore, TaskTotals
+from lm_eval_kvpress.records import totals
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.rolling_score import RollingScore
+from lm_eval_kvpress.records.totals import KeptTotals, TaskTotals
 from lm_eval_kvpress.verify.check import Check, Subject
 from lm_eval_kvpress.verify.command import CHECKS
 
@@ -225,14 +227,14 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")
 def _(patch: MonkeyPatch) -> None:
-    first = Steps.first
+    first = DecodeState.first
 
-    def then_physical(self: Steps, queries: Sequence[Sequence[int]]) -> torch.Tensor:
+    def then_physical(self: DecodeState, queries: Sequence[Sequence[int]]) -> torch.Tensor:
         hidden = first(self, queries)
         self.positions = torch.full_like(self.positions, self.layers[0].length)
         return hidden
 
-    patch.setattr(Steps, "first", then_physical)
+    patch.setattr(DecodeState, "first", then_physical)
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -284,7 +286,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("unweighted mean over windows", "the short last window counts like a full one", "parity")
 def _(patch: MonkeyPatch) -> None:
-    rolling_score = request_batches._rolling_score
+    rolling_score = rolling_batches._rolling_score
 
     def of_means(scored: Sequence[Any]) -> RollingScore:
         score = rolling_score(scored)
@@ -292,24 +294,24 @@ def _(patch: MonkeyPatch) -> None:
         total = score.num_tokens * sum(means) / len(means)
         return RollingScore(total, score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed)
 
-    patch.setattr(request_batches, "_rolling_score", of_means)
+    patch.setattr(rolling_batches, "_rolling_score", of_means)
 
 
 @fault("mean of the windows' perplexities", "perplexity in the record is a mean of exponentials", "records")
 def _(patch: MonkeyPatch) -> None:
-    scored, summary = TaskTotals.scored, TaskTotals.summary
+    scored, summary = TaskTotals.add_scores, TaskTotals.summary
     of_windows: dict[int, list[float]] = {}
 
     def remember(self: TaskTotals, logprobs: Sequence[float], *, pressed: bool) -> None:
         scored(self, logprobs, pressed=pressed)
-        perplexity = clock.perplexity(sum(logprobs), len(logprobs))
+        perplexity = totals.perplexity(sum(logprobs), len(logprobs))
         of_windows.setdefault(id(self), []).append(perplexity or 0.0)
 
     def mean(self: TaskTotals) -> dict[str, Any]:
         found = of_windows.get(id(self), [])
         return {**summary(self), "token_perplexity": sum(found) / len(found) if found else None}
 
-    patch.setattr(TaskTotals, "scored", remember)
+    patch.setattr(TaskTotals, "add_scores", remember)
     patch.setattr(TaskTotals, "summary", mean)
 
 

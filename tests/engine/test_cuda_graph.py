@@ -25,7 +25,7 @@ from transformers import (
 
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import cuda_graph, decoding
-from lm_eval_kvpress.engine.decoding import Sampler
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel

@@ -13,8 +13,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import decoding
-from lm_eval_kvpress.engine.decode_budget import DecodingPlan, Keeper
-from lm_eval_kvpress.engine.decoding import Sampler
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import ratio_that_keeps
@@ -43,9 +43,9 @@ def model(make_pressable: Callable[..., PressableModel]) -> PressableModel:
 
 def decoded(
     model: PressableModel, contexts: Sequence[Sequence[int]], base: str, held: int, prefill: str = "none"
-) -> tuple[list[list[int]], Keeper]:
+) -> tuple[list[list[int]], BudgetKeeper]:
     plan = DecodingPlan(INTERVAL, TARGET, 8, lambda length: BASES[base](ratio_that_keeps(TARGET, length)))
-    keeper = Keeper(model, plan)
+    keeper = BudgetKeeper(model, plan)
     caches = [pressable.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
     rows = decoding.decode(
         model,
@@ -115,9 +115,9 @@ class Tied:
 
 
 def test_of_equal_scores_the_newest_entries_stay(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    compress, num_acts = Keeper.compress, 0
+    compress, num_acts = BudgetKeeper.compress, 0
 
-    def checked(self: Keeper, cache: CompressedCache) -> CompressedCache:
+    def checked(self: BudgetKeeper, cache: CompressedCache) -> CompressedCache:
         nonlocal num_acts
         kept, num_acts = compress(self, cache), num_acts + 1
         for before, after in zip(cache.layers, kept.layers, strict=True):
@@ -125,7 +125,7 @@ def test_of_equal_scores_the_newest_entries_stay(model: PressableModel, monkeypa
         return kept
 
     monkeypatch.setitem(BASES, "tied", Tied)
-    monkeypatch.setattr(Keeper, "compress", checked)
+    monkeypatch.setattr(BudgetKeeper, "compress", checked)
     decoded(model, CONTEXTS[:1], "tied", 1)
     assert num_acts == (NUM_NEW - 1) // INTERVAL
 
@@ -140,15 +140,15 @@ def test_what_came_after_a_rows_last_token_is_not_counted(model: PressableModel,
 
 def test_the_budget_is_held_and_changes_the_tokens(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[float] = []
-    compress = Keeper.compress
+    compress = BudgetKeeper.compress
 
-    def measured(self: Keeper, cache: CompressedCache) -> CompressedCache:
+    def measured(self: BudgetKeeper, cache: CompressedCache) -> CompressedCache:
         kept = compress(self, cache)
         sizes.extend(count for row in kept.kept() for count in row)
         return kept
 
-    monkeypatch.setattr(Keeper, "compress", measured)
+    monkeypatch.setattr(BudgetKeeper, "compress", measured)
     found, _ = decoded(model, CONTEXTS[:4], "knorm", 1)
     assert sizes and set(sizes) == {TARGET}
-    monkeypatch.setattr(Keeper, "is_due", lambda *_: False)
+    monkeypatch.setattr(BudgetKeeper, "is_due", lambda *_: False)
     assert decoded(model, CONTEXTS[:4], "knorm", 1)[0] != found

@@ -32,7 +32,7 @@ from transformers import (
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import decode_state, decoding
-from lm_eval_kvpress.engine.decoding import Sampler
+from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 

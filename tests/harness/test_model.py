@@ -22,7 +22,7 @@ from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.tokenization import encode_pairs
 from lm_eval_kvpress.models.fast import onednn_linear
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.records.clock import RollingScore
+from lm_eval_kvpress.records.rolling_score import RollingScore
 
 SENTENCE = "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them"
 WORDS = SENTENCE.split() * 40

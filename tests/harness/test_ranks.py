@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.ranks import RankFacts, together, without_padding
-from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
 from lm_eval_kvpress.records.timings import RunRecords
+from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
 
 TASKS = ["kvpress_story", "kvpress_recall", "kvpress_recall_gen"]
 SETTINGS = {"pretrained": "builtin", "press": "snapkv", "batch_size": 2}
@@ -76,7 +76,7 @@ def test_new_answers_end_the_facts_of_an_evaluation_before(checkpoint_dir: Path)
 def a_rank(*kept: float, note: str) -> TaskTotals:
     totals = TaskTotals(num_cut_contexts=1, max_decode_entries=int(10 * kept[0]), notes=Counter({note: 2, "both": 1}))
     totals.pressed.add(ContextRecord(20, kept, 400, 200, pressed=True))
-    totals.scored([-1.0, -kept[0]], pressed=True)
+    totals.add_scores([-1.0, -kept[0]], pressed=True)
     return totals
 
 

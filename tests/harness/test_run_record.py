@@ -11,7 +11,7 @@ import pytest
 from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import is_a_command
-from lm_eval_kvpress.records.clock import ContextRecord, TaskTotals
+from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
-"""The clock books what it timed, once; sums of kept tokens and perplexities are what their parts say."""
+"""The clock records what it timed, once."""
 
 from __future__ import annotations
 
-import math
-import pickle
 import time
 
 import pytest
 import torch
 
-from lm_eval_kvpress.records.clock import Clock, ContextRecord, KeptTotals, RollingScore, TaskTotals, perplexity
+from lm_eval_kvpress.records.clock import Clock
 
 CPU = torch.device("cpu")
 
@@ -43,7 +41,7 @@ def test_tokens_produced_inside_a_phase_count() -> None:
     assert clock.take() == [], "taken once"
 
 
-def test_a_phase_that_fails_is_not_booked_nor_are_its_hooks() -> None:
+def test_a_phase_that_fails_is_not_recorded_nor_are_its_hooks() -> None:
     clock = Clock(CPU)
     with pytest.raises(RuntimeError), clock.phase("prefill"):
         clock.timed(lambda: None)()
@@ -73,41 +71,3 @@ def test_on_cuda_a_phase_lasts_until_its_kernels_have_ended_and_peaks_are_torchs
     assert prefill.seconds + press.seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.05)
     assert press.seconds == pytest.approx(middle.elapsed_time(end) / 1000, rel=0.1)
     assert prefill.peak_memory_bytes == torch.cuda.max_memory_allocated(device)
-
-
-def test_kept_shares_are_means_over_tokens_not_over_contexts() -> None:
-    totals = KeptTotals()
-    totals.add(ContextRecord(100, (50.0, 10.0), 1000, 300, True))
-    totals.add(ContextRecord(300, (30.0, 30.0), 3000, 300, True))
-    summary = totals.summary()
-    assert summary["kept_tokens_per_layer"] == [80.0, 40.0]
-    assert summary["kept_share"] == pytest.approx(120 / 800)
-    assert (summary["kept_share_min_layer"], summary["kept_share_max_layer"]) == (0.1, 0.2)
-    assert (summary["kv_bytes_before"], summary["kv_bytes_allocated"]) == (4000, 600)
-    assert summary["kv_bytes_effective"] == 600
-
-
-def test_a_task_without_requests_has_no_figures_rather_than_zeros() -> None:
-    summary = TaskTotals().summary()
-    assert summary["token_perplexity"] is None
-    assert summary["contexts_pressed"]["kept_share"] is None
-
-
-def test_perplexity_under_the_press_covers_what_was_scored_under_it() -> None:
-    totals = TaskTotals()
-    totals.scored([math.log(0.5)] * 3, pressed=False)
-    totals.scored([math.log(0.25)], pressed=True)
-    summary = totals.summary()
-    assert summary["token_perplexity"] == pytest.approx(32 ** (1 / 4))
-    assert summary["token_perplexity_under_press"] == pytest.approx(4)
-    assert (summary["tokens_scored"], summary["tokens_scored_under_press"]) == (4, 1)
-
-
-def test_perplexity_beyond_a_float_is_infinite() -> None:
-    assert perplexity(-1e6, 1) == math.inf
-
-
-def test_a_rolling_score_keeps_its_counts_through_pickle() -> None:
-    score = pickle.loads(pickle.dumps(RollingScore(-12.5, 10, 4, -5.0)))
-    assert score == -12.5
-    assert (score.num_tokens, score.num_tokens_pressed, score.loglikelihood_pressed) == (10, 4, -5.0)

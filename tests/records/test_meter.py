@@ -17,9 +17,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.records.clock import Clock, ContextRecord
+from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.totals import ContextRecord
 
 PARTS = ("prefill_sec", "press_sec", "score_sec", "decode_sec")
 LABELS = dict.fromkeys(("device", "dtype", "press", "protocol"), "-")

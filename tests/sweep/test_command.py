@@ -20,11 +20,11 @@ from lm_eval.tasks import TaskManager
 from repository import ROOT
 
 from lm_eval_kvpress import cli
-from lm_eval_kvpress.engine.runner import Generated, Scored
+from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.records.clock import ContextRecord
+from lm_eval_kvpress.records.totals import ContextRecord
 from lm_eval_kvpress.sweep import command
 from lm_eval_kvpress.sweep.cells import parse_settings
 from lm_eval_kvpress.sweep.model import CellRun

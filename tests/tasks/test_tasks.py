@@ -24,7 +24,7 @@ from real_data import DATA
 from repository import ROOT
 from transformers import AutoTokenizer
 
-from lm_eval_kvpress.records.clock import RollingScore
+from lm_eval_kvpress.records.rolling_score import RollingScore
 
 TASKS = ROOT / "tasks"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"

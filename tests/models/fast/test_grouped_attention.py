@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.engine.decode_state import Steps
+from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.models import llama_like
 from lm_eval_kvpress.models.fast import grouped_attention
 from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill
@@ -98,7 +98,7 @@ def test_a_step_repeats_no_keys(
     if hidden:
         padded = [LayerKV(kv.keys, kv.values, torch.arange(20)[None, None] < 3) for kv in cache.layers]
         cache = CompressedCache(tuple(padded), cache.num_seen, cache.next_position)
-    steps = Steps(model, cache, [0], 1)
+    steps = DecodeState(model, cache, [0], 1)
     attended.clear()
     with torch.inference_mode(), masked(model.attentions, steps.biases):
         steps.next(torch.tensor([7]))

@@ -1,0 +1,110 @@
+"""Groups, batches and packs of token sequences, and the halving of a batch that does not fit into memory.
+
+Knows token ids as integers. Does not know models, presses or text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """A context and the continuations that share it.
+
+    Attributes:
+        context: token ids.
+        continuations: token ids of each.
+        members: for each continuation, the index of its request.
+    """
+
+    context: Tokens
+    continuations: tuple[Tokens, ...]
+    members: tuple[int, ...]
+
+
+def group_by_context(pairs: Sequence[tuple[Tokens, Tokens]]) -> list[ContextGroup]:
+    """Groups ``(context, continuation)`` pairs by context, longest context first.
+
+    Longest first, so that a run that will not fit into memory fails at once, and its estimated time can only shrink.
+    """
+    members: dict[Tokens, list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        members.setdefault(context, []).append(index)
+    groups = [
+        ContextGroup(context, tuple(pairs[index][1] for index in indices), tuple(indices))
+        for context, indices in members.items()
+    ]
+    return sorted(groups, key=lambda group: -len(group.context))
+
+
+def in_batches(
+    items: Sequence[Item], size: int, length: Callable[[Item], int], max_tokens: int | None = None
+) -> Iterator[list[Item]]:
+    """Consecutive batches of at most ``size`` items and, given ``max_tokens``, of at most so many padded tokens."""
+    batch: list[Item] = []
+    longest = 0
+    for item in items:
+        longest_with = max(longest, length(item))
+        too_long = max_tokens is not None and longest_with * (len(batch) + 1) > max_tokens
+        if batch and (len(batch) == size or too_long):
+            yield batch
+            batch, longest_with = [], length(item)
+        batch.append(item)
+        longest = longest_with
+    if batch:
+        yield batch
+
+
+def packs(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of consecutive continuations whose lengths sum to at most ``max_tokens``; a longer one goes alone."""
+    pack: list[int] = []
+    total = 0
+    for index, length in enumerate(lengths):
+        if pack and total + length > max_tokens:
+            yield pack
+            pack, total = [], 0
+        pack.append(index)
+        total += length
+    if pack:
+        yield pack
+
+
+class Segmented(Protocol):
+    """Items counted from 0, in segments that may not share a batch (`request_batches.RequestBatches`)."""
+
+    def segments(self) -> Iterator[list[int]]: ...
+
+    def length(self, item: int) -> int: ...
+
+
+def batches(requests: Segmented, max_items: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Items that run together: at most ``max_items``, and given ``max_tokens`` at most so many padded tokens."""
+    for segment in requests.segments():
+        yield from in_batches(segment, max_items, requests.length, max_tokens)
+
+
+def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int]) -> list[Outcome]:
+    """Runs a batch; if it does not fit into memory, its halves, and theirs. A single item that does not fit raises."""
+    try:
+        return run(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    with suppress(RuntimeError):  # after a broken capture, torch before 2.13 believes that it goes on
+        torch.cuda.empty_cache()
+    middle = (len(items) + 1) // 2
+    logger.warning("out of memory with %d contexts at once; trying %d", len(items), middle)
+    return [*in_halves(run, items[:middle]), *in_halves(run, items[middle:])]

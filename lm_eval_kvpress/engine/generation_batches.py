@@ -1,0 +1,62 @@
+"""``generate_until``: prompts to continue, all with the same generation arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Prompt
+from lm_eval_kvpress.engine.runner import Runner
+from lm_eval_kvpress.records.totals import TotalsByTask
+
+Tokens = tuple[int, ...]
+
+
+class GenerationBatches:
+    """One item per prompt (see `request_batches.RequestBatches`).
+
+    Args:
+        prompts: prompt by request.
+        settings: how all of them are continued.
+        to_text: makes the answer of the new token ids.
+    """
+
+    request_type, splits_requests = "generate_until", False
+
+    def __init__(
+        self, prompts: Mapping[int, Prompt], settings: GenerationSettings, to_text: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._members = sorted(prompts, key=lambda member: -len(prompts[member].context))
+        self._prompts, self._settings, self._to_text = prompts, settings, to_text
+
+    def _prompt(self, item: int) -> Prompt:
+        return self._prompts[self._members[item]]
+
+    def segments(self) -> Iterator[list[int]]:
+        yield list(range(len(self._members)))
+
+    def length(self, item: int) -> int:
+        return len(self._prompt(item).context) + self._settings.max_new_tokens
+
+    def identity(self, item: int) -> Any:
+        settings = self._settings
+        return self._prompt(item), sorted(settings.options.items()), settings.max_new_tokens, self._members[item]
+
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        return [self._prompt(item).context for item in items]
+
+    def run(self, runner: Runner, items: Sequence[int]) -> list[Generated]:
+        return runner.generate([self._prompt(item) for item in items], self._settings)
+
+    def answers(self, outcomes: Mapping[int, Generated]) -> dict[int, str]:
+        return {self._members[item]: self._to_text(outcome.ids) for item, outcome in outcomes.items()}
+
+    def record_totals(self, outcomes: Mapping[int, Generated], totals: TotalsByTask) -> None:
+        for item in range(len(self._members)):
+            outcome, of_task = outcomes[item], totals[self._prompt(item).id.task]
+            of_task.add_context(outcome.context)
+            of_task.num_tokens_generated += len(outcome.ids)
+            of_task.num_texts += 1
+            of_task.num_texts_compressed += outcome.num_compressions > 0
+            of_task.num_decode_compressions += outcome.num_compressions
+            of_task.max_decode_entries = max(of_task.max_decode_entries, outcome.max_entries)

@@ -1,0 +1,61 @@
+"""``loglikelihood``: continuations to score, grouped by the context that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_eval_kvpress.engine.batching import group_by_context
+from lm_eval_kvpress.engine.outcomes import Scored
+from lm_eval_kvpress.engine.runner import Runner
+from lm_eval_kvpress.records.meter import RequestId
+from lm_eval_kvpress.records.totals import TotalsByTask
+
+Tokens = tuple[int, ...]
+
+
+class LikelihoodBatches:
+    """One item per context (see `request_batches.RequestBatches`).
+
+    Args:
+        pairs: ``(context, continuation)`` of each request.
+        ids: of each request.
+    """
+
+    request_type, splits_requests = "loglikelihood", False
+
+    def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
+        self._groups, self._ids = group_by_context(pairs), ids
+
+    def segments(self) -> Iterator[list[int]]:
+        yield list(range(len(self._groups)))
+
+    def length(self, item: int) -> int:
+        return len(self._groups[item].context)
+
+    def identity(self, item: int) -> Any:
+        group = self._groups[item]
+        return group.context, group.continuations, [self._ids[member] for member in group.members]
+
+    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+        return [self._groups[item].context for item in items]
+
+    def run(self, runner: Runner, items: Sequence[int]) -> list[Scored]:
+        return runner.score_groups([self._groups[item] for item in items], self._ids)
+
+    def answers(self, outcomes: Mapping[int, Scored]) -> dict[int, tuple[float, bool]]:
+        return {
+            member: (math.fsum(branch.logprobs), branch.is_greedy)
+            for item, outcome in outcomes.items()
+            for member, branch in zip(self._groups[item].members, outcome.branches, strict=True)
+        }
+
+    def record_totals(self, outcomes: Mapping[int, Scored], totals: TotalsByTask) -> None:
+        for item, group in enumerate(self._groups):
+            outcome = outcomes[item]
+            assert outcome.context is not None
+            for task in dict.fromkeys(self._ids[member].task for member in group.members):
+                totals[task].add_context(outcome.context)
+            for member, branch in zip(group.members, outcome.branches, strict=True):
+                totals[self._ids[member].task].add_scores(branch.logprobs, pressed=outcome.pressed)

@@ -1,0 +1,80 @@
+"""What a batch is given and what comes of it, as plain values that can be kept on disk.
+
+Knows token ids. Does not know text, lm-eval or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.records.meter import RequestId
+from lm_eval_kvpress.records.totals import ContextRecord
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of a context with continuations, or of a window.
+
+    Attributes:
+        branches: one score per continuation.
+        pressed: whether they count as scored under the press (`compression.CompressedBatch`).
+        context: what was kept of the context; None where nothing was prefilled.
+    """
+
+    branches: tuple[BranchScore, ...]
+    pressed: bool
+    context: ContextRecord | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of a prompt.
+
+    Attributes:
+        ids: the new token ids.
+        context: what was kept of the prompt.
+        num_compressions: how often a decoding press evicted entries before the last of them.
+        max_entries: the most entries per layer that it found.
+    """
+
+    ids: tuple[int, ...]
+    context: ContextRecord
+    num_compressions: int = 0
+    max_entries: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to continue.
+
+    Attributes:
+        context: token ids.
+        seed: of its random draws, where tokens are sampled.
+        id: its request.
+    """
+
+    context: tuple[int, ...]
+    seed: int
+    id: RequestId
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationSettings:
+    """How prompts are continued.
+
+    Attributes:
+        options: arguments of `sampling.sampler_for`.
+        max_new_tokens: tokens per prompt, at most.
+        stop_ids: token ids that end a text.
+        stopped: tells from the new tokens, ``(B, n)``, which texts are complete.
+    """
+
+    options: Mapping[str, Any]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    stopped: Callable[[torch.Tensor], Sequence[bool]]

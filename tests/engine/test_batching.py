@@ -1,0 +1,56 @@
+"""Groups, batches and packs lose nothing and keep their limits; a batch that does not fit is halved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lm_eval_kvpress.engine import batching
+
+
+def test_groups_share_contexts_and_lose_no_request() -> None:
+    pairs = [((1, 2), (5,)), ((3,), (6,)), ((1, 2), (7, 8)), ((1, 2), (5,))]
+    groups = batching.group_by_context(pairs)
+    assert [group.context for group in groups] == [(1, 2), (3,)]
+    assert groups[0].members == (0, 2, 3)
+    assert groups[0].continuations == ((5,), (7, 8), (5,))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("max_tokens", [None, 1, 12, 10_000])
+def test_batches_keep_order_and_limits(size: int, max_tokens: int | None) -> None:
+    items = [9, 7, 7, 5, 3, 3, 3, 1]
+    batches = list(batching.in_batches(items, size, lambda item: item, max_tokens))
+    assert [item for batch in batches for item in batch] == items
+    for batch in batches:
+        assert len(batch) <= size
+        assert max_tokens is None or len(batch) == 1 or max(batch) * len(batch) <= max_tokens
+
+
+def test_packs_keep_order_and_limit() -> None:
+    lengths = [5, 5, 5, 20, 1]
+    packs = list(batching.packs(lengths, 10))
+    assert packs == [[0, 1], [2], [3], [4]]
+
+
+def test_a_batch_that_does_not_fit_is_run_in_halves_in_order() -> None:
+    sizes = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("no")
+        return [10 * item for item in items]
+
+    assert batching.in_halves(run, range(5)) == [0, 10, 20, 30, 40]
+    assert sizes == [5, 3, 2, 1, 2]
+
+
+def test_a_single_item_that_does_not_fit_raises() -> None:
+    def run(items: Sequence[int]) -> list[int]:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        batching.in_halves(run, range(3))

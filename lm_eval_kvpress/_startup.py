@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # A module of lm-eval -> what `plugin` does once it has been executed. Not earlier: lm-eval fills its registry
 # by importing `lm_eval.models` only as long as the registry is empty.
-AFTER_IMPORT = {"lm_eval.models": "register_models", "lm_eval.tasks.manager": "include_tasks"}
+AFTER_IMPORT = {"lm_eval.models": "enter_models", "lm_eval.tasks.manager": "include_tasks"}
 
 
 class LmEvalHook:

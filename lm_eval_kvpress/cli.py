@@ -11,9 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from lm_eval_kvpress import __version__
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.suggest import near
 
 BAD_INPUT = 2  # the exit status that argparse uses
@@ -41,7 +41,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Calls one command. Bad input that our own code finds is one line on stderr, without a traceback."""
+    """Call one command. A `UsageError` is one line on stderr; any other error is a defect and keeps its traceback."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:
@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = COMMANDS[args.command].target.partition(":")
     try:
         status: int = getattr(importlib.import_module(module), function)(args.arguments)
-    except ValueError as error:
-        if not _raised_by_us(error.__traceback__):
-            raise
+    except UsageError as error:
         print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return BAD_INPUT
     return status
@@ -112,12 +110,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     return parser
-
-
-def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame is ours: a check of ours failed, rather than a library that we called."""
-    raised_in = ""
-    while traceback is not None:
-        raised_in = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return raised_in.partition(".")[0] == __package__

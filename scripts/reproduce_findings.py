@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from lm_eval_kvpress.harness.arguments import UsageError, resolve_pretrained
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from reproduce_findings_experiments import (
     DATASETS,

@@ -126,6 +126,30 @@ def test_lm_eval_imported_before_the_hook_is_caught_up_with(lm_eval: Path) -> No
     assert output(code, lm_eval) == "True 1"
 
 
+@pytest.mark.parametrize(
+    ("program", "error", "shown"),
+    [
+        ("/bin/lm_eval", "errors.UsageError('do this')", ["error: do this"]),
+        ("/x/lm_eval/__main__.py", "errors.UsageError('do this')", ["error: do this"]),
+        ("/bin/lm_eval", "ValueError('a defect')", ["Traceback", "ValueError: a defect"]),
+        ("/x/mine.py", "errors.UsageError('do this')", ["Traceback", "lm_eval_kvpress.errors.UsageError: do this"]),
+    ],
+)
+def test_lm_evals_command_ends_on_bad_input_in_one_line(
+    lm_eval: Path, program: str, error: str, shown: list[str]
+) -> None:
+    code = f"import lm_eval_kvpress._startup, lm_eval.models\nfrom lm_eval_kvpress import errors\nraise {error}"
+    result = run(f"sys.argv = [{program!r}]\n{code}", lm_eval)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert [lines[0].partition(" (")[0], *lines[1:][-1:]] == shown
+
+
+def test_a_program_of_ones_own_keeps_its_hook_for_errors(lm_eval: Path) -> None:
+    code = "import lm_eval_kvpress._startup, lm_eval.models\nprint(sys.excepthook is sys.__excepthook__)"
+    assert output(f"sys.argv = ['mine.py']\n{code}", lm_eval) == "True"
+
+
 def test_a_spec_that_is_only_looked_up_enters_nothing(lm_eval: Path) -> None:
     code = (
         "import lm_eval_kvpress._startup, importlib.util\n"
@@ -158,7 +182,7 @@ def test_an_lm_eval_that_scans_entry_points_itself_is_left_alone(lm_eval: Path) 
     )
     assert output(code, lm_eval).split(" lm_eval_kvpress") == [
         "lm_eval.models.huggingface:HFLM an entry point",
-        ".adapter:PythiaKVPress",
+        ".harness.model:PythiaKVPress",
     ]
 
 

@@ -19,6 +19,7 @@ import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.clock import Clock
@@ -31,7 +32,7 @@ FORWARD_TOKENS = {"cpu": 2_048}
 of more models grow beyond what the C library keeps for the next ones (`heap`)."""
 
 
-class ShortContextError(ValueError):
+class ShortContextError(UsageError):
     """A context is shorter than the press needs, and the user asked for an error."""
 
 

@@ -22,6 +22,7 @@ from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Promp
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.engine.windows import Window
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.records.clock import Clock
@@ -167,7 +168,7 @@ class Runner:
 
     def _check_finite(self, branch: BranchScore, what: str) -> None:
         if not all(map(math.isfinite, branch.logprobs)):
-            raise ValueError(
+            raise UsageError(
                 f"{what} has a log-likelihood that is not finite (dtype {self.model.model.dtype}, "
                 f"press={self.compressor.press.name}): overflow in float16 is the usual cause; try dtype=float32"
             )

@@ -7,12 +7,13 @@ Letters in shape comments: B rows, N tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -21,7 +22,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-WARPERS = {
+from lm_eval_kvpress.errors import UsageError
+
+WARPERS: Mapping[str, Callable[[Any], LogitsProcessor]] = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "temperature": TemperatureLogitsWarper,
     "top_k": TopKLogitsWarper,
@@ -76,28 +79,35 @@ def sampler_for(options: Mapping[str, Any], seeds: Sequence[int], max_new_tokens
         seeds: one per row; a row's tokens depend on its own seed only.
 
     Raises:
-        ValueError: for an argument that is not supported (beams, for example).
+        UsageError: for an argument that is not supported (beams, for example).
     """
     left = {name: value for name, value in options.items() if value is not None}
     sampling = bool(left.pop("do_sample", False))
     num_beams = left.pop("num_beams", 1)
     if num_beams != 1:
-        raise ValueError(
+        raise UsageError(
             f"num_beams={num_beams} is not supported: a compressed cache is decoded greedily or by sampling"
         )
     if sampling and not left.get("temperature", 1.0) > 0:
-        raise ValueError(f"do_sample=true needs temperature > 0, not {left['temperature']}")
+        raise UsageError(f"do_sample=true needs temperature > 0, not {left['temperature']}")
     processors = LogitsProcessorList()
-    for name, warper in WARPERS.items():
+    for name in WARPERS:
         value = left.pop(name, NEUTRAL[name])
         if value != NEUTRAL[name] and (sampling or name == "repetition_penalty"):
-            processors.append(warper(value))
+            processors.append(_warper(name, value))
     if left:
-        raise ValueError(
+        raise UsageError(
             f"generation arguments not supported: {', '.join(sorted(left))}; supported are do_sample, until, "
             f"max_gen_toks, {', '.join(WARPERS)}"
         )
     return Sampler(processors, _uniforms(seeds, max_new_tokens) if sampling else None)
+
+
+def _warper(name: str, value: Any) -> LogitsProcessor:
+    try:
+        return WARPERS[name](value)
+    except ValueError as error:  # transformers checks the range
+        raise UsageError(str(error)) from error
 
 
 def _uniforms(seeds: Sequence[int], max_new_tokens: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from lm_eval_kvpress.cache.compressed import attention_bias
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 
@@ -197,7 +198,7 @@ class _Angles:
         like = torch.zeros(1, dtype=model.model.dtype, device=model.device)
         rotary = model.model.base_model.rotary_emb
         if rotary.attention_scaling != 1.0 or "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-            raise ValueError(
+            raise UsageError(
                 f"rope_type '{rotary.rope_type}' rescales or recomputes rotations, which cannot be turned back: "
                 "rolling=stream with stream_positions=cache needs plain RoPE"
             )

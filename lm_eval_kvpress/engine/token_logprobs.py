@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
 
 TILE_ROWS = 2_048
@@ -44,10 +45,10 @@ def token_scores(
         the CPU.
 
     Raises:
-        ValueError: if the head has no logit for a token.
+        UsageError: if the head has no logit for a token.
     """
     if len(targets) and (highest := int(targets.max())) >= model.num_logits:
-        raise ValueError(
+        raise UsageError(
             f"token id {highest} is beyond the {model.num_logits} logits of the model: the tokenizer has tokens that "
             "the checkpoint does not know; use the one that belongs to it"
         )

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from lm_eval_kvpress.errors import UsageError
+
 OWNER = "lm_eval_kvpress.owner"
 
 
@@ -19,18 +21,18 @@ def claim(cache: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         identity: everything that answers depend on besides the request.
 
     Raises:
-        ValueError: in one line, if it holds the answers of something else.
+        UsageError: in one line, if it holds the answers of something else.
     """
     mine = json.loads(json.dumps(identity, sort_keys=True))
     if OWNER not in cache:
         if len(cache):
-            raise ValueError("use_cache holds answers of unknown origin: choose another file")
+            raise UsageError("use_cache holds answers of unknown origin: choose another file")
         cache[OWNER] = mine
         return
     owner = cache[OWNER]
     changed = sorted(key for key in owner.keys() | mine.keys() if owner.get(key) != mine.get(key))
     if changed:
-        raise ValueError(
+        raise UsageError(
             f"use_cache holds answers under another setting ({', '.join(changed)} differ), and lm-eval would hand them "
             "out for this one: choose another file"
         )

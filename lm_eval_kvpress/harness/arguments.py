@@ -9,15 +9,14 @@ import dataclasses
 import inspect
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.decoding import DecodingSpec, parse_decoding, split_arguments, split_name
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press, press_argument_names
 from lm_eval_kvpress.presses.streaming import for_stream
@@ -39,26 +38,6 @@ LOADING_ARGUMENTS = frozenset(
     }
 )
 """What ``from_pretrained`` takes beyond the named arguments of ``HFLM``."""
-
-
-class UsageError(ValueError):
-    """A mistake in what the user typed: its text is one line that says what is wrong and what to do."""
-
-
-def print_usage_errors_in_one_line(*others: type[Exception]) -> None:
-    """In a command-line program, ends on a `UsageError`, or one of the others, with its one line and no traceback."""
-    previous = sys.excepthook
-    if getattr(previous, "prints_usage_errors", False):
-        return
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, (UsageError, *others)):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-
-    hook.prints_usage_errors = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
 
 
 @dataclass(frozen=True)
@@ -182,16 +161,13 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     press_name = rest.pop("press", None)  # lm-eval reads "none" as None
     if press_name == "":
         raise UsageError("press= is empty: name a press, or press=none")
-    try:
-        name, decoding = split_name("none" if press_name is None else str(press_name))
-        of_decoding: dict[str, Any] = {}
-        if decoding is not None:
-            rest, of_decoding = split_arguments(rest)
-            _refuse_sizes_of_nothing(name, decoding, rest)
-        of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
-        press = parse_press(name, of_press)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    name, decoding = split_name("none" if press_name is None else str(press_name))
+    of_decoding: dict[str, Any] = {}
+    if decoding is not None:
+        rest, of_decoding = split_arguments(rest)
+        _refuse_sizes_of_nothing(name, decoding, rest)
+    of_press = {key: rest.pop(key) for key in sorted(press_argument_names(name) & rest.keys())}
+    press = parse_press(name, of_press)
     own = {field: rest.pop(field) for field in ARGUMENTS if field != "press" and field in rest}
     settings = Settings(press, **{key: _checked(key, value) for key, value in own.items()})
     if decoding is not None and settings.rolling == "stream":
@@ -251,10 +227,7 @@ def _with_stream(settings: Settings, of_press: Mapping[str, Any]) -> Settings:
             f"window_size={of_press['window_size']}: in a stream the press's window is the newest chunk; leave it out, "
             "or set stream_chunk"
         )
-    try:
-        press = for_stream(settings.press, settings.stream_budget, settings.stream_chunk)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    press = for_stream(settings.press, settings.stream_budget, settings.stream_chunk)
     return dataclasses.replace(settings, press=press)
 
 
@@ -265,10 +238,7 @@ def _with_decoding(settings: Settings, name: str | None, of_decoding: Mapping[st
             if value is not None:
                 raise UsageError(f"{key} belongs to press=decoding:PRESS or prefill_decoding:PREFILL+PRESS")
         return settings
-    try:
-        decoding = parse_decoding(settings.press, name, of_decoding, size, interval)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    decoding = parse_decoding(settings.press, name, of_decoding, size, interval)
     return dataclasses.replace(settings, decoding=decoding)
 
 

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lm_eval_kvpress.harness.arguments import Settings, UsageError
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.models import llama_like
 
 
@@ -72,10 +73,7 @@ class CheckedHFLM(HFLM):
 
     def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
         if config.model_type in llama_like.MODEL_TYPES:
-            try:
-                llama_like.check_config(config)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
+            llama_like.check_config(config)
         elif config.model_type != "gpt_neox":
             raise UsageError(
                 f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
@@ -98,7 +96,4 @@ def check_settings(settings: Settings, config: PretrainedConfig, max_length: int
         )
     settings.rolling_window(max_length or positions)
     settings.check_stream(positions)
-    try:
-        settings.press.check_layers(config.num_hidden_layers)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    settings.press.check_layers(config.num_hidden_layers)

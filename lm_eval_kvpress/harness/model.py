@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 from lm_eval_kvpress.engine import batch_size, windows
 from lm_eval_kvpress.engine.batching import batches, in_halves
-from lm_eval_kvpress.engine.compression import Compressor, ShortContextError
+from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.generation_batches import GenerationBatches
 from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
@@ -38,14 +37,14 @@ from lm_eval_kvpress.engine.rolling_batches import RollingBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
-from lm_eval_kvpress.harness import answer_cache, identity, parity, ranks, run_record
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness import answer_cache, identity, messages, parity, ranks, run_record
 from lm_eval_kvpress.harness.arguments import (
     Settings,
-    UsageError,
     parse_arguments,
-    print_usage_errors_in_one_line,
     resolve_pretrained,
 )
+from lm_eval_kvpress.harness.command_line import share_log_handlers
 from lm_eval_kvpress.harness.generation_arguments import StopStrings
 from lm_eval_kvpress.harness.loading import CheckedHFLM
 from lm_eval_kvpress.harness.stream_requests import StreamedDocument, StreamRun
@@ -55,7 +54,7 @@ from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, hea
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.clock import Clock
-from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
+from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, Recorder, RequestId
 from lm_eval_kvpress.records.totals import new_totals
@@ -63,16 +62,6 @@ from lm_eval_kvpress.records.totals import new_totals
 logger = logging.getLogger("lm_eval_kvpress")
 
 Answering = TypeVar("Answering", bound=Callable[..., list[Any]])
-
-COMMANDS = ("lm_eval", "lm-eval", "lm_eval.exe", "lm-eval.exe", "lm-eval-kvpress", "lm-eval-kvpress.exe")
-PACKAGES = ("lm_eval", "lm_eval_kvpress")
-
-
-def is_a_command(program: str) -> bool:
-    """Whether a program is lm-eval's command line or ours, and not somebody's own: it may end on a mistake in one line
-    and print our messages."""
-    path = Path(program)
-    return path.name in COMMANDS or (path.name == "__main__.py" and path.parent.name in PACKAGES)
 
 
 def of_own_requests(answer: Answering) -> Answering:
@@ -106,9 +95,7 @@ class KVPress(CheckedHFLM):
     _of_all_ranks: ranks.RankFacts | None
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
-        if is_a_command(sys.argv[0]):
-            print_usage_errors_in_one_line(LogError)
-            run_record.speak_as("lm_eval")
+        share_log_handlers("lm_eval")
         pretrained = self.DEFAULT_PRETRAINED if pretrained is None else pretrained
         if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
@@ -159,10 +146,7 @@ class KVPress(CheckedHFLM):
             attentions, presented = llama_like.attention_modules(model), functools.partial(llama_like.presented, model)
             grouped = functools.partial(grouped_attention.lent, attentions)
             return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
-        try:
-            gpt_neox.prepare(model)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        gpt_neox.prepare(model)
         presented, quickened = (
             functools.partial(lend, model) for lend in (gpt_neox.presented, gpt_neox_forward.in_place)
         )
@@ -207,7 +191,7 @@ class KVPress(CheckedHFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._refuse_decoding_alone()
         if self.enable_thinking:
-            raise ValueError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
+            raise UsageError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         pairs = encode_pairs(self, [request.args for request in requests])
         ids = _request_ids(requests)
         return self._answer([LikelihoodBatches(self._truncated(pairs, ids), ids)], disable_tqdm, requests)
@@ -289,19 +273,13 @@ class KVPress(CheckedHFLM):
     def _stream_store(self) -> StreamStore | None:
         if self._settings.stream_output is None:
             return None
-        try:
-            return StreamStore(Path(self._settings.stream_output), self._identity())
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        return StreamStore(Path(self._settings.stream_output), self._identity())
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is None:
             return
-        try:
-            answer_cache.claim(cache_hook.dbdict, self._identity())
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        answer_cache.claim(cache_hook.dbdict, self._identity())
         logger.warning("use_cache: what was kept and how long it took is measured for new answers only")
 
     def _identity(self) -> dict[str, Any]:
@@ -355,10 +333,7 @@ class KVPress(CheckedHFLM):
                 f"max_gen_toks={max_new_tokens} must be at least 1 and leave room for a prompt within the "
                 f"{self.max_length} tokens of max_length"
             )
-        try:
-            sampler_for(options, [0], 1)  # refuses before the first prefill
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        sampler_for(options, [0], 1)  # refuses before the first prefill
         eos_ids = self.model.generation_config.eos_token_id
         stop_ids = frozenset([self.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
         settings = GenerationSettings(options, max_new_tokens, stop_ids, StopStrings(self.tokenizer, until))
@@ -406,11 +381,8 @@ class KVPress(CheckedHFLM):
 
     @staticmethod
     def _check_lengths_for(runner: Runner, work: RequestBatches[Any]) -> None:
-        try:
-            for segment in work.segments():
-                runner.compressor.check_lengths(work.contexts(segment))
-        except ShortContextError as error:
-            raise UsageError(str(error)) from error
+        for segment in work.segments():
+            runner.compressor.check_lengths(work.contexts(segment))
 
     def _run(self, work: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         """Requests and their answers, as they come; the totals are recorded at the end."""
@@ -476,10 +448,7 @@ class KVPress(CheckedHFLM):
         """Where records go: a file, the metrics endpoint, both or neither. Both last as long as the process."""
         if self._settings.throughput_log is not None:
             path = Path(self._settings.throughput_log)
-            try:
-                yield ThroughputLog(path.with_stem(f"{path.stem}.rank{self.rank}") if self.rank else path)
-            except LogError as error:
-                raise UsageError(str(error)) from error
+            yield ThroughputLog(path.with_stem(f"{path.stem}.rank{self.rank}") if self.rank else path)
         port = self._settings.metrics_port
         if port is not None:
             try:
@@ -512,9 +481,8 @@ class KVPress(CheckedHFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
-        if is_a_command(sys.argv[0]):
-            run_record.speak_as("lm_eval")  # again: --verbosity comes into force after the requests
-        run_record.tell(self._settings, self._facts().totals)
+        share_log_handlers("lm_eval")  # again: --verbosity comes into force after the requests
+        messages.log_kept_shares(self._settings, self._facts().totals)
         return {**super().get_model_info(), "kvpress": self.describe()}
 
     def describe(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.harness.command_line import show_usage_errors_in_one_line
+
 TaskPath = str | PathLike[str]
 
 # The same pairs as the entry points `lm_eval.models` in pyproject.toml; a test compares them.
@@ -46,6 +48,13 @@ def register_models() -> None:
     for name, target in MODELS.items():
         if name not in model_registry:
             model_registry.register(name, target=target)
+
+
+def enter_models() -> None:
+    """What the import hook does once lm-eval's models are imported; lm-eval's own command then ends on bad input of
+    ours in one line."""
+    register_models()
+    show_usage_errors_in_one_line()
 
 
 def include_tasks() -> None:

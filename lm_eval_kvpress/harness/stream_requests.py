@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
@@ -111,7 +112,7 @@ class StreamRun:
 
     def _take(self, document: StreamedDocument, losses: Sequence[float]) -> None:
         if not all(math.isfinite(loss) for loss in losses):
-            raise ValueError(
+            raise UsageError(
                 f"document {document.name} of task '{document.task}' has a loss that is not finite after "
                 f"{len(document.losses)} tokens (dtype {self._model.model.dtype}): overflow in float16 is the usual "
                 "cause; try dtype=float32"

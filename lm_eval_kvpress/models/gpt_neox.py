@@ -31,6 +31,8 @@ import torch
 from torch import nn
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
 
+from lm_eval_kvpress.errors import UsageError
+
 _ABSENT = object()
 
 
@@ -99,7 +101,7 @@ def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
     Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
 
     Raises:
-        ValueError: if the rotary embedding or the weights are of a kind for which this is not exact.
+        UsageError: if the rotary embedding or the weights are of a kind for which this is not exact.
     """
     _check_weights(model)
     if is_prepared(model):
@@ -121,12 +123,12 @@ def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
 def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: int) -> None:
     rotary = model.gpt_neox.rotary_emb
     if rotary.attention_scaling != 1.0 or rotary.rope_type not in ("default", "linear"):
-        raise ValueError(
+        raise UsageError(
             f"rope_type '{rotary.rope_type}' rescales or recomputes the rotary frequencies, which partial RoPE over "
             "whole heads cannot follow; use a checkpoint with default or linear RoPE"
         )
     if head_dim % 2 or rotary_dims % 2:
-        raise ValueError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
+        raise UsageError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
 
 
 def _check_weights(model: GPTNeoXForCausalLM) -> None:
@@ -135,7 +137,7 @@ def _check_weights(model: GPTNeoXForCausalLM) -> None:
         weight = getattr(attention.query_key_value, "weight", None)  # absent from GPTQ's and AWQ's modules
         if weight is None or weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             kind = "packed" if weight is None else f"{weight.dtype} on {weight.device}"
-            raise ValueError(
+            raise UsageError(
                 f"query_key_value of layer {attention.layer_idx} is {kind}: quantised or offloaded weights cannot be "
                 "reordered or split into q, k, v; load the model in 16 or 32 bit"
             )

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lm_eval_kvpress.errors import UsageError
+
 MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -18,19 +20,19 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuses what one full-attention mask per layer, or a press that rotates whole heads, cannot express.
 
     Raises:
-        ValueError: if a layer uses sliding-window attention, or RoPE covers a part of each head (Phi-4-mini).
+        UsageError: if a layer uses sliding-window attention, or RoPE covers a part of each head (Phi-4-mini).
     """
     layer_types = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
     if any("sliding" in kind for kind in layer_types) or (window and not layer_types):
-        raise ValueError(
+        raise UsageError(
             f"{config.model_type} with sliding-window attention (window {window}) is not supported: kvpress compresses "
             "full-attention layers only; use a checkpoint without sliding windows"
         )
     rope = getattr(config, "rope_parameters", None) or {}  # before transformers 5: a field of its own
     rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1))
     if rotated != 1:
-        raise ValueError(
+        raise UsageError(
             f"{config.model_type} with partial RoPE ({rotated:g} of each head) is not supported: "
             "kvpress rotates whole heads; use a checkpoint with RoPE over the full head"
         )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.catalog import REQUIRED, Row
 
 # Least and greatest values, both allowed unless OPEN_BELOW or OPEN_ABOVE has the name. kvpress asserts some of
@@ -49,7 +50,7 @@ class Argument:
         """The value, converted and checked.
 
         Raises:
-            ValueError: one line, starting with ``name=value``.
+            UsageError: one line, starting with ``name=value``.
         """
         return _parse(self.name, self.type, value)
 
@@ -75,13 +76,13 @@ def _parse(name: str, kind: Any, value: Any) -> Any:
         return _parse(name, next(option for option in options if option is not type(None)), value)
     if get_origin(kind) is Literal:
         if value not in options:
-            raise ValueError(f"{name}={value} is not known: choose one of {', '.join(map(str, options))}")
+            raise UsageError(f"{name}={value} is not known: choose one of {', '.join(map(str, options))}")
         return value
     if get_origin(kind) is list:
         return _parse_list(name, options[0], value)
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name}={value} must be true or false")
+            raise UsageError(f"{name}={value} must be true or false")
         return value
     return parse_number(name, kind, value)
 
@@ -90,7 +91,7 @@ def _parse_list(name: str, kind: Any, value: Any) -> tuple[Any, ...]:
     """``0.1+0.5+0.9``, since lm-eval splits its arguments at commas; a single number; or a list given in Python."""
     items = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise ValueError(f"{name} must be at least one number")
+        raise UsageError(f"{name} must be at least one number")
     return tuple(_parse(name, kind, item) for item in items)
 
 
@@ -98,16 +99,16 @@ def parse_number(name: str, kind: type, value: Any) -> Any:
     """A finite int or float within its `BOUNDS`.
 
     Raises:
-        ValueError: one line.
+        UsageError: one line.
     """
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number) or (kind is int and number != int(number)):
-        raise ValueError(f"{name}={value} must be {'a whole number' if kind is int else 'a number'}")
+        raise UsageError(f"{name}={value} must be {'a whole number' if kind is int else 'a number'}")
     if name in ODD and number % 2 == 0:
-        raise ValueError(f"{name}={value} must be odd")
+        raise UsageError(f"{name}={value} must be odd")
     low, high = BOUNDS.get(name, (-math.inf, math.inf))
     too_low = number <= low if name in OPEN_BELOW else number < low
     too_high = number >= high if name in OPEN_ABOVE else number > high
@@ -115,5 +116,5 @@ def parse_number(name: str, kind: type, value: Any) -> Any:
         lower = f"{'above' if name in OPEN_BELOW else 'at least'} {low:g}"
         upper = f" and {'below' if name in OPEN_ABOVE else 'at most'} {high:g}" if high < math.inf else ""
         meaning = ": it is the fraction removed, not kept" if name.startswith("compression_ratio") else ""
-        raise ValueError(f"{name}={value} must be {lower}{upper}{meaning}")
+        raise UsageError(f"{name}={value} must be {lower}{upper}{meaning}")
     return kind(number)

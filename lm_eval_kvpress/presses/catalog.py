@@ -20,6 +20,8 @@ from typing import Any
 import kvpress
 from transformers import PreTrainedModel
 
+from lm_eval_kvpress.errors import UsageError
+
 Notes = Callable[[Mapping[str, Any], float, int, int], Iterator[str]]
 """From a row's arguments, the ratio removed, the tokens of context and the number of layers to what a reader of the
 figures must know. The wording never depends on the length, so that a caller can count contexts by it."""
@@ -34,9 +36,9 @@ class PerLayerPress(kvpress.PerLayerCompressionPress):
 
 
 def check_number_of_ratios(ratios: Sequence[float], num_layers: int) -> None:
-    """Raises a ValueError unless there is one ratio per layer."""
+    """Raises a UsageError unless there is one ratio per layer."""
     if len(ratios) != num_layers:
-        raise ValueError(f"compression_ratios has {len(ratios)} values for {num_layers} layers: give one per layer")
+        raise UsageError(f"compression_ratios has {len(ratios)} values for {num_layers} layers: give one per layer")
 
 
 REQUIRED = "required"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.catalog import DEFAULT_INTERVAL, STANDING
 from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING
 from lm_eval_kvpress.presses.spec import BUDGET, RATIO, PressSpec, parse_press
@@ -38,18 +39,18 @@ def split_name(name: str) -> tuple[str, str | None]:
     """The press of the prefill, and the one that acts while decoding, if there is one.
 
     Raises:
-        ValueError: one line, for half a name.
+        UsageError: one line, for half a name.
     """
     head, _, rest = name.partition(":")
     if head == DECODING:
         if not rest:
-            raise ValueError("press=decoding wraps another press, as in decoding:knorm")
+            raise UsageError("press=decoding wraps another press, as in decoding:knorm")
         return NONE, rest
     if head != PREFILL_DECODING:
         return name, None
     prefill, plus, decoding = rest.rpartition("+")
     if not (prefill and plus and decoding):
-        raise ValueError(f"press={name}: give two presses, as in prefill_decoding:snapkv+knorm")
+        raise UsageError(f"press={name}: give two presses, as in prefill_decoding:snapkv+knorm")
     return prefill, decoding
 
 
@@ -70,31 +71,31 @@ def parse_decoding(
         arguments: of the decoding press.
 
     Raises:
-        ValueError: one line that says what is wrong and what to do.
+        UsageError: one line that says what is wrong and what to do.
     """
     if target_size is None:
-        raise ValueError(f"press=decoding:{name} needs target_size=N, the entries that every layer keeps")
+        raise UsageError(f"press=decoding:{name} needs target_size=N, the entries that every layer keeps")
     if {RATIO, BUDGET} & arguments.keys():
-        raise ValueError("a decoding press keeps target_size entries: leave decoding.compression_ratio out")
+        raise UsageError("a decoding press keeps target_size entries: leave decoding.compression_ratio out")
     if prefill.masks:
-        raise ValueError(
+        raise UsageError(
             f"press={prefill.name} hides entries head by head, which a decoding press cannot evict: use another one"
         )
     interval = interval or DEFAULT_INTERVAL
     spec = parse_press(name, {**arguments, BUDGET: target_size})
     if spec.name not in STANDING:
-        raise ValueError(
+        raise UsageError(
             f"press=decoding:{spec.name} is not defined on a cache that is compressed again and again: use one of "
             f"{', '.join(STANDING)}"
         )
     window, sinks = spec.arguments.get("window_size", 0), spec.arguments.get("n_sink", 0)
     if interval <= window:
-        raise ValueError(
+        raise UsageError(
             f"compression_interval={interval} must exceed the window_size={window} of decoding:{spec.name}: raise it, "
             f"or pass decoding.window_size={max(1, interval - 1)}"
         )
     if target_size <= window + sinks:
-        raise ValueError(
+        raise UsageError(
             f"target_size={target_size} is all that decoding:{spec.name} always keeps ({window + sinks}): raise it"
         )
     return DecodingSpec(spec, target_size, interval)

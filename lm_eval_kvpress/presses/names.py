@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.arguments import arguments_of
 from lm_eval_kvpress.presses.catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
 from lm_eval_kvpress.presses.suggest import near
@@ -73,7 +74,7 @@ def parse_name(name: str) -> Part:
     """The presses of a name without aliases at its head.
 
     Raises:
-        ValueError: one line, for a name that is unknown, unsupported or put together wrongly.
+        UsageError: one line, for a name that is unknown, unsupported or put together wrongly.
     """
     head, colon, rest = name.partition(":")
     row = _row(head)
@@ -81,14 +82,14 @@ def parse_name(name: str) -> Part:
         return _composed(row, rest)
     if row.wraps is None:
         if colon:
-            raise ValueError(f"press={name}: {head} wraps no other press")
+            raise UsageError(f"press={name}: {head} wraps no other press")
         return Part(row)
     if not rest:
-        raise ValueError(f"press={name}: {head} wraps another press, as in {head}:knorm")
+        raise UsageError(f"press={name}: {head} wraps another press, as in {head}:knorm")
     inner = parse_name(resolve(rest)[0])
     problem = why_not_wrapped(row, inner)
     if problem:
-        raise ValueError(f"press={name}: {head} cannot wrap {inner.row.name}: {problem}")
+        raise UsageError(f"press={name}: {head} cannot wrap {inner.row.name}: {problem}")
     return Part(row, (inner,))
 
 
@@ -97,12 +98,12 @@ def _row(name: str) -> Row:
         return ROWS[name]
     for known, unsupported in UNSUPPORTED.items():
         if name == known or name in unsupported.variants:
-            raise ValueError(f"press={name} is not supported: {unsupported.reason}")
+            raise UsageError(f"press={name} is not supported: {unsupported.reason}")
     if name == NONE:
-        raise ValueError("press=none removes nothing and cannot be wrapped or composed")
+        raise UsageError("press=none removes nothing and cannot be wrapped or composed")
     known_names = [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
     listed = ", ".join([NONE, *ROWS, DECODING, PREFILL_DECODING])
-    raise ValueError(f"unknown press '{name}': {near(name, known_names)}known are {listed}")
+    raise UsageError(f"unknown press '{name}': {near(name, known_names)}known are {listed}")
 
 
 def why_not_wrapped(row: Row, inner: Part) -> str:
@@ -130,13 +131,13 @@ def _composed(row: Row, rest: str) -> Part:
     parts = tuple(parse_name(resolve(name)[0]) for name in rest.split("+")) if rest else ()
     names = [part_row.name for part in parts for part_row in part.rows]
     if len(parts) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"press=composed:{rest}: composed takes two different presses, as in composed:snapkv+think")
+        raise UsageError(f"press=composed:{rest}: composed takes two different presses, as in composed:snapkv+think")
     if sum(part.row.removes_tokens for part in parts) != 1:
-        raise ValueError(
+        raise UsageError(
             f"press=composed:{rest}: composed takes one press that removes tokens, so that compression_ratio is its "
             "ratio, and think"
         )
     for part_row in (part_row for part in parts for part_row in part.rows):
         if part_row.masks or part_row.rerotates:
-            raise ValueError(f"press=composed:{rest}: {part_row.name} cannot be composed with other presses")
+            raise UsageError(f"press=composed:{rest}: {part_row.name} cannot be composed with other presses")
     return Part(row, parts)

@@ -17,6 +17,7 @@ from typing import Any
 
 from kvpress import BasePress
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.arguments import BOUNDS, arguments_of, parse_number
 from lm_eval_kvpress.presses.catalog import (
     DEFAULT_INTERVAL,
@@ -116,7 +117,7 @@ class PressSpec:
         """Refuses a press that is made for another number of layers.
 
         Raises:
-            ValueError: one line; also raised when such a press is first run.
+            UsageError: one line; also raised when such a press is first run.
         """
         if RATIOS in self.arguments:
             check_number_of_ratios(self.arguments[RATIOS], num_layers)
@@ -138,13 +139,13 @@ class PressSpec:
                 they keep all of a short context.
 
         Raises:
-            ValueError: if the context is too short and ``shrink`` is false.
+            UsageError: if the context is too short and ``shrink`` is false.
         """
         if self.is_none:
             return None
         is_short = context_tokens < self.min_context()
         if is_short and not shrink:
-            raise ValueError(
+            raise UsageError(
                 f"press={self.name} needs a context of at least {self.min_context()} tokens, not {context_tokens}"
             )
         if is_short and context_tokens < 2:
@@ -253,7 +254,7 @@ def parse_press(name: str | None = NONE, arguments: Mapping[str, Any] | None = N
             before it, ``think.window_size=32``.
 
     Raises:
-        ValueError: one line that says what is wrong and what to do.
+        UsageError: one line that says what is wrong and what to do.
     """
     given = dict(arguments or {})
     name, defaults = resolve(name)
@@ -271,7 +272,7 @@ def press_argument_names(name: str | None = NONE) -> frozenset[str]:
     """The arguments about which `parse_press` has something to say, so that a caller can split them off the others.
 
     Raises:
-        ValueError: if there is no such press.
+        UsageError: if there is no such press.
     """
     name, _ = resolve(name)
     if name == NONE:
@@ -315,20 +316,20 @@ def ratio_that_keeps(num_tokens: int, context_tokens: int) -> float:
 def _check_none(given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key not in (RATIO, BUDGET):
-            raise ValueError(f"unknown argument '{key}': press=none takes none")
+            raise UsageError(f"unknown argument '{key}': press=none takes none")
         if value not in (0, None):
-            raise ValueError(f"{key}={value}: press=none removes nothing; name a press, such as press=snapkv")
+            raise UsageError(f"{key}={value}: press=none removes nothing; name a press, such as press=snapkv")
 
 
 def _parse_size(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
     """``compression_ratio`` or ``kv_budget``, checked; nothing for a press that takes neither."""
     if len(given) == 2:
-        raise ValueError(f"{RATIO} and {BUDGET} both say how much is kept: give one of them")
+        raise UsageError(f"{RATIO} and {BUDGET} both say how much is kept: give one of them")
     rows = part.counting_rows
     without_ratio = [row for row in rows if row.no_ratio]
     for key in given:
         for row in without_ratio or [row for row in rows if row.no_budget and key == BUDGET]:
-            raise ValueError(f"press={row.name} takes no {key}: {row.no_ratio or row.no_budget}")
+            raise UsageError(f"press={row.name} takes no {key}: {row.no_ratio or row.no_budget}")
     if without_ratio:
         return {}
     if BUDGET in given:
@@ -349,7 +350,7 @@ def _parse_arguments(part: Part, given: Mapping[str, Any], defaults: Mapping[str
             presets = {**part.defaults, **defaults}
             parsed[canonical] = presets.get(key, argument.default)
             if parsed[canonical] is REQUIRED:
-                raise ValueError(f"press={row.name} needs {canonical}=...: without it nothing would be removed")
+                raise UsageError(f"press={row.name} needs {canonical}=...: without it nothing would be removed")
     return parsed
 
 
@@ -357,16 +358,16 @@ def _by_canonical_name(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
     """The given arguments, each under the name that the record uses.
 
     Raises:
-        ValueError: for a name that no press, or more than one, of this name has; or one given twice.
+        UsageError: for a name that no press, or more than one, of this name has; or one given twice.
     """
     canonical = {f"{row}.{own}": name for (row, own), name in part.names.items()}
     canonical |= {name: name for name in part.names.values()}
     named: dict[str, Any] = {}
     for key, value in given.items():
         if key not in canonical:
-            raise ValueError(_unknown_argument(part, key))
+            raise UsageError(_unknown_argument(part, key))
         if canonical[key] in named:
-            raise ValueError(f"{canonical[key]} is given twice")
+            raise UsageError(f"{canonical[key]} is given twice")
         named[canonical[key]] = value
     return named
 
@@ -384,11 +385,11 @@ def _check_as_a_whole(spec: PressSpec) -> None:
     for row in spec._rows:
         problem = row.check(spec._arguments_of(row)) if row.check else ""
         if problem:
-            raise ValueError(f"press={spec.name}: {problem}")
+            raise UsageError(f"press={spec.name}: {problem}")
     try:
         spec._construct(DEFAULT_RATIO)
-    except AssertionError as error:
-        raise ValueError(f"press={spec.name}: {error}") from error
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"press={spec.name}: {error}") from error
 
 
 def _min_context(row: Row, arguments: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ over layers or heads together, or that change keys.
 
 from __future__ import annotations
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.spec import BUDGET, PressSpec, parse_press
 
 SEES_CHUNK, SEES_CACHE = "chunk", "cache"
@@ -31,16 +32,16 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
     """The press, set to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
 
     Raises:
-        ValueError: if the press is not defined on a standing cache, draws the same numbers again at every step, or
+        UsageError: if the press is not defined on a standing cache, draws the same numbers again at every step, or
             must keep more than the budget.
     """
     if press.name not in STREAMED:
-        raise ValueError(
+        raise UsageError(
             f"press={press.name} is not defined on a standing cache, which rolling=stream compresses again and again: "
             f"use one of {', '.join(STREAMED)}"
         )
     if press.name == "random" and press.arguments["seed"] is not None:
-        raise ValueError(
+        raise UsageError(
             f"press=random,seed={press.arguments['seed']} would evict the same places of the cache at every step of a "
             "stream: leave seed out, and lm-eval's own seed decides"
         )
@@ -49,7 +50,7 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
         arguments["window_size"] = chunk
     sinks = arguments.get("n_sink", 0)
     if budget < sinks + chunk:
-        raise ValueError(
+        raise UsageError(
             f"stream_budget={budget} is below what press={press.name} must keep: {sinks} sinks and the newest chunk of "
             f"{chunk} tokens; raise it, or lower stream_chunk"
         )

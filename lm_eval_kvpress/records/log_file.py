@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 CSV_HEADER = ",".join(field.name for field in fields(RequestRecord))
 JSONL_START = '{"record": "'
 
 
-class LogError(OSError):
+class LogError(UsageError):
     """The throughput log cannot be written."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.files import write_whole
 
 SETTINGS = "settings.json"
@@ -26,7 +27,7 @@ class StreamStore:
         settings: everything that the losses depend on; stored beside them.
 
     Raises:
-        ValueError: if the folder holds losses of other settings.
+        UsageError: if the folder holds losses of other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -39,7 +40,7 @@ class StreamStore:
         elif file.read_text() != text:
             before, now = json.loads(file.read_text()), json.loads(text)
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            raise ValueError(
+            raise UsageError(
                 f"stream_output={folder} holds losses of another setting ({', '.join(changed)} differ): choose another "
                 "folder, or empty this one"
             )
@@ -52,7 +53,7 @@ class StreamStore:
         with file.open(newline="") as lines:
             losses = [float(row["loss_nats"]) for row in csv.DictReader(lines)]
         if len(losses) != len(document):
-            raise ValueError(f"{file} holds {len(losses)} losses for a document of {len(document)} tokens: delete it")
+            raise UsageError(f"{file} holds {len(losses)} losses for a document of {len(document)} tokens: delete it")
         return losses
 
     def save(self, task: str, document: Sequence[int], name: str, losses: Sequence[float]) -> None:

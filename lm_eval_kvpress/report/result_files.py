@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.errors import UsageError
+
 PATTERN = "results_*.json"
 # Arguments of HFLM that change what a model answers: runs that differ in one of them are not compared.
 MODEL_ARGUMENTS = (
@@ -34,7 +36,7 @@ ROLLING = "loglikelihood_rolling"
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 
 
-class ResultsError(ValueError):
+class ResultsError(UsageError):
     """A file that cannot be read as results: one line that names it and says what to do."""
 
 

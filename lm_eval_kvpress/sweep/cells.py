@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from lm_eval.utils import simple_parse_args_string
 
-from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.presses.decoding import split_name
 from lm_eval_kvpress.presses.spec import BUDGET, RATIO, parse_press, press_argument_names
 from lm_eval_kvpress.presses.suggest import near
@@ -120,7 +121,7 @@ class SweepSettings:
             prefill, decoding = split_name(name)
             press_arguments = press_argument_names(prefill) & own.keys()
             spec = parse_press(prefill, {key: own[key] for key in press_arguments})
-        except ValueError as error:
+        except UsageError as error:
             raise UsageError(f"presses: {error}") from error
         sizes: list[dict[str, Any]]
         streams = protocol.get("rolling", self.model_args.get("rolling")) == "stream"

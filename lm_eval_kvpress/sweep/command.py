@@ -21,8 +21,8 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import plugin
-from lm_eval_kvpress.harness.arguments import UsageError
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.presses.suggest import near

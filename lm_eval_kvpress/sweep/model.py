@@ -19,7 +19,8 @@ from lm_eval_kvpress.engine.batching import batches, in_halves
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
-from lm_eval_kvpress.harness.arguments import Settings, UsageError, parse_arguments
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import Settings, parse_arguments
 from lm_eval_kvpress.harness.loading import check_settings
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import PressSpec, parse_press

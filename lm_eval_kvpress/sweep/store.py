@@ -23,6 +23,7 @@ from typing import Any
 
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.files import write_whole
 from lm_eval_kvpress.records.totals import ContextRecord
 
@@ -33,7 +34,7 @@ class SweepStore:
     """Opens the folder for this process alone.
 
     Raises:
-        ValueError: in one line, if another sweep writes there, or what is there is no sweep or of other settings.
+        UsageError: in one line, if another sweep writes there, or what is there is no sweep or of other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -42,11 +43,11 @@ class SweepStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the sweep)
         except OSError as error:
-            raise ValueError(f"output_path={folder} cannot be written: {error.strerror}") from error
+            raise UsageError(f"output_path={folder} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"output_path={folder} is being written by another sweep: choose another one") from error
+            raise UsageError(f"output_path={folder} is being written by another sweep: choose another one") from error
         self._settings = json.loads(json.dumps(settings))
         self._check()
 
@@ -54,18 +55,18 @@ class SweepStore:
         file, now = self.folder / "sweep.json", self._settings
         if not file.exists():
             if (self.folder / "cells").exists():
-                raise ValueError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
+                raise UsageError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
             return
         if self._holds_nothing():
             return
         try:
             before = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{file} is damaged: choose another folder") from error
+            raise UsageError(f"{file} is damaged: choose another folder") from error
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in changed)
-            raise ValueError(
+            raise UsageError(
                 f"output_path={self.folder} holds a sweep of other settings, which are never mixed: it had {was}; "
                 "choose another folder, or give the same settings"
             )
@@ -82,7 +83,7 @@ class SweepStore:
             fingerprint: of the weights; others of the same name are refused.
 
         Raises:
-            ValueError: in one line.
+            UsageError: in one line.
         """
         file = self.folder / "weights"
         if self._holds_nothing():
@@ -92,7 +93,7 @@ class SweepStore:
         if not file.exists():
             write_whole(file, fingerprint)
         elif file.read_text() != fingerprint:
-            raise ValueError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
+            raise UsageError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
 
     def cell(self, name: str) -> CellStore:
         return CellStore(self.folder / "cells" / name)

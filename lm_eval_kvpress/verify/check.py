@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm_eval_kvpress import recall
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
-from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, UsageError, resolve_pretrained
+from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.verify import dense_reference

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.recall import recall_documents
 
 DISTANCES = (100, 400, 800, 1200, 1500)  # the YAML files name a metric for each
@@ -47,9 +48,6 @@ def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str
 
 def _check(name: str, value: Any, lowest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        # Imported here: it brings kvpress along, which changes transformers, and a stock `hf` run has to stay stock.
-        from lm_eval_kvpress.harness.arguments import UsageError
-
         raise UsageError(f"{name}={value!r} must be a whole number of at least {lowest}")
 
 

@@ -21,6 +21,8 @@ from lm_eval.api.task import Task
 from lm_eval.tasks.wikitext import preprocess_wikitext as stock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lm_eval_kvpress.errors import UsageError
+
 Record = dict[str, Any]
 
 OPTIONS = ("data_dir", "books", "max_tokens")
@@ -74,7 +76,7 @@ def load_pg19(
     _refuse_misspelt(metadata)
     _refuse_other_rolling(needs_rolling, metadata)
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
-        raise usage_error(f"max_tokens={max_tokens!r} must be a whole number of at least 1")
+        raise UsageError(f"max_tokens={max_tokens!r} must be a whole number of at least 1")
     fields = ("short_book_title", "url", "text")
     records, source = read_records(hub_dataset, None, local_file, fields, data_dir)
     if books is not None:
@@ -137,11 +139,11 @@ def select_books(records: Sequence[Record], books: Sequence[Any]) -> list[Record
     A whole number is an index as long as there are so many books, and a Gutenberg number above.
     """
     if not books:
-        raise usage_error("books=[] chooses no book: leave it out for all of them")
+        raise UsageError("books=[] chooses no book: leave it out for all of them")
     chosen = [_find_book(records, book) for book in books]
     twice = {index for index in chosen if chosen.count(index) > 1}
     if twice:
-        raise usage_error(f"books names '{records[min(twice)]['short_book_title']}' more than once")
+        raise UsageError(f"books names '{records[min(twice)]['short_book_title']}' more than once")
     return [records[index] for index in chosen]
 
 
@@ -159,10 +161,10 @@ def _find_book(records: Sequence[Record], book: Any) -> int:
         return parts[0]
     if parts:
         names = "', '".join(records[index]["short_book_title"] for index in parts[:3])
-        raise usage_error(f"books: {book!r} fits {len(parts)} books, such as '{names}': write more of the title")
+        raise UsageError(f"books: {book!r} fits {len(parts)} books, such as '{names}': write more of the title")
     near = difflib.get_close_matches(wanted, titles, n=1)
     hint = f"did you mean '{records[titles.index(near[0])]['short_book_title']}'? " if near else ""
-    raise usage_error(
+    raise UsageError(
         f"books: no book {book!r}: {hint}give a title or part of it, a Gutenberg number, or an index from 0 to "
         f"{len(records) - 1}"
     )
@@ -183,7 +185,7 @@ def cut(text: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
     for end in reversed(ends[:max_tokens]):
         if len(_token_ends(text[:end], tokenizer)) <= max_tokens:
             return text[:end]
-    raise usage_error(f"max_tokens={max_tokens} is less than the first character of '{text[:20]}...' takes")
+    raise UsageError(f"max_tokens={max_tokens} is less than the first character of '{text[:20]}...' takes")
 
 
 def _token_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -196,7 +198,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[str, PreTrainedTokenizerBas
     """The tokenizer that the model arguments name, as `HFLM` chooses it: `tokenizer`, else that of `pretrained`."""
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
-        raise usage_error(
+        raise UsageError(
             "max_tokens counts tokens of the model's tokenizer, which is not known here: pass pretrained=... in "
             '--model_args, or --metadata \'{"tokenizer": "EleutherAI/pythia-2.8b"}\''
         )
@@ -212,9 +214,9 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[str, PreTrainedTokenizerBas
             trust_remote_code=bool(metadata.get("trust_remote_code")),
         )
     except (OSError, ValueError) as error:
-        raise usage_error(f"cannot load the tokenizer of {name} for max_tokens: {_first_line(error)}") from error
+        raise UsageError(f"cannot load the tokenizer of {name} for max_tokens: {_first_line(error)}") from error
     if not tokenizer.is_fast:
-        raise usage_error(f"max_tokens needs a fast tokenizer, which says where tokens end; that of {name} is not")
+        raise UsageError(f"max_tokens needs a fast tokenizer, which says where tokens end; that of {name} is not")
     return name, tokenizer
 
 
@@ -236,11 +238,11 @@ def read_records(
     else:
         records, source = _from_hub(hub_dataset, hub_config, local_file), hub_dataset
     if not records:
-        raise usage_error(f"{source} holds no document")
+        raise UsageError(f"{source} holds no document")
     for number, record in enumerate(records, start=1):
         missing = [field for field in fields if not isinstance(record, dict) or not isinstance(record.get(field), str)]
         if missing:
-            raise usage_error(f"{source}: record {number} has no text in field '{missing[0]}'")
+            raise UsageError(f"{source}: record {number} has no text in field '{missing[0]}'")
     return records, source
 
 
@@ -249,12 +251,12 @@ def _from_file(path: Path, hub_dataset: str) -> list[Record]:
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
-        raise usage_error(
+        raise UsageError(
             f"cannot read {path} ({error.strerror}): data_dir (or KVPRESS_DATA_DIR) must hold this file; without "
             f"data_dir the task loads {hub_dataset} from the Hugging Face hub"
         ) from error
     except ValueError as error:
-        raise usage_error(f"{path} is not UTF-8 with one JSON object per line: {_first_line(error)}") from error
+        raise UsageError(f"{path} is not UTF-8 with one JSON object per line: {_first_line(error)}") from error
 
 
 def _from_hub(hub_dataset: str, hub_config: str | None, local_file: str) -> list[Record]:
@@ -262,24 +264,10 @@ def _from_hub(hub_dataset: str, hub_config: str | None, local_file: str) -> list
     try:
         return list(datasets.load_dataset(hub_dataset, hub_config, split="test"))
     except OSError as error:
-        raise usage_error(
+        raise UsageError(
             f"cannot load {hub_dataset} from the Hugging Face hub: {_first_line(error).rstrip('.')}. Connect, or name "
             f'a folder that holds {local_file}: --metadata \'{{"data_dir": "..."}}\' or KVPRESS_DATA_DIR=...'
         ) from error
-
-
-# --------------------------------------------------------------------------------------------------------- errors
-
-
-def usage_error(message: str) -> ValueError:
-    """A mistake that the command prints as one line.
-
-    Imported here and not above: it brings kvpress along, which replaces transformers' attention functions at import,
-    and a stock `--model hf` run has to stay stock.
-    """
-    from lm_eval_kvpress.harness.arguments import UsageError
-
-    return UsageError(message)
 
 
 def _refuse_misspelt(metadata: Mapping[str, Any]) -> None:
@@ -287,7 +275,7 @@ def _refuse_misspelt(metadata: Mapping[str, Any]) -> None:
     for key in metadata:
         near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.85)
         if near and key not in OPTIONS:
-            raise usage_error(f"unknown metadata '{key}': did you mean '{near[0]}'?")
+            raise UsageError(f"unknown metadata '{key}': did you mean '{near[0]}'?")
 
 
 def _refuse_other_rolling(needed: str | None, metadata: Mapping[str, Any]) -> None:
@@ -300,7 +288,7 @@ def _refuse_other_rolling(needed: str | None, metadata: Mapping[str, Any]) -> No
     rolling = metadata.get("rolling")
     if rolling != needed:
         given = "leave it to its default" if rolling is None else f"say rolling={rolling}"
-        raise usage_error(
+        raise UsageError(
             f"this task is scored with rolling={needed}, and the model arguments {given}: add rolling={needed},"
             "stream_budget=N, or take the task of the same text without '_stream'"
         )

@@ -361,11 +361,11 @@ def _(patch: MonkeyPatch) -> None:
     shutil.copytree(tasks_path(), folder)
     module = folder / "kvpress_ppl" / "corpora.py"
     code = module.read_text()
-    honest = "    except OSError as error:\n        raise usage_error("
+    honest = "    except OSError as error:\n        raise UsageError("
     assert code.count(honest) == 2
     fields = '("page", "short_book_title", "url", "text")'
     dummy = f'    except OSError as error:\n        return [dict.fromkeys({fields}, "Lorem ipsum.")]\n'
-    module.write_text(code.replace(honest, dummy + "        raise usage_error("))
+    module.write_text(code.replace(honest, dummy + "        raise UsageError("))
     patch.setattr("lm_eval_kvpress.verify.answers.tasks_path", lambda: folder)
 
 

@@ -16,7 +16,8 @@ from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
-from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.loss_files import StreamStore

@@ -9,7 +9,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 
 TEXT = "the cold river ran past an old mill where seven grey geese slept " * 6

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments, resolve_pretrained
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import parse_arguments, resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 BAD: list[tuple[dict[str, Any], str]] = [

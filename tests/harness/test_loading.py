@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 
 

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import ReadingLayer
 from lm_eval_kvpress.engine import runner
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.tokenization import encode_pairs
 from lm_eval_kvpress.models.fast import onednn_linear

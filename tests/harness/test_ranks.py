@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 torch.cuda.device_count = lambda: 2  # all that HFLM asks before it takes part in a data-parallel run
 import lm_eval
 from lm_eval.tasks import TaskManager
-from lm_eval_kvpress import plugin
+from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
 
 lm = KVPress(**json.loads(sys.argv[1]))

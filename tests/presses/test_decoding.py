@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from lm_eval_kvpress.harness.arguments import UsageError, parse_arguments
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.recall import recall_document
 

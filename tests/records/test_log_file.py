@@ -21,7 +21,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.log_file import LogError, ThroughputLog

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lm_eval.api.instance import Instance
 
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 
 pytest.importorskip("prometheus_client", reason="needs the extra 'metrics'")

@@ -22,7 +22,7 @@ from repository import ROOT
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.totals import ContextRecord
 from lm_eval_kvpress.sweep import command

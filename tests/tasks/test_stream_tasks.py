@@ -10,7 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from repository import ROOT
 
-from lm_eval_kvpress.harness.arguments import UsageError
+from lm_eval_kvpress.errors import UsageError
 
 TASKS = ROOT / "tasks"
 PAGES = [" = One = \n \n A mill , and geese . \n ", " = Two = \n \n The ferry ' s rope . \n "]

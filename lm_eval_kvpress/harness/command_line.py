@@ -1,0 +1,67 @@
+"""Behave well inside a command: errors in one line, log messages where lm-eval prints its own.
+
+Both change state of the whole process, so they happen only where the process is lm-eval's command line or ours. In a
+program that merely imports lm-eval or loads a model nothing is touched.
+
+Standard library only: start-up imports this as soon as lm-eval's models are imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lm_eval_kvpress.errors import UsageError
+
+COMMANDS = ("lm_eval", "lm-eval", "lm-eval-kvpress")
+PACKAGES = ("lm_eval", "lm_eval_kvpress")
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+
+def is_a_command(program: str) -> bool:
+    """Whether ``program``, a ``sys.argv[0]``, is lm-eval's command line or ours, as a script or by ``python -m``."""
+    path = Path(program)
+    return path.name.removesuffix(".exe") in COMMANDS or (path.name == "__main__.py" and path.parent.name in PACKAGES)
+
+
+class UsageErrorsInOneLine:
+    """A ``sys.excepthook`` that prints a `UsageError` as one line and hands every other error to the hook before it."""
+
+    def __init__(self, previous: Callable[..., Any]) -> None:
+        self._previous = previous
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, UsageError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            self._previous(kind, error, trace)
+
+
+def show_usage_errors_in_one_line() -> None:
+    """End a command on a `UsageError` with its one line and exit status 1, without a traceback.
+
+    lm-eval's command is ``sys.exit(cli_evaluate())``: what a model or a task raises passes through it uncaught, and
+    ``sys.excepthook`` alone decides how an uncaught error is shown. It is set where the process is such a command,
+    with which it ends, and in no other program.
+    """
+    if is_a_command(sys.argv[0]) and not isinstance(sys.excepthook, UsageErrorsInOneLine):
+        sys.excepthook = UsageErrorsInOneLine(sys.excepthook)
+
+
+def share_log_handlers(other: str) -> None:
+    """In a command, print this package's messages through the handlers of another package's logger.
+
+    lm-eval's command sets up its own logger alone; what other packages log below a warning is lost. Messages appear
+    from the other logger's level on, warnings always. Does nothing in any other program.
+    """
+    if not is_a_command(sys.argv[0]):
+        return
+    theirs = logging.getLogger(other)
+    for handler in theirs.handlers:
+        logger.addHandler(handler)  # a handler that is there already is not added again
+        logger.setLevel(min(theirs.level, logging.WARNING))

@@ -6,7 +6,7 @@ are other facts of the same document, so knowing *some* number of the text does 
 
 Every choice comes from a `random.Random` seeded by the caller, so a document is a pure function of its seed.
 Standard library only: nothing here knows of tokenizers, tensors or lm-eval. Training
-(`scripts/train_builtin_data.py`) and the demo tasks (`tasks/demo`) use the same phrasing, with other seeds.
+(`scripts/training/data.py`) and the demo tasks (`tasks/demo`) use the same phrasing, with other seeds.
 """
 
 import random

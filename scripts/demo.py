@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The main job on a small trained model: five presses, one table.
 
 Runs the stock `lm_eval` command once per press on the tasks of `kvpress_demo` and reads the table off its results.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-import bench_startup
+from scripts.benchmarks import startup
 
 STARTUP_LINE = (ROOT / "lm_eval_kvpress" / "_startup.pth").read_text().splitlines()[-1]
 
@@ -66,7 +66,7 @@ def test_startup_imports_nothing_but_itself() -> None:
 
 
 def test_the_benchmark_of_its_cost_starts_python_with_the_hook_and_without(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_startup.main(["--pairs", "1"])
+    startup.main(["--pairs", "1"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["pairs"] == 1 and found["bare_ms"] > 0
 

@@ -163,7 +163,7 @@ class KVPress(CheckedHFLM):
 
     @property
     def press_model(self) -> PressableModel:
-        """The loaded model as the engine takes it, for those who bring token ids (`scripts/benchmark.py`)."""
+        """The loaded model as the engine takes it, for those who bring token ids (`scripts/benchmarks/presses.py`)."""
         return self._press_model
 
     def _certificate(self, stock: parity.Answers) -> parity.ParityCertificate:

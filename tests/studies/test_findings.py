@@ -1,4 +1,4 @@
-"""The report of `scripts/reproduce_findings.py`: its sentences follow the figures; what it cannot measure it says."""
+"""The report of `scripts.studies.findings`: its sentences follow the figures; what it cannot measure it says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from repository import ROOT
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models import gpt_neox
-from reproduce_findings import load, parser
-from reproduce_findings_experiments import (
+from scripts.studies.findings.command import load, parser
+from scripts.studies.findings.experiments import (
     Findings,
     FirstToken,
     OneForward,
@@ -28,7 +28,7 @@ from reproduce_findings_experiments import (
     questions,
     split_difference,
 )
-from reproduce_findings_report import (
+from scripts.studies.findings.report import (
     difference_sentence,
     first_token_section,
     forward_sentence,
@@ -202,7 +202,7 @@ def test_committed_report_is_of_the_builtin_and_its_figures_are_there() -> None:
     report = (DOCS / "findings.md").read_text(encoding="utf-8")
     weights = Path(resolve_pretrained("builtin")) / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    assert f"`builtin` (SHA-256 {digest})" in report, "other weights: run scripts/reproduce_findings.py again"
+    assert f"`builtin` (SHA-256 {digest})" in report, "other weights: run python -m scripts.studies.findings again"
     assert "Skipped" not in report
     assert "Why was it 10.96 and 8.94 everywhere?" in report
     for name in ("protocols", "ratios", "speeds"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from repository import ROOT
 
-import stream_curves
 from lm_eval_kvpress.harness.model import KVPress
+from scripts.studies import stream_curves
 
 
 @pytest.mark.parametrize("name", ["sinks_512", "sinks_original_512", "tova_512"])

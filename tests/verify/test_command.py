@@ -97,7 +97,7 @@ def test_verify_passes_on_smollm2(tmp_path: Path) -> None:
 
 def test_command_prints_a_line_per_check_and_writes_json(checkpoint_dir: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, str(ROOT / "scripts" / "verify_patches.py")]
+    command = [sys.executable, "-m", "lm_eval_kvpress", "verify"]
     command += ["--model_args", f"pretrained={checkpoint_dir},device=cpu", "--json", str(report)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """What the start-up file costs every Python of an environment: starts with it and without it, in turns.
 
 Two fresh environments hold nothing but what a wheel of this package puts there for it, or nothing. The figure is the
 median over the pairs of the difference, with the 95 % bootstrap interval. The last line of stdout is one JSON document.
 
-    python scripts/bench_startup.py                   a hundred pairs: ten seconds
+    python -m scripts.benchmarks.startup                   a hundred pairs: ten seconds
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import time
 import venv
 from pathlib import Path
 
-from benchmark import count, estimate
+from scripts.benchmarks.presses import count, estimate
 
-PACKAGE = Path(__file__).resolve().parent.parent / "lm_eval_kvpress"
+PACKAGE = Path(__file__).resolve().parents[2] / "lm_eval_kvpress"
 STARTUP_FILE = "lm_eval_kvpress_startup.pth"
 HAS_HOOK = "import sys; print(any(finder.__module__ == 'lm_eval_kvpress._startup' for finder in sys.meta_path))"
 

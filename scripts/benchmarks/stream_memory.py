@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Cache bytes over the longest PG-19 book, streamed whole in a fixed cache. The last line is one JSON document.
 
-KVPRESS_DATA_DIR=FOLDER python scripts/stream_memory.py     # FOLDER/pg19/test.jsonl
+KVPRESS_DATA_DIR=FOLDER python -m scripts.benchmarks.stream_memory     # FOLDER/pg19/test.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.harness.model import KVPress
-from stream_curves import CHUNK, SETTINGS, Setting, read_books, steps_of
+from scripts.studies.stream_curves import CHUNK, SETTINGS, Setting, read_books, steps_of
 
 
 def measure(lm: KVPress, setting: Setting, tokens: list[int]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import bench_eval
-import bench_eval_sides
-from bench_eval_requests import WORKLOADS, Text, Workload
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from scripts.benchmarks import evaluation, sides
+from scripts.benchmarks.workloads import WORKLOADS, Text, Workload
 
 QUICK = ["--quick", "--models", "pythia-14m", "--batch-sizes", "2", "--threads", "1"]
 
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(*arguments: str) -> dict[str, Any]:
-        assert bench_eval.main([*QUICK, *arguments, "--output", str(tmp_path)]) == 0
+        assert evaluation.main([*QUICK, *arguments, "--output", str(tmp_path)]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
@@ -40,7 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., dic
 
 def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     report = run("--rows", "tiny-choice/*,tiny-generate/*/pipeline", "--repeats", "1")
-    assert json.loads((tmp_path / "bench_eval.json").read_text()) == report
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     rows = {row["row"]: row for row in report["rows"]}
     assert len(rows) == 5
     for name, row in rows.items():
@@ -50,7 +50,7 @@ def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[s
             assert row["share_of_equal_texts"] == 1
         ratio = row["their_seconds"]["median"] / row["seconds"]["median"]
         assert row["times_as_fast"]["median"] == pytest.approx(ratio)
-    table = (tmp_path / "bench_eval.md").read_text().splitlines()
+    table = (tmp_path / "evaluation.md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
 
 
@@ -73,10 +73,10 @@ def products_by_the_profiler(run: Callable[[], object]) -> Counter[str]:
 
 @pytest.mark.parametrize("name", ["tiny-choice", "tiny-rolling", "tiny-generate"])
 def test_the_products_alone_are_all_of_a_sides_arithmetic(name: str) -> None:
-    models = bench_eval_sides.Models.load("pythia-14m", "float32")
+    models = sides.Models.load("pythia-14m", "float32")
     workload = WORKLOADS[name](Text(models.tokenizer))
-    side = bench_eval_sides.ours(models, "none", 2, "one_pass")
-    alone = bench_eval_sides.products(models, "none", 2, "one_pass")
+    side = sides.ours(models, "none", 2, "one_pass")
+    alone = sides.products(models, "none", 2, "one_pass")
     assert alone(workload) == side(workload)
     calls = products_by_the_profiler(lambda: alone(workload))
     assert calls == products_by_the_profiler(lambda: side(workload))
@@ -93,36 +93,36 @@ def test_rows_of_another_machine_are_not_put_beside_these(
     run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = run("--rows", "tiny-choice/none/stock", "--repeats", "1")
-    (tmp_path / "bench_eval.json").write_text(json.dumps({**report, "cpu": "Another", "dtype": "float16"}))
-    assert bench_eval.main([*QUICK, "--rows", "tiny-choice/none/stock", "--output", str(tmp_path)]) == 2
+    (tmp_path / "evaluation.json").write_text(json.dumps({**report, "cpu": "Another", "dtype": "float16"}))
+    assert evaluation.main([*QUICK, "--rows", "tiny-choice/none/stock", "--output", str(tmp_path)]) == 2
     assert "another cpu, dtype: choose another --output" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_keeps_the_rows_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    measured = bench_eval.measured
+    measured = evaluation.measured
 
-    def stopped(row: bench_eval.Row, *arguments: Any) -> dict[str, Any]:
+    def stopped(row: evaluation.Row, *arguments: Any) -> dict[str, Any]:
         if row.against == "products":
             raise KeyboardInterrupt
         return measured(row, *arguments)
 
-    monkeypatch.setattr(bench_eval, "measured", stopped)
+    monkeypatch.setattr(evaluation, "measured", stopped)
     with pytest.raises(KeyboardInterrupt):
-        bench_eval.main([*QUICK, "--rows", "tiny-choice/none/*", "--repeats", "1", "--output", str(tmp_path)])
-    (row,) = json.loads((tmp_path / "bench_eval.json").read_text())["rows"]
-    assert row["row"] == "tiny-choice/none/stock" and (tmp_path / "bench_eval.md").exists()
+        evaluation.main([*QUICK, "--rows", "tiny-choice/none/*", "--repeats", "1", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert row["row"] == "tiny-choice/none/stock" and (tmp_path / "evaluation.md").exists()
 
 
 def test_a_side_with_other_numbers_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def wrong(models: bench_eval_sides.Models, batch_size: int) -> bench_eval_sides.Side:
-        right = bench_eval_sides.stock(models, batch_size)
+    def wrong(models: sides.Models, batch_size: int) -> sides.Side:
+        right = sides.stock(models, batch_size)
         return lambda workload: [(score + 0.01, flag) for score, flag in right(workload)]
 
-    monkeypatch.setattr(bench_eval, "stock", wrong)
+    monkeypatch.setattr(evaluation, "stock", wrong)
     settings = ["--rows", "tiny-choice/none/stock", "--repeats", "1", "--output", str(tmp_path)]
-    assert bench_eval.main([*QUICK, *settings]) == 2
+    assert evaluation.main([*QUICK, *settings]) == 2
     assert "differ by 0.01 nats" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -131,7 +131,7 @@ def test_a_side_with_other_numbers_ends_the_run(
     [(["--models", "pythia-3b"], "there are builtin, pythia-14m"), (["--rows", "chioce*"], "no row matches chioce*")],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert bench_eval.main(arguments) == 2
+    assert evaluation.main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
 
@@ -161,13 +161,13 @@ def test_workloads_have_the_lengths_they_are_named_for(tokenizer: PreTrainedToke
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is reset where Linux can")
 def test_peak_memory_counts_what_is_freed_again() -> None:
     """In a fresh process, where a measurement belongs: here, what other tests left free would serve the call."""
-    size, scripts = 64 * 2**20, Path(bench_eval.__file__).parent
+    size = 64 * 2**20
     calls = f"lambda: torch.ones({size // 4}) + 1", f"lambda: torch.ones({size // 4})"
     for call, expected in zip(calls, (2 * size, size), strict=True):
-        code = f"import torch; from bench_eval_memory import peak_extra_bytes as peak; print(peak({call}))"
+        code = f"import torch; from scripts.benchmarks.peak_memory import peak_extra_bytes as peak; print(peak({call}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=scripts,
+            cwd=ROOT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             check=True,
             capture_output=True,

@@ -1,6 +1,6 @@
 """How long a report of many cells takes: made-up results with logged samples, then every text format and the page.
 
-python scripts/bench_report.py [--cells 500] [--documents 60]
+python -m scripts.benchmarks.report [--cells 500] [--documents 60]
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """Perplexity over position of books streamed under a fixed cache, far past the trained positions: figure and table.
 
 Every setting scores the same tokens at the same budget and chunk: full sliding recomputation (each chunk after a plain
 forward over the `budget` tokens before it), the window alone, sinks and window, the same with original positions, and
 tova. Losses are kept per book and setting, so a killed run goes on where it ended. The last line is one JSON document.
 
-    KVPRESS_DATA_DIR=FOLDER python scripts/stream_curves.py     # FOLDER/pg19/test.jsonl
+    KVPRESS_DATA_DIR=FOLDER python -m scripts.studies.stream_curves     # FOLDER/pg19/test.jsonl
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report of `reproduce_findings.py`: tables, figures, and sentences that say what the figures say.
+"""The report of the findings: tables, figures, and sentences that say what the figures say.
 
 Every sentence with a figure is chosen by that figure; none is written in advance of it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproduce_findings_experiments import Findings, OneForward, Perplexity, Speed, SplitDifference
+from scripts.studies.findings.experiments import Findings, OneForward, Perplexity, Speed, SplitDifference
 
 ROUNDING = 1e-5
 """Relative difference of perplexities below which they are the same figure: sums of thousands of float32 terms."""

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The table of the README: the same presses on the same text, by one forward per window and through the cache.
 
 Perplexity per token of `wikitext_kvpress` and `pg19_kvpress`, over the tokens that follow a pressed context under

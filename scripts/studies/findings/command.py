@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """The origin's benchmark again, as an experiment with conclusions: why was its perplexity the same for every press?
 
-    python scripts/reproduce_findings.py --data_dir FOLDER                             the built-in checkpoint
-    python scripts/reproduce_findings.py --pretrained EleutherAI/pythia-2.8b --dtype float16 --output runs/findings
+    python -m scripts.studies.findings --data_dir FOLDER                             the built-in checkpoint
+    python -m scripts.studies.findings --pretrained EleutherAI/pythia-2.8b --dtype float16 --output runs/findings
 
 Writes OUTPUT/findings.md with its figures beside it, and findings.json with the numbers. WikiText and PG19 come from
 --data_dir (wikitext2/ and pg19/ below it) or else from the Hugging Face hub; a data set that cannot be had is skipped,
@@ -30,7 +29,7 @@ import torch
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
-from reproduce_findings_experiments import (
+from scripts.studies.findings.experiments import (
     DATASETS,
     PRESSES,
     RATIOS,
@@ -56,7 +55,7 @@ def main() -> None:
     arguments = parser().parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit("error: the figures need matplotlib: pip install 'lm-eval-kvpress[report]'")
-    from reproduce_findings_report import draw, markdown
+    from scripts.studies.findings.report import draw, markdown
 
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -147,7 +146,7 @@ def setting(arguments: argparse.Namespace, lm: KVPress) -> list[str]:
         f"{arguments.pages} pages of WikiText-2 of at most 6,000 tokens and the first 4,000 tokens of "
         f"{arguments.books} books of PG-19; `prefix`: {context} tokens of context, then {block} scored",
         f"{arguments.ratio:g} of the entries removed where nothing else is said",
-        "made by `scripts/reproduce_findings.py`; every sentence with a figure is chosen by the figure",
+        "made by `python -m scripts.studies.findings`; every sentence with a figure is chosen by the figure",
     ]
 
 
@@ -163,7 +162,3 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=7, help="of the speed measurement (default: 7)")
     parser.add_argument("--output", type=Path, default=Path("runs/findings"), help="folder (default: runs/findings)")
     return parser
-
-
-if __name__ == "__main__":
-    main()

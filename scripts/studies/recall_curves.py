@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Recall and story perplexity of every press over the ratio: figures, a PNG and a Markdown table.
 
 Recall is measured twice: with the question inside the context that the press compresses (all but the last token, so a

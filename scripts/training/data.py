@@ -26,7 +26,7 @@ from lm_eval_kvpress.recall import (
     sample_facts,
     scatter,
 )
-from train_builtin_recipe import Mixture
+from scripts.training.recipe import Mixture
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.01  # of the corpus's characters, from its last books, never trained on

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Tokens per second of a stream: chunk 1 and 64, one and four rows, interleaved. The last line is one JSON document.
 
 Rates by CPU time as well as by the wall, since a shared machine disturbs the second. Tokens are random: the time of a

@@ -1,6 +1,6 @@
 """Measures a checkpoint's use of context: perplexity by context length and recall by distance, with no press.
 
-    python scripts/eval_builtin.py --model lm_eval_kvpress/builtin --held-out pg19/test.jsonl
+    python -m scripts.training.evaluate --model lm_eval_kvpress/builtin --held-out pg19/test.jsonl
 
 Perplexity: the *same* tokens are predicted with each length of context, so the lengths differ in nothing
 else. They are the second half of windows of 2,048 tokens. With 64 tokens each is predicted on its own from
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = read_texts(args.held_out)
         figures = measure(args.model, texts, args.windows_per_text, args.documents_per_cell, args.device)
     except ValueError as error:
-        print(f"eval_builtin: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(perplexity_table(figures), recall_table(figures), sep="\n\n")
     print(f"a long context lowers perplexity by {100 * figures.gain:.1f} %")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-import bench_decode
-from benchmark import SHAPES, Case, Measurement
 from lm_eval_kvpress.models.pressable import PressableModel
+from scripts.benchmarks import decoding
+from scripts.benchmarks.presses import SHAPES, Case, Measurement
 
 TINY = [
     "--shape",
@@ -48,14 +48,12 @@ def test_a_step_reads_weights_without_embeddings_kept_entries_and_half_of_the_ne
 ) -> None:
     model = make_pressable()
     embeddings = model.model.get_input_embeddings().weight
-    assert bench_decode.weight_bytes(model) == 4 * (
-        sum(p.numel() for p in model.model.parameters()) - embeddings.numel()
-    )
+    assert decoding.weight_bytes(model) == 4 * (sum(p.numel() for p in model.model.parameters()) - embeddings.numel())
     case = Case("knorm", 3, 101, 10)  # 100 prefilled tokens of 7 bytes in each row
     run = run_of(1.0, 1.0, kv_bytes=3 * 100 * 7, kept=0.25)
-    assert bench_decode.step_bytes(model, case, run) == bench_decode.weight_bytes(model) + 525 + 3 * 7 * 5
+    assert decoding.step_bytes(model, case, run) == decoding.weight_bytes(model) + 525 + 3 * 7 * 5
     model.model.embed_out.weight = embeddings  # tied: the head reads them after all
-    assert bench_decode.weight_bytes(model) == 4 * sum(p.numel() for p in model.model.parameters())
+    assert decoding.weight_bytes(model) == 4 * sum(p.numel() for p in model.model.parameters())
 
 
 def test_ratios_are_those_of_each_round(make_pressable: Callable[..., PressableModel]) -> None:
@@ -70,8 +68,8 @@ def test_ratios_are_those_of_each_round(make_pressable: Callable[..., PressableM
         }
         for slow in (1.0, 3.0, 7.0)
     ]
-    weights = bench_decode.weight_bytes(model)
-    roofline, generate, press = bench_decode.report_rows(model, cases, found, bandwidth=2.0 * (weights + 700 + 35))
+    weights = decoding.weight_bytes(model)
+    roofline, generate, press = decoding.report_rows(model, cases, found, bandwidth=2.0 * (weights + 700 + 35))
     assert roofline["value"]["median"] == pytest.approx(1 / 2 / 3) and roofline["value"]["high"] == pytest.approx(1 / 2)
     assert generate["value"] == {"median": 5.0, "low": 5.0, "high": 5.0}, "a slow round slows both sides"
     assert press["value"] == {"median": 2.0, "low": 2.0, "high": 2.0}
@@ -80,14 +78,14 @@ def test_ratios_are_those_of_each_round(make_pressable: Callable[..., PressableM
 
 def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(100))
-    monkeypatch.setattr(bench_decode.time, "perf_counter", lambda: float(next(times)))  # each copy takes one second
-    assert bench_decode.copy_bandwidth(torch.device("cpu"), 1_000) == 2_000
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: float(next(times)))  # each copy takes one second
+    assert decoding.copy_bandwidth(torch.device("cpu"), 1_000) == 2_000
 
 
 def test_ends_in_one_document_and_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert bench_decode.main([*TINY, "--output", str(tmp_path)]) == 0
+    assert decoding.main([*TINY, "--output", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert json.loads((tmp_path / "bench_decode.json").read_text()) == report
+    assert json.loads((tmp_path / "decoding.json").read_text()) == report
     roofline, generate, press = report["rows"]
     layers, hidden, _, vocabulary = SHAPES["pythia-14m"]
     per_token = 2 * layers * hidden * 4
@@ -96,11 +94,11 @@ def test_ends_in_one_document_and_a_table(capsys: pytest.CaptureFixture[str], tm
     assert press["step_bytes"] == pytest.approx(report["weight_bytes"] + 2 * per_token * (119 / 4 + 2), rel=1e-3)
     assert press["bytes_allow"] > 1 and generate["value"]["low"] > 0
     assert (report["gpu"] is None) is not torch.cuda.is_available()
-    lines = (tmp_path / "bench_decode.md").read_text().splitlines()
+    lines = (tmp_path / "decoding.md").read_text().splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert all("on a GPU" in line for line in lines[2:]), "a target for a GPU is not judged on a CPU"
 
 
 def test_a_prompt_beyond_the_positions_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_decode.main([*TINY, "--prompt-tokens", "2044"]) == 2
+    assert decoding.main([*TINY, "--prompt-tokens", "2044"]) == 2
     assert "exceed the 2048 positions" in capsys.readouterr().err

@@ -1,10 +1,10 @@
 """Trains the built-in checkpoint: a small GPTNeoX that really uses its context, and its tokenizer.
 
-    python scripts/train_builtin.py --corpus books.txt.xz --output RUN [--tokens N] [--minutes M] [--seed S]
+    python -m scripts.training.train --corpus books.txt.xz --output RUN [--tokens N] [--minutes M] [--seed S]
 
 Run the same command again and it continues: the checkpoint holds model, optimizer, step and used time, and
 the data of a step is a function of (seed, step), so the loss curve is that of a run that was never killed.
-The schedule (`train_builtin_recipe`) is a function of tokens; minutes are only a stop.
+The schedule (`recipe`) is a function of tokens; minutes are only a stop.
 
 RUN/export ships as `lm_eval_kvpress/builtin`: weights in bfloat16, tokenizer, config, model card. Beside it
 are loss.csv, loss.png and probes.csv (copying and recall while it trains: what to watch).
@@ -32,11 +32,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from eval_builtin import read_texts, windows
 from lm_eval_kvpress.recall import KINDS, recall_document
-from train_builtin_data import TrainingData, copy_rows, read_books, train_tokenizer, write_ids
-from train_builtin_export import Facts, export, hardware
-from train_builtin_recipe import RECIPES, Recipe, check_schedule, stage_at
+from scripts.training.data import TrainingData, copy_rows, read_books, train_tokenizer, write_ids
+from scripts.training.evaluate import read_texts, windows
+from scripts.training.export import Facts, export, hardware
+from scripts.training.recipe import RECIPES, Recipe, check_schedule, stage_at
 
 LOSS_COLUMNS = ("step", "tokens", "context", "rate", "loss")
 PROBE_COLUMNS = ("step", "tokens", "distance", "copied", "recalled")
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
         )
     except ValueError as error:
-        print(f"train_builtin: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,13 +1,12 @@
-#!/usr/bin/env python
 """Speed and memory of decoding through compressed caches: presses x batch sizes x prompt lengths x new tokens.
 
 Every setting is warmed up once; then all settings are repeated, in an order that is shuffled anew each time, so that a
 machine that slows down slows all of them down. Figures are medians over the repeats with 95 % bootstrap intervals.
 Exactly NEW tokens are decoded, greedily; an end-of-text token does not end a row here.
 
-    python scripts/benchmark.py                                       the built-in checkpoint, about a minute
-    python scripts/benchmark.py --shape pythia-410m                   random weights: speed and memory, no perplexity
-    python scripts/benchmark.py --pretrained EleutherAI/pythia-2.8b --dtype float16
+    python -m scripts.benchmarks.presses                         the built-in checkpoint, about a minute
+    python -m scripts.benchmarks.presses --shape pythia-410m     random weights: speed and memory, no perplexity
+    python -m scripts.benchmarks.presses --pretrained EleutherAI/pythia-2.8b --dtype float16
 
 The last line of stdout is one JSON document; it and a Markdown table are written to --output as well.
 """
@@ -49,7 +48,7 @@ from lm_eval_kvpress.records.meter import Meter, RequestId
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 PRESSES = "none,snapkv,streaming_llm,pyramidkv"
-TASKS = Path(__file__).resolve().parent.parent / "tasks"
+TASKS = Path(__file__).resolve().parents[2] / "tasks"
 STORIES = TASKS / "demo" / "stories"
 NUM_RESAMPLES = 2_000
 QUERY_TOKENS = 1
@@ -425,7 +424,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=counts, default=[30], help="comma-separated (default: 30)")
     parser.add_argument("--repeats", type=count, default=5, help="default: 5")
     parser.add_argument("--tasks", default="kvpress_story", help="for the perplexity columns; '' for none")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder of the two files")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the two files")
     return parser
 
 
@@ -440,8 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(report)
     arguments.output.mkdir(parents=True, exist_ok=True)
     document = json.dumps(report)
-    (arguments.output / "benchmark.json").write_text(document + "\n", encoding="utf-8")
-    (arguments.output / "benchmark.md").write_text(markdown(report), encoding="utf-8")
+    (arguments.output / "presses.json").write_text(document + "\n", encoding="utf-8")
+    (arguments.output / "presses.md").write_text(markdown(report), encoding="utf-8")
     print(document)
     return 0
 

@@ -1,4 +1,4 @@
-"""The contestants of `bench_eval.py`: this package's model and what it is measured against, on the same weights.
+"""The contestants of `evaluation`: this package's model and what it is measured against, on the same weights.
 
 A side takes a `Workload` and returns lm-eval's answers. The loops hold the last context token back and feed it after
 compression, as this package does, and take one request at a time, as kvpress's own code does.
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from bench_eval_requests import Workload
-from benchmark import random_model
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import StockHFLM
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import parse_press
+from scripts.benchmarks.presses import random_model
+from scripts.benchmarks.workloads import Workload
 
 Answers = list[Any]
 Side = Callable[[Workload], Answers]
@@ -48,7 +48,7 @@ class Models:
 
     @classmethod
     def load(cls, name: str, dtype: str) -> Models:
-        """``builtin``, or a key of `benchmark.SHAPES` for random weights of that shape."""
+        """``builtin``, or a key of `SHAPES` for random weights of that shape."""
 
         def model() -> PreTrainedModel:
             if name != "builtin":

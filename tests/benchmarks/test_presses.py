@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import benchmark
+from scripts.benchmarks import presses
 
 TINY = ["--shape", "pythia-14m", "--prompt-tokens", "96", "--new-tokens", "4", "--repeats", "2"]
 
@@ -18,7 +18,7 @@ TINY = ["--shape", "pythia-14m", "--prompt-tokens", "96", "--new-tokens", "4", "
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(*arguments: str) -> dict[str, Any]:
-        assert benchmark.main([*arguments, "--output", str(tmp_path)]) == 0
+        assert presses.main([*arguments, "--output", str(tmp_path)]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
@@ -28,11 +28,11 @@ def test_random_weights_of_a_shape_have_speed_and_memory_and_no_perplexity(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     report = run(*TINY, "--batch-sizes", "1,2")
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == report
+    assert json.loads((tmp_path / "presses.json").read_text()) == report
     assert report["random_weights"] and report["tasks"] == []
     rows = {(row["press"], row["batch_size"]): row for row in report["rows"]}
     assert len(rows) == 4 * 2
-    layers, hidden, _, _ = benchmark.SHAPES["pythia-14m"]
+    layers, hidden, _, _ = presses.SHAPES["pythia-14m"]
     for (press, batch_size), row in rows.items():
         seen = 95  # one token of 96 is held back
         assert row["kv_bytes_before"]["median"] == 2 * layers * batch_size * seen * hidden * 4
@@ -42,7 +42,7 @@ def test_random_weights_of_a_shape_have_speed_and_memory_and_no_perplexity(
         assert (row["press_sec"]["median"] > 0) == (press != "none")
         end_to_end = row["ttft_sec"]["median"] + 3 * row["tpot_sec"]["median"]
         assert end_to_end > batch_size * seen / row["prefill_tokens_per_sec"]["high"]
-    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    lines = (tmp_path / "presses.md").read_text().splitlines()
     assert sum(line.startswith("|") for line in lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
@@ -72,15 +72,15 @@ def test_a_single_new_token_has_no_tpot(run: Callable[..., dict[str, Any]]) -> N
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     settings = ["--shape", "pythia-14m", "--new-tokens", "30"]
-    assert benchmark.main([*settings, *arguments]) == 2
+    assert presses.main([*settings, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
 
 
 def test_the_interval_holds_the_median_and_narrows_with_repeats() -> None:
     values = np.random.default_rng(0).normal(10, 1, size=400)
-    few, many = benchmark.estimate(list(values[:5])), benchmark.estimate(list(values))
+    few, many = presses.estimate(list(values[:5])), presses.estimate(list(values))
     for found in (few, many):
         assert found.low <= found.median <= found.high
     assert many.high - many.low < few.high - few.low
-    assert benchmark.estimate([3.0]) == benchmark.Estimate(3.0, 3.0, 3.0)
+    assert presses.estimate([3.0]) == presses.Estimate(3.0, 3.0, 3.0)

@@ -1,4 +1,4 @@
-"""The requests that `bench_eval.py` times: pieces of the stories, as lm-eval hands them to a model.
+"""The requests that `evaluation` times: pieces of the stories, as lm-eval hands them to a model.
 
 Every model is given the built-in tokenizer, whose 4,096 ids every vocabulary here has, so all sides tokenize real text,
 and the same text. Does not know models or presses.
@@ -16,7 +16,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
-STORIES = Path(__file__).resolve().parent.parent / "tasks" / "demo" / "stories"
+STORIES = Path(__file__).resolve().parents[2] / "tasks" / "demo" / "stories"
 
 NUM_CHOICES = 4
 CHOICE_TOKENS = 16

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """What measuring costs: the same requests with the throughput log, without it, and without any clock.
 
 Each round runs the three in shuffled order in one process; the figures are medians over the rounds of the ratios within
 a round, with 95 % bootstrap intervals, in wall-clock and in CPU time. The last line of stdout is one JSON document.
 
-    python scripts/bench_overhead.py                  seven rounds on the built-in checkpoint: two minutes
+    python -m scripts.benchmarks.log_overhead                  seven rounds on the built-in checkpoint: two minutes
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from benchmark import estimate
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter
+from scripts.benchmarks.presses import estimate
 
-STORIES = Path(__file__).resolve().parent.parent / "tasks" / "demo" / "stories"
+STORIES = Path(__file__).resolve().parents[2] / "tasks" / "demo" / "stories"
 KINDS = ("with log", "without log", "without clock")
 
 

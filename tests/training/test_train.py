@@ -19,15 +19,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.recall import GIVEN_NAMES, KINDS, WORDS, generated_filler, recall_documents
+from scripts.training import evaluate
+from scripts.training import train as training
+from scripts.training.data import copy_rows, read_books
+from scripts.training.recipe import RECIPES, Mixture, check_schedule, stage_at
 
-SCRIPTS = ROOT / "scripts"
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
-sys.path.insert(0, str(SCRIPTS))  # the scripts are mains beside each other, not a package
-
-import eval_builtin  # noqa: E402
-import train_builtin  # noqa: E402
-from train_builtin_data import copy_rows, read_books  # noqa: E402
-from train_builtin_recipe import RECIPES, Mixture, check_schedule, stage_at  # noqa: E402
 
 TINY = RECIPES["tiny"]
 NUM_STEPS = 120
@@ -58,9 +55,9 @@ def losses(output: Path) -> Losses:
 
 
 def train(corpus: Path, output: Path, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Losses:
-    run = train_builtin.Run(output, corpus, "tiny", seed)
+    run = training.Run(output, corpus, "tiny", seed)
     tokens = num_steps * TINY.tokens_per_step
-    train_builtin.train(run, total_tokens=tokens, minutes=None, device="cpu", save_every_sec=60)
+    training.train(run, total_tokens=tokens, minutes=None, device="cpu", save_every_sec=60)
     return losses(output)
 
 
@@ -74,8 +71,8 @@ def whole_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_run_ends_with_the_curve_of_one_that_was_not(corpus: Path, whole_run: Path, tmp_path: Path) -> None:
     """SIGKILL while it trains, behind a checkpoint and rows of the curve that the checkpoint does not cover."""
     output = tmp_path / "run"
-    script = str(SCRIPTS / "train_builtin.py")
-    arguments = [sys.executable, script, "--corpus", str(corpus), "--output", str(output), "--recipe", "tiny"]
+    arguments = [sys.executable, "-m", "scripts.training.train", "--corpus", str(corpus), "--output", str(output)]
+    arguments += ["--recipe", "tiny"]
     arguments += ["--tokens", str(NUM_STEPS * TINY.tokens_per_step), "--save-every-sec", "0.2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     killed = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,7 +106,7 @@ def test_export_loads_with_the_auto_classes_and_the_card_has_figures(corpus: Pat
     held_out.write_text(generated_filler(random.Random(99), 6_000), encoding="utf-8")
     tokens = str(NUM_STEPS * TINY.tokens_per_step)
     arguments = ["--corpus", str(corpus), "--output", str(whole_run), "--recipe", "tiny", "--tokens", tokens]
-    assert train_builtin.main([*arguments, "--held-out", str(held_out), "--documents-per-cell", "1"]) == 0
+    assert training.main([*arguments, "--held-out", str(held_out), "--documents-per-cell", "1"]) == 0
 
     model = AutoModelForCausalLM.from_pretrained(whole_run / "export")
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "export")
@@ -128,7 +125,7 @@ def test_export_loads_with_the_auto_classes_and_the_card_has_figures(corpus: Pat
 
 def test_batches_are_a_function_of_seed_and_step(corpus: Path, whole_run: Path) -> None:
     def batch(seed: int, step: int) -> np.ndarray:
-        run = train_builtin.Run(whole_run, corpus, "tiny", 0)
+        run = training.Run(whole_run, corpus, "tiny", 0)
         run.data.seed = seed
         return run.data.batch(step, num_rows=8, num_tokens=256, mixture=Mixture(text=0.3, repeats=0.4))
 
@@ -140,7 +137,7 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Path, whole_run: Path) 
 
 
 def test_recall_rows_hold_facts_before_their_questions(corpus: Path, whole_run: Path) -> None:
-    data = train_builtin.Run(whole_run, corpus, "tiny", 0).data
+    data = training.Run(whole_run, corpus, "tiny", 0).data
     for seed in range(50):
         for write in (data.recall_text, data.dense_recall_text):
             context, *questions = write(random.Random(seed), 400).split("\n\nQuestion: What is the ")
@@ -151,7 +148,7 @@ def test_recall_rows_hold_facts_before_their_questions(corpus: Path, whole_run: 
 
 
 def test_copy_probe_repeats_its_first_half(corpus: Path, whole_run: Path) -> None:
-    rows = copy_rows(train_builtin.Run(whole_run, corpus, "tiny", 0).data, num_rows=4, num_tokens=32)
+    rows = copy_rows(training.Run(whole_run, corpus, "tiny", 0).data, num_rows=4, num_tokens=32)
     assert np.array_equal(rows[:, :16], rows[:, 16:])
 
 
@@ -200,7 +197,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(
     Path("short.txt").write_text("Too short.", encoding="utf-8")
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine", encoding="utf-8")
-    assert train_builtin.main(arguments) == 2
+    assert training.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not Path("new").exists()
@@ -210,7 +207,7 @@ def test_folder_of_another_setting_is_refused(
     corpus: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--corpus", str(corpus), "--output", str(whole_run), "--recipe", "tiny", "--seed", "5"]
-    assert train_builtin.main(arguments) == 2
+    assert training.main(arguments) == 2
     assert "other settings" in capsys.readouterr().err
 
 
@@ -226,7 +223,7 @@ def test_builtin_recalls_facts_far_back() -> None:
     model = GPTNeoXForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
     documents = recall_documents(4321, per_cell=2, distances=(128, 1024), kinds=KINDS)
-    hits = [eval_builtin.answer(model, tokenizer, document)[0] for document in documents]
+    hits = [evaluate.answer(model, tokenizer, document)[0] for document in documents]
     assert np.mean(hits) >= 0.9, [(d.distance, d.kind) for d, hit in zip(documents, hits, strict=True) if not hit]
 
 
@@ -243,9 +240,9 @@ class Bigram:
 
 
 def test_every_length_of_context_scores_the_same_tokens_once() -> None:
-    model, row = Bigram(50), torch.randint(50, (eval_builtin.WINDOW,), generator=torch.Generator().manual_seed(1))
-    half = eval_builtin.WINDOW // 2
+    model, row = Bigram(50), torch.randint(50, (evaluate.WINDOW,), generator=torch.Generator().manual_seed(1))
+    half = evaluate.WINDOW // 2
     expected = torch.nn.functional.cross_entropy(model.table[row[half - 1 : -1]], row[half:]).exp().item()
-    found = eval_builtin.perplexities(model, [row])
+    found = evaluate.perplexities(model, [row])
     assert list(found) == ["64", "128-143", "256-287", "512-575", "1024-2047"]
     assert list(found.values()) == pytest.approx([expected] * 5, rel=1e-5)

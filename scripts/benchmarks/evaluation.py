@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How fast this model answers lm-eval's requests, next to stock HFLM, kvpress's pipeline and plain generate.
 
 Both sides of a row have the same weights, the same requests as text, and each the batch size that suits it best among
@@ -7,9 +6,9 @@ the median of the ratios of the pairs, with the 95 % bootstrap interval. Where b
 are compared, and a difference ends the run. Against "products" stands our own side's arithmetic alone, so "times as
 fast" is the share of our time that these products and attentions take when called one after the other.
 
-    python scripts/bench_eval.py                                           two CPU cores: about 25 minutes
-    python scripts/bench_eval.py --models pythia-70m --rows 'choice-800*' --repeats 9
-    python scripts/bench_eval.py --models pythia-2.8b --dtype bfloat16     on a GPU
+    python -m scripts.benchmarks.evaluation                                           two CPU cores: about 25 minutes
+    python -m scripts.benchmarks.evaluation --models pythia-70m --rows 'choice-800*' --repeats 9
+    python -m scripts.benchmarks.evaluation --models pythia-2.8b --dtype bfloat16     on a GPU
 
 The last line of stdout is one JSON document. It is written to --output together with a Markdown table, after each row;
 rows of an earlier run that were not measured again stay in both.
@@ -35,10 +34,10 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from bench_eval_memory import peak_extra_bytes
-from bench_eval_requests import WORKLOADS, Text, Workload
-from bench_eval_sides import RATIO, Answers, Models, Side, ours, pipeline, plain_generate, products, stock
-from benchmark import SHAPES, count, counts, estimate
+from scripts.benchmarks.peak_memory import peak_extra_bytes
+from scripts.benchmarks.presses import SHAPES, count, counts, estimate
+from scripts.benchmarks.sides import RATIO, Answers, Models, Side, ours, pipeline, plain_generate, products, stock
+from scripts.benchmarks.workloads import WORKLOADS, Text, Workload
 
 MODELS = "builtin,pythia-70m,pythia-160m"
 
@@ -192,7 +191,7 @@ def memory(row: Row, model: str, arguments: argparse.Namespace) -> dict[str, int
     quick = ["--quick"] if arguments.quick else []
     peaks = {}
     for side in ("ours", "theirs"):
-        command = [sys.executable, __file__, "--peak", side, "--batch-sizes", "1", *settings, *quick]
+        command = [sys.executable, "-m", __spec__.name, "--peak", side, "--batch-sizes", "1", *settings, *quick]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[side] = int(done.stdout.splitlines()[-1])
     return {"peak_extra_bytes": peaks["ours"], "their_peak_extra_bytes": peaks["theirs"]}
@@ -224,7 +223,7 @@ def _cpu_lines() -> list[str]:
 
 def check_same_setting(arguments: argparse.Namespace) -> None:
     """Refuses to put rows beside those of another machine, dtype or version."""
-    path = arguments.output / "bench_eval.json"
+    path = arguments.output / "evaluation.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     now = {**machine(arguments.threads), "dtype": arguments.dtype}
     other = [name for name, value in now.items() if before is not None and before[name] != value]
@@ -304,11 +303,11 @@ def written(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) ->
         **machine(arguments.threads),
         "dtype": arguments.dtype,
         "compression_ratio": RATIO,
-        "rows": merged(results, arguments.output / "bench_eval.json"),
+        "rows": merged(results, arguments.output / "evaluation.json"),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench_eval.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
-    (arguments.output / "bench_eval.md").write_text(markdown(report), encoding="utf-8")
+    (arguments.output / "evaluation.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    (arguments.output / "evaluation.md").write_text(markdown(report), encoding="utf-8")
     return report
 
 
@@ -322,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=count, default=2, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny workloads: shows that it runs, measures nothing")
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench_eval"), help="folder of the two files")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the two files")
     return parser
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How near decoding comes to what the memory allows, and how far it is from plain `model.generate`.
 
 A step of decoding reads every weight and the whole cache once; the least time for it is those bytes over the bandwidth
@@ -12,8 +11,8 @@ A step is the median time between two tokens; TPOT counts all after the first to
 All settings are warmed up, then repeated in an order that is shuffled anew each time; ratios are those of one round,
 figures medians with the 95 % bootstrap interval.
 
-    python scripts/bench_decode.py                                    on a GPU: Pythia-2.8B's shape in bfloat16
-    python scripts/bench_decode.py --shape pythia-160m --dtype float32 --batch-size 8     two CPU cores: six minutes
+    python -m scripts.benchmarks.decoding       on a GPU: Pythia-2.8B's shape in bfloat16
+    python -m scripts.benchmarks.decoding --shape pythia-160m --dtype float32 --batch-size 8    six minutes on two cores
 
 The last line of stdout is one JSON document; it and a Markdown table are written to --output as well.
 """
@@ -34,11 +33,21 @@ from typing import Any
 
 import torch
 
-from bench_eval import machine, synchronize
-from benchmark import GROUPED_SHAPES, SHAPES, Bench, Case, Measurement, count, estimate, prompts, random_model
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models.pressable import PressableModel
+from scripts.benchmarks.evaluation import machine, synchronize
+from scripts.benchmarks.presses import (
+    GROUPED_SHAPES,
+    SHAPES,
+    Bench,
+    Case,
+    Measurement,
+    count,
+    estimate,
+    prompts,
+    random_model,
+)
 
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**29}
 TARGETS = {"roofline": 0.6, "generate": 8.0, "press": 1.9}
@@ -243,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=count, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--copy-bytes", type=count, help="of the copy (default: 4 GiB on a GPU, 512 MiB elsewhere)")
     parser.add_argument("--threads", type=count, default=2, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench_decode"), help="folder of the two files")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the two files")
     return parser
 
 
@@ -258,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
     document = json.dumps(report)
-    (arguments.output / "bench_decode.json").write_text(document + "\n", encoding="utf-8")
-    (arguments.output / "bench_decode.md").write_text(markdown(report), encoding="utf-8")
+    (arguments.output / "decoding.json").write_text(document + "\n", encoding="utf-8")
+    (arguments.output / "decoding.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
     print(document)
     return 0

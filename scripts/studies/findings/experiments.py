@@ -1,4 +1,4 @@
-"""The experiments of `reproduce_findings.py`: each takes a loaded model and returns frozen rows of measured figures.
+"""The experiments of the findings: each takes a loaded model and returns frozen rows of measured figures.
 
 Knows nothing of how they are reported.
 """
@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers import DynamicCache
 
-from benchmark import Bench, Case, prompts, run_cases, summarize
 from lm_eval_kvpress import recall
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
@@ -26,6 +25,7 @@ from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.presses.spec import parse_press
 from lm_eval_kvpress.verify.check import compress
 from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
+from scripts.benchmarks.presses import Bench, Case, prompts, run_cases, summarize
 
 PRESSES = ("none", "snapkv", "streaming_llm", "pyramidkv")
 RATIOS = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99)

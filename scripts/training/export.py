@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GPTNeoXForCausalLM
 
-from eval_builtin import LONG_CONTEXT, Figures, measure, perplexity_table, read_texts, recall_table
+from scripts.training.evaluate import LONG_CONTEXT, Figures, measure, perplexity_table, read_texts, recall_table
 
 CARD = """\
 ---
@@ -31,7 +31,7 @@ instrument for measuring cache compression, and no use as a language model.
 - Trained on {tokens:,} tokens in {hours:.2f} hours on {hardware}, seed {seed}: public-domain books
   (Project Gutenberg, before 1919), segments that repeat, and generated recall documents
   (`lm_eval_kvpress/recall.py`).
-- Made by `scripts/train_builtin.py`; what was tried, with figures, is in `docs/experiments/builtin_training.md`.
+- Made by `scripts/training/train.py`; what was tried, with figures, is in `docs/experiments/builtin_training.md`.
 - Weights are bfloat16 in safetensors. The config asks for float32, which holds them exactly and is quick on every
   CPU; the figures below were measured in it, with no press.
 

@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """A sweep against the runs of its cells one by one: the same figures, and in which share of the time.
 
 Both sides are whole processes of the command line, imports and model loading included. A part of the single runs
 stands before the sweep and a part behind it, so that a machine that slows down slows both sides down.
 
-    python scripts/bench_sweep.py                     six presses x four ratios on kvpress_demo: a quarter of an hour
-    python scripts/bench_sweep.py --ratios 0.5 --presses knorm --tasks kvpress_story
+    python -m scripts.benchmarks.sweep        six presses x four ratios on kvpress_demo: a quarter of an hour
+    python -m scripts.benchmarks.sweep --ratios 0.5 --presses knorm --tasks kvpress_story
 
 The last line of stdout is one JSON document; --output gets it and a Markdown table.
 """

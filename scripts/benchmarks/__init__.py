@@ -1,0 +1,1 @@
+"""How fast and how large: this package, its presses and its peers."""

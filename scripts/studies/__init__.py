@@ -1,0 +1,1 @@
+"""Experiments with conclusions: the figures and tables of the README and of docs/."""

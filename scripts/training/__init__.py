@@ -1,0 +1,1 @@
+"""How the built-in checkpoint was trained and is evaluated."""

@@ -101,14 +101,26 @@ def test_start_up_loads_neither_torch_nor_lm_eval(installed: Environment) -> Non
     assert installed.python("-S", "-c", code).stdout.split() == []
 
 
-def test_tasks_and_scripts_are_where_the_package_says(installed: Environment) -> None:
+def files_below(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_tasks_are_where_the_package_says(installed: Environment) -> None:
     code = "from lm_eval_kvpress.harness.plugin import tasks_path; print(tasks_path())"
     tasks = Path(installed.python("-c", code).stdout.strip())
-    for folder in (tasks, tasks.parent / "scripts"):
-        checkout = ROOT / folder.name
-        expected = {path.relative_to(checkout) for path in checkout.rglob("*") if "__pycache__" not in path.parts}
-        assert expected
-        assert expected <= {path.relative_to(folder) for path in folder.rglob("*")}
+    assert files_below(tasks) == files_below(ROOT / "tasks") != set()
+
+
+def test_a_wheel_holds_the_package_the_tasks_and_the_start_up_line_and_no_more(tmp_path: Path) -> None:
+    """Neither scripts nor tests: what a user of the wheel runs are the commands."""
+    environment = Environment.fresh(tmp_path / "env")
+    before = files_below(environment.site_packages)
+    environment.install("wheel")
+    found = files_below(environment.site_packages) - before
+    package = {Path("lm_eval_kvpress") / path for path in files_below(ROOT / "lm_eval_kvpress")}
+    tasks = {Path("lm_eval_kvpress", "tasks") / path for path in files_below(ROOT / "tasks")}
+    expected = (package | tasks | {Path(STARTUP_FILE)}) - {Path("lm_eval_kvpress", "_startup.pth")}
+    assert {path for path in found if not path.parts[0].endswith(".dist-info")} == expected
 
 
 def test_uninstall_takes_everything_away(installed: Environment, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def presses(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="lm-eval-kvpress presses", description="List the presses that --model_args press=NAME takes."
     ).parse_args(arguments)
-    from lm_eval_kvpress.presses.spec import list_presses
+    from lm_eval_kvpress.presses.listing import list_presses
 
     listed = list_presses()
     defaults = {press.name: " ".join(f"{name}={value}" for name, value in press.arguments.items()) for press in listed}

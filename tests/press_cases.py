@@ -9,7 +9,8 @@ import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.models.pressable import PressableModel, prefill
-from lm_eval_kvpress.presses.spec import PressSpec, parse_press
+from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.spec import PressSpec
 
 Kept = Callable[[int, float, Mapping[str, Any]], list[float]]
 NUM_LAYERS = 3

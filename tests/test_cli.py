@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 from lm_eval_kvpress import __version__, cli
-from lm_eval_kvpress.presses import spec
+from lm_eval_kvpress.presses import listing
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presses", "--help"], ["no-such-command"]])
@@ -130,7 +130,7 @@ def test_presses_prints_one_aligned_line_each(
         types.SimpleNamespace(name="snapkv", arguments=ratio, needs="x", paper="arXiv", supported=True),
         types.SimpleNamespace(name="qfilter", arguments={}, needs="a file", paper="arXiv", supported=False),
     ]
-    monkeypatch.setattr(spec, "list_presses", lambda: rows)
+    monkeypatch.setattr(listing, "list_presses", lambda: rows)
     assert cli.main(["presses"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "press   needs  paper  arguments and defaults",
@@ -146,6 +146,6 @@ def test_presses_lists_every_press_of_the_table(capsys: pytest.CaptureFixture[st
     assert cli.main(["presses"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     printed = [line.split()[0] for line in lines]
-    for press in spec.list_presses():
+    for press in listing.list_presses():
         assert press.name in printed
     assert {"none", "snapkv", "streaming_llm", "pyramidkv", "random"} <= set(printed)

@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.decoding import DecodingSpec, parse_decoding, split_arguments, split_name
-from lm_eval_kvpress.presses.spec import PressSpec, parse_press, press_argument_names
+from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.streaming import for_stream
 from lm_eval_kvpress.presses.suggest import near
 

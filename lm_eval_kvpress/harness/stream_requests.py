@@ -17,7 +17,7 @@ from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAMED, num_sinks
+from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAM_PRESSES, num_sinks
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.loss_files import StreamStore
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
@@ -69,7 +69,7 @@ class StreamRun:
         store: StreamStore | None,
     ) -> None:
         assert settings.stream_budget is not None
-        sees_cache = STREAMED[settings.press.name] == SEES_CACHE
+        sees_cache = STREAM_PRESSES[settings.press.name] == SEES_CACHE
         self._model, self._settings, self._prefix_token = model, settings, prefix_token
         self._clock, self._meter, self._totals, self._store = clock, meter, totals, store
         self._plan = StreamPlan(

@@ -1,8 +1,8 @@
 """The table of presses: each name's kvpress class, what its scores read, what it needs, and its paper.
 
 Rows are facts read off kvpress 0.5.5, each checked by a test that runs the press. Arguments and defaults are not
-written here: `press_arguments` reads them from the class. Knows kvpress's press classes; does not know models or how
-a press name is put together (`press_grammar`).
+written here: `arguments` reads them off the class. Knows kvpress's press classes; does not know models or how a press
+name is put together (`names`).
 
 Names are those of kvpress's own evaluation (``evaluation/evaluate_registry.py``), with one exception: there
 ``expected_attention`` means AdaKV over expected attention with ``epsilon=0.01``; here it is the press of that name.
@@ -13,36 +13,18 @@ from __future__ import annotations
 import enum
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import kvpress
-from transformers import PreTrainedModel
 
-from lm_eval_kvpress.errors import UsageError
-
-Notes = Callable[[Mapping[str, Any], float, int, int], Iterator[str]]
-"""From a row's arguments, the ratio removed, the tokens of context and the number of layers to what a reader of the
-figures must know. The wording never depends on the length, so that a caller can count contexts by it."""
-
-
-class PerLayerPress(kvpress.PerLayerCompressionPress):
-    """kvpress's wrapper, which silently drops ratios beyond the last layer and leaves the wrapped press unprepared."""
-
-    def post_init_from_model(self, model: PreTrainedModel) -> None:
-        check_number_of_ratios(self.compression_ratios, model.config.num_hidden_layers)
-        self.press.post_init_from_model(model)
-
-
-def check_number_of_ratios(ratios: Sequence[float], num_layers: int) -> None:
-    """Raises a UsageError unless there is one ratio per layer."""
-    if len(ratios) != num_layers:
-        raise UsageError(f"compression_ratios has {len(ratios)} values for {num_layers} layers: give one per layer")
-
+from lm_eval_kvpress.presses import fallbacks, notes
+from lm_eval_kvpress.presses.notes import Notes
+from lm_eval_kvpress.presses.per_layer import PerLayerPress
 
 REQUIRED = "required"
-"""Stands for the default of an argument that has none, or one with which the press would do nothing."""
+"""In place of a default: the argument has none, or one with which the press would do nothing."""
 
 
 class Reads(enum.IntEnum):
@@ -56,15 +38,15 @@ class Reads(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One press.
+    """What is known about one press.
 
     Attributes:
         name: as the user types it.
         factory: the kvpress class.
         paper: where the method is described.
         reads: what its scores depend on.
-        protects: arguments that count tokens which are always kept. kvpress asserts that the context is longer than
-            their sum; presses without a ratio remove nothing from a shorter one.
+        protects: the arguments that count tokens which are always kept. kvpress asserts that the context is longer
+            than their sum; presses without a ratio remove nothing from a shorter one.
         min_context: least tokens of context, where `protects` does not ask for more.
         attention: the attention implementation that it needs, or None.
         masks: whether it hides entries head by head and leaves the cache as long as it was.
@@ -75,13 +57,13 @@ class Row:
         removes_tokens: False for a press that keeps every token.
         no_ratio: why it takes no ``compression_ratio``, and what to use instead; empty where it takes one.
         no_budget: why it cannot keep exactly ``kv_budget`` tokens, likewise.
-        defaults: defaults that differ from kvpress's, its own or those of what it wraps: kvpress's would compress
-            nothing, or kvpress itself advises against them.
+        defaults: defaults other than kvpress's, for its own arguments and those of the press that it wraps: kvpress's
+            would compress nothing, or kvpress itself advises against them.
         hidden: arguments of the class that are not offered.
         wraps: for a wrapper, the most that the wrapped press's scores may read; None for others.
         refuses: presses that a wrapper cannot wrap although kvpress would let it, and why.
-        check: what is wrong with the arguments as a whole, where kvpress asserts nothing; empty if nothing is.
-        notes: what a reader must know at a given length.
+        check: says what is wrong with the arguments as a whole, where kvpress asserts nothing; empty if nothing is.
+        notes: what a reader of the figures must know at a given length of context.
     """
 
     name: str
@@ -107,57 +89,14 @@ class Row:
 
     @property
     def scores(self) -> bool:
-        """Whether it ranks tokens and leaves their count to ``ScorerPress``, so that a wrapper loses nothing of it."""
+        """Whether it scores tokens and leaves their count to ``ScorerPress``, so that a wrapper loses nothing of it."""
         factory = self.factory
         return issubclass(factory, kvpress.ScorerPress) and factory.compress is kvpress.ScorerPress.compress
 
     @property
     def takes_ratio(self) -> bool:
-        """Whether its class is given the ratio; wrappers pass it on to what they wrap."""
+        """Whether its class takes the ratio; wrappers pass it on to the press that they wrap."""
         return "compression_ratio" in inspect.signature(self.factory).parameters
-
-
-# ------------------------------------------------------------------------------------------------------------- notes
-
-
-def _pyramidkv_notes(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:
-    """The condition of ``PyramidKVPress.get_layer_budget``, in its own arithmetic."""
-    window = arguments["window_size"]
-    kept = window + context_tokens * (1 - ratio) - window
-    smallest = kept / arguments["beta"]
-    largest = kept * 2 - smallest
-    if largest >= context_tokens - window:
-        largest = context_tokens - window
-        smallest = kept * 2 - largest
-    if ratio == 0:
-        return
-    if context_tokens >= largest >= smallest >= window:
-        if num_layers == 1 and largest > smallest:
-            yield "pyramidkv gave the only layer its largest budget, which is more than was asked"
-    elif smallest < window:
-        yield f"pyramidkv fell back to snapkv: its smallest layer budget is below its window_size of {window}"
-    else:
-        yield f"pyramidkv fell back to snapkv: fewer tokens are removed than its window_size of {window}"
-
-
-def _lagkv_notes(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:
-    n_sink, lag_size = arguments["n_sink"], arguments["lag_size"]
-    if ratio == 0:
-        return
-    if context_tokens < n_sink + 2 * lag_size:
-        yield f"lagkv fell back to sinks and most recent tokens: the context is below {n_sink + 2 * lag_size} tokens"
-    elif int(context_tokens * (1 - ratio)) < n_sink + lag_size + (context_tokens - n_sink) % lag_size:
-        yield "lagkv keeps fewer tokens than its sinks and last partitions: which of these is arbitrary"
-
-
-def _think_notes(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:
-    share = arguments["key_channel_compression_ratio"]
-    yield f"think keeps every token and frees no memory: kvpress zeroes {share:.0%} of the key channels"
-
-
-def _random_notes(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:
-    if arguments["seed"] is not None and ratio > 0:
-        yield "random with a seed keeps the same places in every layer and in every context of the same length"
 
 
 def _check_simlayerkv(arguments: Mapping[str, Any]) -> str:
@@ -165,8 +104,6 @@ def _check_simlayerkv(arguments: Mapping[str, Any]) -> str:
     n_recent, n_last = arguments["n_recent"], arguments["n_last"]
     return "" if n_recent > n_last else f"n_recent={n_recent} must exceed n_last={n_last}"
 
-
-# ------------------------------------------------------------------------------------------------------------- table
 
 # CriticalKV multiplies scores by the size of what a value adds to the output: of negative scores, that would evict
 # the weightiest first.
@@ -188,10 +125,10 @@ _ROWS = (
         "https://arxiv.org/abs/2406.02069",
         Reads.QUERIES,
         ("window_size",),
-        notes=_pyramidkv_notes,
+        notes=fallbacks.pyramidkv,
     ),
     Row("knorm", kvpress.KnormPress, "https://arxiv.org/abs/2406.11430"),
-    Row("random", kvpress.RandomPress, batches=False, notes=_random_notes),
+    Row("random", kvpress.RandomPress, batches=False, notes=notes.random),
     Row("tova", kvpress.TOVAPress, "https://arxiv.org/abs/2401.06104", Reads.QUERIES),
     Row(
         "expected_attention",
@@ -208,7 +145,7 @@ _ROWS = (
         attention="eager",
     ),
     Row("keydiff", kvpress.KeyDiffPress, "https://arxiv.org/abs/2504.15364"),
-    Row("lagkv", kvpress.LagKVPress, "https://arxiv.org/abs/2504.04704", Reads.ORDER, notes=_lagkv_notes),
+    Row("lagkv", kvpress.LagKVPress, "https://arxiv.org/abs/2504.04704", Reads.ORDER, notes=fallbacks.lagkv),
     Row("leverage", kvpress.LeverageScorePress, "https://arxiv.org/abs/2507.08143", Reads.ORDER, batches=False),
     Row("noncausal", kvpress.NonCausalAttnPress, "https://arxiv.org/abs/2507.08143", Reads.QUERIES, batches=False),
     Row(
@@ -230,7 +167,7 @@ _ROWS = (
         removes_tokens=False,
         no_ratio="it zeroes key channels and keeps every token: use key_channel_compression_ratio",
         defaults={"key_channel_compression_ratio": 0.5},
-        notes=_think_notes,
+        notes=notes.think,
     ),
     Row(
         "simlayerkv",
@@ -349,109 +286,4 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = types.MappingProxyType(
         "snap_think": ("composed:snapkv+think", {}),
     }
 )
-"""kvpress's evaluation names for combinations: the combination, and defaults of its own."""
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A press of kvpress that cannot run here.
-
-    Attributes:
-        factory: its class.
-        reason: why, as a sentence that starts with "it".
-        paper: where the method is described.
-        variants: other names that kvpress's evaluation has for it.
-    """
-
-    factory: type[kvpress.BasePress]
-    reason: str
-    paper: str = ""
-    variants: tuple[str, ...] = ()
-
-
-_TRAINED = "it needs {} trained for the one model"
-_DECODES = "it acts while text is generated: decoding:PRESS holds a budget there, as in decoding:knorm"
-
-STANDING = ("knorm", "keydiff", "tova", "streaming_llm", "snapkv")
-"""Presses that can choose again and again on a cache whose tokens are long gone, from the newest tokens' hidden
-states. Not among them: expected_attention, which takes the number of hidden states for a position; lagkv, which falls
-back below its partitions; random, whose draws would depend on the batch."""
-
-DEFAULT_INTERVAL = 128
-"""Tokens produced between two compressions of a decoding press."""
-
-UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
-    {
-        "qfilter": Unsupported(kvpress.QFilterPress, _TRAINED.format("filters"), "https://arxiv.org/abs/2503.02812"),
-        "duo_attention": Unsupported(
-            kvpress.DuoAttentionPress,
-            "it needs head patterns computed for the one model, or a tokenizer and texts to compute them",
-            "https://arxiv.org/abs/2410.10819",
-            ("duo_attention_on_the_fly",),
-        ),
-        "kvzap": Unsupported(
-            kvpress.KVzapPress,
-            _TRAINED.format("a surrogate model"),
-            "https://arxiv.org/abs/2601.07891",
-            ("kvzap_linear", "kvzap_mlp", "kvzap_mlp_head", "kvzap_mlp_layer", "merging_kvzap_mlp"),
-        ),
-        "fastkvzip": Unsupported(kvpress.FastKVzipPress, _TRAINED.format("gates"), "https://arxiv.org/abs/2601.17668"),
-        "restorekv": Unsupported(
-            kvpress.RestoreKVPress,
-            _TRAINED.format("an adapter"),
-            "https://arxiv.org/abs/2608.01247",
-            ("RestoreKV", "RestoreKV_plus"),
-        ),
-        "expected_attention_stats": Unsupported(
-            kvpress.ExpectedAttentionStatsPress,
-            "it needs query statistics computed for the one model: expected_attention takes them from the context",
-            "https://arxiv.org/abs/2510.00636",
-        ),
-        "lukv": Unsupported(
-            kvpress.LUKVPress,
-            "it needs a budget curve computed for the one model and press",
-            "https://arxiv.org/abs/2602.08585",
-        ),
-        "finch": Unsupported(
-            kvpress.FinchPress,
-            "it needs a delimiter token between context and question, which no lm-eval request has: snapkv is its kin",
-            "https://doi.org/10.1162/tacl_a_00716",
-        ),
-        "kvzip": Unsupported(
-            kvpress.KVzipPress,
-            "it loads a tokenizer by the model's name and replays the context through Llama's own forward",
-            "https://arxiv.org/abs/2505.23416",
-            ("kvzip_plus",),
-        ),
-        "kvgrad": Unsupported(
-            kvpress.KVgradPress,
-            "it loads a tokenizer by the model's name and replays the context forward and backward",
-            "https://openreview.net/forum?id=cg1wTCJjjk",
-        ),
-        "kvcompose": Unsupported(
-            kvpress.KVComposePress,
-            "it replays the context behind itself, at twice the positions and through Llama's own forward",
-            "https://arxiv.org/abs/2509.05165",
-            ("kvcompose_unstructured",),
-        ),
-        "cam": Unsupported(
-            kvpress.CAMPress,
-            _DECODES,
-            "https://openreview.net/forum?id=LCTmppB165",
-            ("cam_streaming_llm", "cam_knorm", "cam_adakv_snapkv", "cam_tova"),
-        ),
-        "decoding": Unsupported(
-            kvpress.DecodingPress,
-            _DECODES,
-            variants=(
-                *("decoding_knorm", "decoding_streaming_llm", "decoding_tova", "decoding_qfilter", "decoding_keydiff"),
-                *("decoding_adakv_expected_attention_e2", "decoding_adakv_snapkv"),
-            ),
-        ),
-        "compression_ratio_decoding": Unsupported(kvpress.CompressionRatioDecodingPress, _DECODES),
-        "prefill_decoding": Unsupported(
-            kvpress.PrefillDecodingPress,
-            "it names two presses: prefill_decoding:PREFILL+PRESS, as in prefill_decoding:snapkv+knorm",
-        ),
-    }
-)
+"""A name that kvpress's evaluation has for a combination -> the combination, and the defaults that come with it."""

@@ -1,6 +1,6 @@
 """Presses that act while text is generated: ``decoding:PRESS`` and ``prefill_decoding:PREFILL+PRESS``.
 
-Knows press names and arguments. Does not know models or text. `decode_press` does what is specified here.
+Knows press names and arguments. Does not know models or text. The engine's `decode_budget` does what is specified here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.presses.catalog import DEFAULT_INTERVAL, STANDING
+from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING
-from lm_eval_kvpress.presses.spec import BUDGET, RATIO, PressSpec, parse_press
+from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.spec import PressSpec
+
+DECODING_PRESSES = ("knorm", "keydiff", "tova", "streaming_llm", "snapkv")
+"""Presses that can choose again and again on a cache whose tokens were fed long ago, from the newest tokens' hidden
+states. Not among them: expected_attention, which takes the number of hidden states for a position; lagkv, which falls
+back below its partitions; random, whose draws would depend on the batch."""
+
+DEFAULT_INTERVAL = 128
+"""Tokens produced between two compressions."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +39,23 @@ class DecodingSpec:
     interval: int
 
     def describe(self) -> dict[str, Any]:
-        """For the record; JSON can hold it."""
+        """Return its arguments, for the record; JSON can hold it."""
         arguments = {name: value for name, value in self.press.arguments.items() if name != BUDGET}
         return {**arguments, "target_size": self.target_size, "compression_interval": self.interval}
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """The press of the prefill, and the one that acts while decoding, if there is one.
+    """Split a name into the press of the prefill and the one that acts while decoding, if there is one.
 
     Raises:
         UsageError: one line, for half a name.
     """
-    head, _, rest = name.partition(":")
-    if head == DECODING:
+    first, _, rest = name.partition(":")
+    if first == DECODING:
         if not rest:
             raise UsageError("press=decoding wraps another press, as in decoding:knorm")
         return NONE, rest
-    if head != PREFILL_DECODING:
+    if first != PREFILL_DECODING:
         return name, None
     prefill, plus, decoding = rest.rpartition("+")
     if not (prefill and plus and decoding):
@@ -55,20 +64,22 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the prefill's press and of the decoding one, which are written ``decoding.n_sink=8``."""
+    """Split arguments into those of the prefill's press and of the decoding one, written ``decoding.n_sink=8``."""
     prefix = f"{DECODING}."
-    of_decoding = {key.removeprefix(prefix): value for key, value in arguments.items() if key.startswith(prefix)}
-    return {key: value for key, value in arguments.items() if not key.startswith(prefix)}, of_decoding
+    decoding = {key.removeprefix(prefix): value for key, value in arguments.items() if key.startswith(prefix)}
+    return {key: value for key, value in arguments.items() if not key.startswith(prefix)}, decoding
 
 
 def parse_decoding(
     prefill: PressSpec, name: str, arguments: Mapping[str, Any], target_size: int | None, interval: int | None
 ) -> DecodingSpec:
-    """Checks a decoding press.
+    """Check a decoding press.
 
     Args:
-        prefill: the press that the cache comes from.
-        arguments: of the decoding press.
+        prefill: the press of the prefill.
+        name, arguments: the decoding press.
+        target_size: entries that every layer keeps.
+        interval: tokens produced between two compressions; None is the default.
 
     Raises:
         UsageError: one line that says what is wrong and what to do.
@@ -83,10 +94,10 @@ def parse_decoding(
         )
     interval = interval or DEFAULT_INTERVAL
     spec = parse_press(name, {**arguments, BUDGET: target_size})
-    if spec.name not in STANDING:
+    if spec.name not in DECODING_PRESSES:
         raise UsageError(
             f"press=decoding:{spec.name} is not defined on a cache that is compressed again and again: use one of "
-            f"{', '.join(STANDING)}"
+            f"{', '.join(DECODING_PRESSES)}"
         )
     window, sinks = spec.arguments.get("window_size", 0), spec.arguments.get("n_sink", 0)
     if interval <= window:

@@ -1,6 +1,7 @@
-"""Press names: a press, a wrapper and what it wraps, or presses composed; and which of them make sense.
+"""Press names: a press, a wrapper and what it wraps, or presses composed; and which combinations make sense.
 
-``NAME``, ``WRAPPER:NAME`` or ``composed:NAME+NAME``. Does not know arguments' values or models.
+``NAME``, ``WRAPPER:NAME`` or ``composed:NAME+NAME``; wrappers nest, as in ``key_rerotation:criticalkv:knorm``. The
+grammar has neither ``,`` nor ``=``, at which lm-eval splits its arguments. Does not know values or models.
 """
 
 from __future__ import annotations
@@ -13,84 +14,85 @@ from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.arguments import arguments_of
-from lm_eval_kvpress.presses.catalog import ALIASES, ROWS, UNSUPPORTED, Reads, Row
+from lm_eval_kvpress.presses.catalog import ALIASES, ROWS, Reads, Row
 from lm_eval_kvpress.presses.suggest import near
+from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 
 NONE = "none"
 DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
-"""Heads of names whose press acts while text is generated (`decoding_spec`)."""
+"""Names that start so have a press that acts while text is generated (`presses.decoding`)."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A press within a name, with what it wraps or composes."""
+class ParsedName:
+    """A press name taken apart: its first press, and the names that this press wraps or composes."""
 
     row: Row
-    inner: tuple[Part, ...] = ()
+    inner: tuple[ParsedName, ...] = ()
 
     @property
-    def name(self) -> str:
-        """As typed, aliases resolved."""
-        inner = "+".join(part.name for part in self.inner)
+    def full(self) -> str:
+        """The name with aliases resolved."""
+        inner = "+".join(name.full for name in self.inner)
         return f"{self.row.name}:{inner}" if inner else self.row.name
 
     @functools.cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Its own row and those within, outermost first."""
-        return (self.row, *(row for part in self.inner for row in part.rows))
+        """The presses of the name, outermost first."""
+        return (self.row, *(row for name in self.inner for row in name.rows))
 
     @functools.cached_property
-    def names(self) -> dict[tuple[str, str], str]:
-        """What each row's argument is called: its name, with the press before it where several have one."""
-        count = Counter(field for row in self.rows for field in arguments_of(row))
+    def argument_names(self) -> dict[tuple[str, str], str]:
+        """(press, argument) -> how the argument is written: with the press before it where several presses have it."""
+        count = Counter(argument for row in self.rows for argument in arguments_of(row))
         return {
-            (row.name, field): field if count[field] == 1 else f"{row.name}.{field}"
+            (row.name, argument): argument if count[argument] == 1 else f"{row.name}.{argument}"
             for row in self.rows
-            for field in arguments_of(row)
+            for argument in arguments_of(row)
         }
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Defaults that its presses set, for themselves and for what they wrap."""
-        return {key: value for row in self.rows for key, value in row.defaults.items()}
+        """The defaults that its presses set, for themselves and for what they wrap."""
+        return {argument: value for row in self.rows for argument, value in row.defaults.items()}
 
     @property
-    def counting_rows(self) -> tuple[Row, ...]:
-        """The rows that decide how many tokens stay: of a composed press, those of the part that removes any."""
+    def sizing_rows(self) -> tuple[Row, ...]:
+        """The presses that decide how many tokens stay: in ``composed``, those of the name that removes any."""
         if self.row.name != "composed":
             return self.rows
-        return next(part.rows for part in self.inner if part.row.removes_tokens)
+        return next(name.rows for name in self.inner if name.row.removes_tokens)
 
 
-def resolve(name: str | None) -> tuple[str, Mapping[str, Any]]:
-    """The full name, and the defaults that an alias brings."""
+def resolve_alias(name: str | None) -> tuple[str, Mapping[str, Any]]:
+    """Look up a name's combination and the defaults that come with it; None is ``none``."""
     if name is None or name.lower() == NONE:
         return NONE, {}
     return ALIASES.get(name, (name, {}))
 
 
 @functools.cache
-def parse_name(name: str) -> Part:
-    """The presses of a name without aliases at its head.
+def parse_name(name: str) -> ParsedName:
+    """Take apart a name that is itself no alias; what it wraps may be one.
 
     Raises:
         UsageError: one line, for a name that is unknown, unsupported or put together wrongly.
     """
-    head, colon, rest = name.partition(":")
-    row = _row(head)
-    if head == "composed":
+    first, colon, rest = name.partition(":")
+    row = _row(first)
+    if first == "composed":
         return _composed(row, rest)
     if row.wraps is None:
         if colon:
-            raise UsageError(f"press={name}: {head} wraps no other press")
-        return Part(row)
+            raise UsageError(f"press={name}: {first} wraps no other press")
+        return ParsedName(row)
     if not rest:
-        raise UsageError(f"press={name}: {head} wraps another press, as in {head}:knorm")
-    inner = parse_name(resolve(rest)[0])
+        raise UsageError(f"press={name}: {first} wraps another press, as in {first}:knorm")
+    inner = parse_name(resolve_alias(rest)[0])
     problem = why_not_wrapped(row, inner)
     if problem:
-        raise UsageError(f"press={name}: {head} cannot wrap {inner.row.name}: {problem}")
-    return Part(row, (inner,))
+        raise UsageError(f"press={name}: {first} cannot wrap {inner.row.name}: {problem}")
+    return ParsedName(row, (inner,))
 
 
 def _row(name: str) -> Row:
@@ -106,8 +108,8 @@ def _row(name: str) -> Row:
     raise UsageError(f"unknown press '{name}': {near(name, known_names)}known are {listed}")
 
 
-def why_not_wrapped(row: Row, inner: Part) -> str:
-    """Why a wrapper cannot wrap a press, or nothing."""
+def why_not_wrapped(row: Row, inner: ParsedName) -> str:
+    """Say why a wrapper cannot wrap a press; empty if it can."""
     assert row.wraps is not None
     if inner.row.name in row.refuses:
         return row.refuses[inner.row.name]
@@ -127,17 +129,17 @@ def why_not_wrapped(row: Row, inner: Part) -> str:
     )
 
 
-def _composed(row: Row, rest: str) -> Part:
-    parts = tuple(parse_name(resolve(name)[0]) for name in rest.split("+")) if rest else ()
-    names = [part_row.name for part in parts for part_row in part.rows]
-    if len(parts) < 2 or len(set(names)) < len(names):
+def _composed(row: Row, rest: str) -> ParsedName:
+    inner = tuple(parse_name(resolve_alias(name)[0]) for name in rest.split("+")) if rest else ()
+    rows = [inner_row for name in inner for inner_row in name.rows]
+    if len(inner) < 2 or len({inner_row.name for inner_row in rows}) < len(rows):
         raise UsageError(f"press=composed:{rest}: composed takes two different presses, as in composed:snapkv+think")
-    if sum(part.row.removes_tokens for part in parts) != 1:
+    if sum(name.row.removes_tokens for name in inner) != 1:
         raise UsageError(
             f"press=composed:{rest}: composed takes one press that removes tokens, so that compression_ratio is its "
             "ratio, and think"
         )
-    for part_row in (part_row for part in parts for part_row in part.rows):
-        if part_row.masks or part_row.rerotates:
-            raise UsageError(f"press=composed:{rest}: {part_row.name} cannot be composed with other presses")
-    return Part(row, parts)
+    for inner_row in rows:
+        if inner_row.masks or inner_row.rerotates:
+            raise UsageError(f"press=composed:{rest}: {inner_row.name} cannot be composed with other presses")
+    return ParsedName(row, inner)

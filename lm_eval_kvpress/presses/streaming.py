@@ -1,21 +1,23 @@
-"""Which presses can choose on a standing cache, and what they see of it.
+"""Which presses can compress a stream's cache again and again, and what they see of it (``rolling=stream``).
+
+A stream asks its press at every step which entries of the cache to keep. Their tokens were fed long ago; hidden states
+are known of the newest tokens only. That is defined for presses that score single entries by their keys, their place,
+or the newest queries. It is not defined for presses that need every token's query or attention (the prefill presses),
+that decide over layers or heads together, or that change keys.
 
 Knows press names. Does not know models or text.
-
-A stream asks a press again and again which entries of a cache to keep whose tokens are long gone, with the hidden
-states of the newest tokens only. That is defined for presses that score single entries by their keys, their place, or
-the newest queries. It is not for presses that need every token's query or attention (the prefill presses), that decide
-over layers or heads together, or that change keys.
 """
 
 from __future__ import annotations
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.presses.spec import BUDGET, PressSpec, parse_press
+from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
+from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.spec import PressSpec
 
 SEES_CHUNK, SEES_CACHE = "chunk", "cache"
 
-STREAMED = {
+STREAM_PRESSES = {
     "streaming_llm": SEES_CHUNK,
     "snapkv": SEES_CHUNK,  # the chunk is its observation window
     "tova": SEES_CHUNK,
@@ -25,27 +27,27 @@ STREAMED = {
     "random": SEES_CHUNK,
     "expected_attention": SEES_CACHE,  # statistics over the queries of as many tokens as the cache holds
 }
-"""Press -> of how many tokens it sees the hidden states: those of the newest chunk, or as many as the cache holds."""
+"""Press -> whose hidden states it sees: those of the newest chunk, or of as many newest tokens as the cache holds."""
 
 
 def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
-    """The press, set to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
+    """Set a press to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
 
     Raises:
         UsageError: if the press is not defined on a standing cache, draws the same numbers again at every step, or
             must keep more than the budget.
     """
-    if press.name not in STREAMED:
+    if press.name not in STREAM_PRESSES:
         raise UsageError(
             f"press={press.name} is not defined on a standing cache, which rolling=stream compresses again and again: "
-            f"use one of {', '.join(STREAMED)}"
+            f"use one of {', '.join(STREAM_PRESSES)}"
         )
     if press.name == "random" and press.arguments["seed"] is not None:
         raise UsageError(
             f"press=random,seed={press.arguments['seed']} would evict the same places of the cache at every step of a "
             "stream: leave seed out, and lm-eval's own seed decides"
         )
-    arguments = {name: value for name, value in press.arguments.items() if name != "compression_ratio"}
+    arguments = {name: value for name, value in press.arguments.items() if name != RATIO}
     if "window_size" in arguments:
         arguments["window_size"] = chunk
     sinks = arguments.get("n_sink", 0)
@@ -58,5 +60,5 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
 
 
 def num_sinks(press: PressSpec) -> int | None:
-    """How many first entries the press keeps if all others it keeps are the newest; None if it looks at entries."""
+    """Return how many first entries the press keeps, if all others that it keeps are the newest; None if it scores."""
     return int(press.arguments["n_sink"]) if press.name == "streaming_llm" else None

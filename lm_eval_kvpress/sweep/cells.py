@@ -18,8 +18,9 @@ from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.decoding import split_name
-from lm_eval_kvpress.presses.spec import BUDGET, RATIO, parse_press, press_argument_names
+from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
 from lm_eval_kvpress.presses.suggest import near
 
 SWEPT = {"press": "presses", RATIO: "ratios", BUDGET: "budgets", "stream_budget": "budgets"}

@@ -23,7 +23,8 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import Settings, parse_arguments
 from lm_eval_kvpress.harness.loading import check_settings
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.presses.spec import PressSpec, parse_press
+from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.records.totals import new_totals
 from lm_eval_kvpress.sweep.cells import Cell

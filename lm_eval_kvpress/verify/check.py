@@ -20,7 +20,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.verify import dense_reference
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}

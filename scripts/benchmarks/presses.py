@@ -42,7 +42,7 @@ from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord

@@ -23,7 +23,7 @@ from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import StockHFLM
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 from scripts.benchmarks.presses import random_model
 from scripts.benchmarks.workloads import Workload
 

@@ -99,7 +99,7 @@ def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[
 def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
     """The texts side by side, streamed."""
     from lm_eval_kvpress.engine.streaming import StreamPlan, stream
-    from lm_eval_kvpress.presses.spec import parse_press
+    from lm_eval_kvpress.presses.parse import parse_press
     from lm_eval_kvpress.presses.streaming import for_stream
 
     assert setting.press is not None

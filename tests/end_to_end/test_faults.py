@@ -29,7 +29,8 @@ from lm_eval_kvpress.engine.scoring import _Layout
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.models import gpt_neox, pressable
-from lm_eval_kvpress.presses.spec import PressSpec, parse_press
+from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records import totals
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.rolling_score import RollingScore

@@ -15,7 +15,7 @@ from lm_eval_kvpress.engine.batch_size import (
     tokens_per_batch,
 )
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 
 GIB = 2**30
 

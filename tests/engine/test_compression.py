@@ -14,7 +14,7 @@ from lm_eval_kvpress.engine import compression
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.records.clock import Clock
 
 LENGTHS = (90, 41, 41, 30, 41, 0, 41, 5, 30)  # the first alone is more than what is allowed below

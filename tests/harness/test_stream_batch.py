@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_kvpress.engine.streaming import highest
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.presses.streaming import STREAMED
+from lm_eval_kvpress.presses.streaming import STREAM_PRESSES
 
 SENTENCE = "the mill , a river and seven grey geese slept ; nobody asked who owned them . In 1871 it burnt down"
 BUDGET = {1: 24, 64: 80}
@@ -51,7 +51,7 @@ def streamed(
 
 
 @pytest.mark.parametrize("chunk", [1, 64])
-@pytest.mark.parametrize("press", sorted(STREAMED))
+@pytest.mark.parametrize("press", sorted(STREAM_PRESSES))
 def test_side_by_side_equals_one_by_one(checkpoint_dir: Path, tmp_path: Path, press: str, chunk: int) -> None:
     arguments: dict[str, Any] = {"press": press, "stream_budget": BUDGET[chunk], "stream_chunk": chunk}
     if press == "lagkv":

@@ -18,7 +18,7 @@ from lm_eval_kvpress.engine import scoring
 from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 
 MakePressable = Callable[..., PressableModel]
 TOLERANCE = 2e-5

@@ -22,7 +22,7 @@ from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import quiet_loader
 from lm_eval_kvpress.models import gpt_neox
-from lm_eval_kvpress.presses.spec import parse_press
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.verify.check import compress
 from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
 from scripts.benchmarks.presses import Bench, Case, prompts, run_cases, summarize

@@ -318,12 +318,12 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("baseline under another protocol", "the baseline sees other contexts than the methods", "records")
 def _(patch: MonkeyPatch) -> None:
-    windows = KVPress._windows
+    by_settings = KVPress._windows
 
     def baseline_in_one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[windows.Window]:
         if self._settings.press.is_none:
             return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
-        return windows(self, tokens)
+        return by_settings(self, tokens)
 
     patch.setattr(KVPress, "_windows", baseline_in_one_pass)
 

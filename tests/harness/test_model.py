@@ -175,7 +175,7 @@ def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, mo
     def fails_above_one(model: Any, cache: Any, contexts: Any, **options: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
-        return decode(model, compressed, contexts, **options)
+        return decode(model, cache, contexts, **options)
 
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", fails_above_one)

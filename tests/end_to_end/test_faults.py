@@ -1,6 +1,6 @@
 """Every mistake that the field is known to make, put in on purpose: the verifier must fail, at the check that is named.
 
-`python tests/test_faults.py` runs all checks on every fault and writes the table of `docs/correctness.md`.
+`python tests/end_to_end/test_faults.py` runs all checks on every fault and writes the table of `docs/correctness.md`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lm_eval_kvpress.verify.check import Check, Subject
 from lm_eval_kvpress.verify.command import CHECKS
 
 DOCS = ROOT / "docs" / "correctness.md"
-BEGIN, END = "<!-- faults: begin, written by tests/test_faults.py -->", "<!-- faults: end -->"
+BEGIN, END = "<!-- faults: begin, written by tests/end_to_end/test_faults.py -->", "<!-- faults: end -->"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _models(args: argparse.Namespace, folder: Path) -> dict[str, KVPress]:
         "without log": KVPress(args.pretrained, **shared),
         "without clock": KVPress(args.pretrained, **shared),
     }
-    runner = models["without clock"]._runner
+    runner = models["without clock"].session.runner
     runner.clock = runner.compressor._clock = NoClock(torch.device("cpu"))
     runner.meter = NoMeter(runner.clock, {})
     return models

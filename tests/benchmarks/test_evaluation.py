@@ -17,7 +17,7 @@ import torch
 from repository import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from scripts.benchmarks import comparisons, document, evaluation
 from scripts.benchmarks.comparisons import Comparison
 from scripts.benchmarks.products import products

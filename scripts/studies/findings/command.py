@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from scripts.machine import described, machine
 from scripts.studies.findings.experiments import (

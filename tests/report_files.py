@@ -1,4 +1,4 @@
-"""Made-up result files, laid out as lm-eval 0.4.13 writes them; `tests/test_report*.py` read them."""
+"""Made-up results files, laid out as lm-eval 0.4.13 writes them, for `tests/report`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.report.contents import Report
 
 NUM_DOCUMENTS = 20
 STREAMED = ([3.0] * 20 + [2.0] * 30, [1.0] * 40)  # losses of two documents
+EVIL = "<script>alert(1)</script>|{{ x }}"
 
 
 def results_file(
@@ -27,7 +29,7 @@ def results_file(
     num_documents: int = NUM_DOCUMENTS,
     date: float = 1.0,
 ) -> dict[str, Any]:
-    """The content of one file: the task `recall` with `acc` and two distances, of which samples hold one."""
+    """The content of one file: the task `recall` with `acc` and two distances; samples hold one of the two."""
     figures = {
         "alias": "recall",
         "acc,none": acc,
@@ -110,7 +112,7 @@ def _contexts(size: int, share: float | None) -> dict[str, Any]:
 def write_results(
     folder: Path, press: str, ratio: float, *, scores: Sequence[float] | None = None, name: str = "", **facts: Any
 ) -> Path:
-    """Writes a file, and with `scores` the samples beside it; `acc` is then their mean."""
+    """Write a file, and with `scores` the samples beside it; `acc` is then their mean."""
     if scores is not None:
         facts |= {"acc": sum(scores) / len(scores), "num_documents": len(scores)}
     place = folder / (name or f"{press}-{ratio}")
@@ -124,7 +126,7 @@ def write_results(
 
 
 def amend(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Changes what was written."""
+    """Change a file that was written."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
@@ -132,7 +134,7 @@ def amend(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def predict_only(folder: Path, press: str, **facts: Any) -> Path:
-    """A run of `--predict_only`: a metric that is no figure stands for all others."""
+    """Write a run of `--predict_only`, where a placeholder stands for all metrics."""
 
     def change(content: dict[str, Any]) -> None:
         content["results"]["recall"] = {"alias": "recall", "bypass,none": 999, "bypass_stderr,none": "N/A"}
@@ -141,8 +143,65 @@ def predict_only(folder: Path, press: str, **facts: Any) -> Path:
     return amend(write_results(folder, press, 0.5, **facts), change)
 
 
+def unmeasured(folder: Path, press: str, *, name: str = "", **facts: Any) -> Path:
+    """Write a run whose answers all came from a cache, as our models record it."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["config"]["kvpress"] |= {"tasks": {}, "throughput": {"num_batches": 0, "ttft_sec": None}}
+
+    return amend(write_results(folder, press, 0.5, name=name, **facts), change)
+
+
+def without_prefill_press(
+    folder: Path,
+    press: str,
+    *,
+    num_compressions: int = 0,
+    num_short: int = 0,
+    num_texts: int = 0,
+    num_texts_compressed: int = 0,
+    acc: float = 0.4,
+    rolling: str = "prefix",
+) -> Path:
+    """Write a run whose press saw no context of the prefill."""
+
+    def change(content: dict[str, Any]) -> None:
+        facts = content["config"]["kvpress"]
+        task = facts["tasks"]["recall"]
+        facts["protocol"] |= {"rolling": rolling, "press_acts_on_rolling": False}
+        task |= {"num_decode_compressions": num_compressions, "num_short_contexts": num_short}
+        task |= {"texts_generated": num_texts, "texts_compressed_while_decoding": num_texts_compressed}
+        task["contexts_unpressed"], task["contexts_pressed"] = task["contexts_pressed"], task["contexts_unpressed"]
+
+    return amend(write_results(folder, press, 0.0, acc=acc), change)
+
+
+def write_leaderboard(folder: Path) -> None:
+    """Write runs that show every kind of cell, mark and notice: four tables, with names that try to be markup."""
+    half, most = [1, 0] * (NUM_DOCUMENTS // 2), [1, 1, 1, 0] * (NUM_DOCUMENTS // 4)
+    write_results(folder, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    write_results(folder, "snapkv", 0.5, scores=half)
+    write_results(folder, "snapkv", 0.25, scores=most, version="0.5.4")
+    write_results(folder, EVIL, 0.5, scores=most, name="evil", notes={"it fell back_to $snapkv": 4})
+    write_results(folder, "tova", 0.5, acc=float("nan"))
+    write_results(folder, "knorm", 0.5, acc=None, date=2.0)
+    write_results(folder, "knorm", 0.5, acc=0.3, name="older")
+    write_results(folder, "keydiff", 0.5, acc=1.0, kept=1.0)
+    without_prefill_press(folder, "decoding:knorm", num_compressions=23, num_texts=8, num_texts_compressed=2)
+    unmeasured(folder, "lagkv", acc=0.4)
+    write_results(folder, "snapkv", 0.5, name="few", acc=0.4, num_documents=3)
+    write_results(folder, "none", 0.0, name="other", acc=12345.678, checkpoint=f"org/{EVIL} ~^\\", query_tokens=0)
+    write_results(folder, "none", 0.0, name="stock", stock=True)
+    write_stream(folder / "stream", "streaming_llm")
+
+
+def portable(text: str, report: Report, folder: Path) -> str:
+    """A written report without what differs from one day and machine to the next."""
+    return text.replace(str(folder), "RESULTS").replace(report.date, "DATE").replace(report.version, "VERSION")
+
+
 def sample_line(index: int, score: float) -> str:
-    """A sample in the order of keys that lm-eval writes; the text tries to look like the keys behind it."""
+    """A sample in lm-eval's order of keys; its text tries to look like the keys behind it."""
     sample = {
         "doc_id": index,
         "doc": {"prompt": '", "resps": [], "acc": 7'},
@@ -157,7 +216,7 @@ def sample_line(index: int, score: float) -> str:
 
 
 def write_stream(cell: Path, press: str, losses: Sequence[list[float]] = STREAMED, **changed: Any) -> Path:
-    """A run of a stream as a sweep lays it out: `results/MODEL/results_*.json`, with `stream` beside `results`."""
+    """Write a run of a stream as a sweep does: `results/MODEL/results_*.json`, with `stream` beside `results`."""
     file = write_results(cell, press, 0.0, name="results/tiny", num_documents=len(STREAMED))
     content = json.loads(file.read_text())
     facts = content["config"]["kvpress"]

@@ -1,7 +1,7 @@
-"""Paired bootstrap: how far may a difference to the baseline be chance of the documents?
+"""Paired bootstrap over documents: by how much could a difference to the baseline change with other documents?
 
-Both runs answered the same documents, so a resample draws documents and takes both runs' answers to each: what makes a
-document hard is in both and cancels. Percentile intervals, the same as ``scipy.stats.bootstrap(paired=True,
+Both runs answered the same documents, so a resample draws documents and takes both runs' answers to each. A document
+that is hard is hard for both, which cancels. Percentile intervals, the same as ``scipy.stats.bootstrap(paired=True,
 method="percentile")``, for all runs of a table at once: one matrix of resample counts times their scores.
 
 Knows arrays only.
@@ -19,18 +19,18 @@ Array = npt.NDArray[np.float64]
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 20260
-BLOCK = 4_000_000  # counts held at once
+MAX_COUNTS = 4_000_000  # held at once
 
 
 def intervals(
     numerators: Array, denominators: Array, baseline: int, aggregate: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
-    """The bounds of ``aggregate(run) - aggregate(baseline)`` for every run.
+    """95 % intervals of ``aggregate(run) - aggregate(baseline)`` for every run.
 
     Args:
         numerators, denominators: (documents, runs); a run's figure is ``aggregate(sum / sum)``.
-        baseline: the column that is compared with.
-        aggregate: elementwise.
+        baseline: the column of the run that the others are compared with.
+        aggregate: elementwise, from a ratio to the figure.
 
     Returns:
         Lower and upper bounds, (runs,); NaN where no resample has a document that the metric is about.
@@ -44,37 +44,26 @@ def intervals(
         differences = figures - figures[:, baseline : baseline + 1]  # (resamples, runs)
     tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     if np.isnan(differences).any():
-        low, high = (_quantile_of_numbers(differences, tail) for tail in tails)
+        low, high = (_nan_quantile(differences, tail) for tail in tails)
     else:
         low, high = np.quantile(differences, tails, axis=0)
     return low, high
 
 
-def interval(
-    values: Array, statistic: Callable[..., Array], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """The bounds of a statistic of one sample.
-
-    Args:
-        values: (n,)
-        statistic: such as ``np.median``; takes (resamples, n) and ``axis=1``.
-    """
-    drawn = np.random.default_rng(seed).choice(values, size=(num_resamples, len(values)))
-    low, high = np.quantile(statistic(drawn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def _resamples(num_documents: int) -> Iterator[Array]:
-    """How often each resample draws each document, a block of resamples at a time; the same ones for every metric."""
+    """How often each resample draws each document, a block of resamples at a time: (resamples, documents).
+
+    The seed is fixed, so that every metric is resampled over the same draws and a report can be repeated.
+    """
     draws = np.random.default_rng(SEED)
     shares = np.full(num_documents, 1 / num_documents)
-    block = max(1, BLOCK // num_documents)
+    block = max(1, MAX_COUNTS // num_documents)
     for start in range(0, NUM_RESAMPLES, block):
         size = min(block, NUM_RESAMPLES - start)
         yield draws.multinomial(num_documents, shares, size=size).astype(np.float64)
 
 
-def _quantile_of_numbers(differences: Array, tail: float) -> Array:
-    """Per run, over the resamples that have a figure."""
+def _nan_quantile(differences: Array, tail: float) -> Array:
+    """A quantile per run, over the resamples that have a figure."""
     columns = [column[~np.isnan(column)] for column in differences.T]
     return np.array([np.quantile(column, tail) if len(column) else np.nan for column in columns])

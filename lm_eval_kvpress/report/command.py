@@ -1,6 +1,6 @@
 """`lm-eval-kvpress report DIR...`: a leaderboard from result files, as a page, a text, or data.
 
-Thin: reads arguments, calls the rooms in order and writes files. Needs neither torch nor lm-eval.
+Thin: reads arguments, builds the contents and writes files.
 """
 
 from __future__ import annotations
@@ -10,71 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
-from lm_eval_kvpress import __version__
-from lm_eval_kvpress.report.columns import find, ranked
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.build import TITLE, build_report
+from lm_eval_kvpress.report.contents import Report
+from lm_eval_kvpress.report.data_files import as_csv, as_json
 from lm_eval_kvpress.report.figures import write_figures
 from lm_eval_kvpress.report.html import html
 from lm_eval_kvpress.report.latex import latex
-from lm_eval_kvpress.report.loss_curves import with_curves
-from lm_eval_kvpress.report.markdown import Report, as_csv, as_json, markdown
-from lm_eval_kvpress.report.marks import mark, notices
-from lm_eval_kvpress.report.result_files import ResultsError, read_results, unfinished_cells
-from lm_eval_kvpress.report.rows import build_tables
-
-TITLE = "KV-cache compression"
-
-
-def main(argv: Sequence[str]) -> int:
-    """Writes what was asked for; without ``-o`` the Markdown goes to the screen."""
-    args = _parser().parse_args(argv)
-    places = [_named("report", name) for name in args.results]
-    outputs = [_output(name) for name in args.output or ()]
-    figures = None if args.figures is None else _figures_folder(args.figures)
-    report = make_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
-    for output in outputs:
-        text = WRITERS[output.suffix](report)
-        with _writing("-o", output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text, encoding="utf-8")
-        num_rows, num_tables = sum(len(table.rows) for table in report.tables), len(report.tables)
-        print(f"{output}: {num_rows} rows in {num_tables} table{'s' if num_tables > 1 else ''}")
-    if figures is not None:
-        with _writing("--figures", figures):
-            files = write_figures(report, figures)
-        print(f"{figures}: {len(files)} files")
-    if not outputs and figures is None:
-        sys.stdout.write(markdown(report))
-    for folder, cells in unfinished_cells(places).items():
-        print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}", file=sys.stderr)
-    return 0
-
-
-def make_report(
-    places: Sequence[Path], *, sort: Sequence[str] = (), title: str = TITLE, all_metrics: bool = False
-) -> Report:
-    """The report of all results below the places.
-
-    Args:
-        places: folders, or results files.
-        sort: columns to rank by, the most important first; ``-column`` puts the worst first.
-        title: of the page.
-        all_metrics: whether tables for people show every metric.
-
-    Raises:
-        ResultsError: for files that cannot be read and columns that do not exist.
-    """
-    tables = with_curves(mark(build_tables(read_results(places))), places)
-    for key in reversed(sort):  # sorting is stable: the least important first
-        find(key, tables)
-        tables = [replace(table, rows=tuple(ranked(table, key))) for table in tables]
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    said = tuple(tuple(notices(table)) for table in tables)
-    return Report(title, date, __version__, tuple(tables), said, all_metrics)
-
+from lm_eval_kvpress.report.markdown import markdown
+from lm_eval_kvpress.report.result_files import unfinished_cells
 
 WRITERS: dict[str, Callable[[Report], str]] = {
     ".md": markdown,
@@ -85,51 +31,80 @@ WRITERS: dict[str, Callable[[Report], str]] = {
 }
 
 
-def _named(option: str, name: str) -> Path:
-    """An empty name, as of a shell variable that is not set, would be the folder one stands in."""
+def main(argv: Sequence[str]) -> int:
+    """Writes what was asked for; without ``-o`` the Markdown goes to the screen."""
+    args = _parser().parse_args(argv)
+    places = [_path("report", name) for name in args.results]
+    outputs = [_output_file(name) for name in args.output or ()]
+    figures = None if args.figures is None else _figures_folder(args.figures)
+    report = build_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
+    for output in outputs:
+        _write(report, output)
+    if figures is not None:
+        with _write_errors("--figures", figures):
+            files = write_figures(report, figures)
+        print(f"{figures}: {len(files)} files")
+    if not outputs and figures is None:
+        sys.stdout.write(markdown(report))
+    for folder, cells in unfinished_cells(places).items():
+        print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}", file=sys.stderr)
+    return 0
+
+
+def _write(report: Report, file: Path) -> None:
+    text = WRITERS[file.suffix](report)
+    with _write_errors("-o", file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    num_rows, num_tables = sum(len(table.rows) for table in report.tables), len(report.tables)
+    print(f"{file}: {num_rows} rows in {num_tables} table{'s' if num_tables > 1 else ''}")
+
+
+def _path(option: str, name: str) -> Path:
+    """The path, unless the name is empty, as of a shell variable that is not set: that would be the current folder."""
     if not name:
-        raise ResultsError(f"{option} '': the name is empty; write . for this folder")
+        raise UsageError(f"{option} '': the name is empty; write . for this folder")
     return Path(name)
 
 
-def _output(name: str) -> Path:
-    place = _named("-o", name)
-    if os.path.isdir(place):
-        raise ResultsError(f"-o {place} is a folder: name a file in it, such as {place / 'report.md'}")
-    if place.suffix not in WRITERS:
-        raise ResultsError(f"-o {place}: the ending must be one of {', '.join(WRITERS)}")
-    _refuse_unwritable("-o", place)
-    return place
+def _output_file(name: str) -> Path:
+    file = _path("-o", name)
+    if os.path.isdir(file):
+        raise UsageError(f"-o {file} is a folder: name a file in it, such as {file / 'report.md'}")
+    if file.suffix not in WRITERS:
+        raise UsageError(f"-o {file}: the ending must be one of {', '.join(WRITERS)}")
+    _check_writable("-o", file)
+    return file
 
 
 def _figures_folder(name: str) -> Path:
-    place = _named("--figures", name)
-    if os.path.exists(place) and not os.path.isdir(place):
-        raise ResultsError(f"--figures {place} is a file: name a folder")
-    _refuse_unwritable("--figures", place)
-    return place
+    folder = _path("--figures", name)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UsageError(f"--figures {folder} is a file: name a folder")
+    _check_writable("--figures", folder)
+    return folder
 
 
-def _refuse_unwritable(option: str, place: Path) -> None:
-    """As far as it can be known before the work: what is there already must be a folder that may be written to.
+def _check_writable(option: str, path: Path) -> None:
+    """Before the work, as far as can be known: the nearest parent that exists must be a folder that can be written to.
 
-    `os.path`, because pathlib raises for a folder that may not be looked into.
+    Uses `os.path`, because pathlib raises for a folder that may not be looked into.
     """
-    there = next(one for one in (place, *place.parents) if os.path.exists(one))
-    if there != place and not os.path.isdir(there):
-        raise ResultsError(f"{option} {place}: {there} is a file and cannot hold it: name another place")
-    if not os.access(there, os.W_OK):
-        raise ResultsError(f"{option} {place}: {there} may not be written to: name another place")
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    if existing != path and not os.path.isdir(existing):
+        raise UsageError(f"{option} {path}: {existing} is a file and cannot hold it: name another place")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{option} {path}: {existing} may not be written to: name another place")
 
 
 @contextmanager
-def _writing(option: str, place: Path) -> Iterator[None]:
-    """What cannot be known before: a full disk, a name that is too long."""
+def _write_errors(option: str, path: Path) -> Iterator[None]:
+    """Names the file for errors that cannot be known before: a full disk, a name that is too long."""
     try:
         yield
     except OSError as error:
-        raise ResultsError(
-            f"{option} {place} cannot be written ({error.strerror or error}): make room or name another place"
+        raise UsageError(
+            f"{option} {path} cannot be written ({error.strerror or error}): make room or name another place"
         ) from error
 
 

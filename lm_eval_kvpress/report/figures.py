@@ -6,116 +6,139 @@ marks as not to be trusted.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.report.columns import (
-    Column,
-    arguments,
-    bytes_per_context,
-    columns,
-    kept_share,
-    press_name,
-    series,
-)
-from lm_eval_kvpress.report.markdown import Report
-from lm_eval_kvpress.report.result_files import ResultsError
-from lm_eval_kvpress.report.rows import Row, Table
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
 
-AXES = {
-    "kept": ("measured kept share", kept_share),
-    "bytes": ("KV allocated per context in MiB", lambda row: _mebibytes(bytes_per_context(row, "bytes_allocated"))),
-}
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis: where a row stands on it, None if nowhere."""
+
+    name: str
+    label: str
+    position: Callable[[ReportRow], float | None]
+
+
+def _mebibytes(row: ReportRow) -> float | None:
+    size = row.number("kv_bytes_allocated")
+    return None if size is None else size / 2**20
+
+
+AXES = (
+    Axis("kept", "measured kept share", lambda row: row.number("kept_share")),
+    Axis("bytes", "KV allocated per context in MiB", _mebibytes),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    row: ReportRow
+    bar: tuple[float, float]  # how far the interval goes below and above the figure
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:
     """Writes ``TABLE_METRIC_AXIS`` and ``TABLE_TASK_position`` as PNG and SVG; a table of one run has none.
 
     Raises:
-        ResultsError: if matplotlib is not installed.
+        UsageError: if matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ResultsError("figures need matplotlib: pip install 'lm-eval-kvpress[report]'") from error
+        raise UsageError("figures need matplotlib: pip install 'lm-eval-kvpress[report]'") from error
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     return [
         file
-        for number, table in enumerate(report.tables, start=1)
+        for table in report.tables
         if len(table.rows) > 1
-        for file in _figures(table, folder, f"table{number}")
+        for file in _table_figures(table, folder, f"table{table.number}")
     ]
 
 
-def _figures(table: Table, folder: Path, name: str) -> Iterator[Path]:
-    for column in columns(table):
-        if column.metric is not None:
+def _table_figures(table: ReportTable, folder: Path, name: str) -> Iterator[Path]:
+    for column in table.columns:
+        if column.metric is not None and column.is_main:
             for axis in AXES:
-                yield from _pareto(table, column, axis, folder / f"{name}_{_file_name(column.key)}_{axis}")
+                yield from _metric_figure(table, column.key, axis, folder / f"{name}_{_safe(column.key)}_{axis.name}")
     for task in dict.fromkeys(curve.task for row in table.rows for curve in row.curves):
-        yield from _positions(table, task, folder / f"{name}_{_file_name(task)}_position")
+        yield from _position_figure(table, task, folder / f"{name}_{_safe(task)}_position")
 
 
-def _pareto(table: Table, column: Column, axis: str, stem: Path) -> list[Path]:
+def _metric_figure(table: ReportTable, metric: str, axis: Axis, stem: Path) -> list[Path]:
+    """A metric over an axis, a line per press."""
     from matplotlib import pyplot
 
-    label, place = AXES[axis]
-    lines = {name: list(_points(rows, place, column)) for name, rows in _by_series(table).items()}
+    lines = {name: list(_points(rows, axis, metric)) for name, rows in _rows_by_line(table).items()}
     if sum(map(len, lines.values())) < 2:  # streams have no kept share
         return []
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
     for name, points in lines.items():
         if points:
-            _line(axes, name, sorted(points, key=lambda point: point[:2]), column)
-    return _saved(figure, axes, stem, label, column.key)
+            _draw_line(axes, name, sorted(points, key=lambda point: (point.x, point.y)))
+    return _save(figure, axes, stem, axis.label, metric)
 
 
-def _points(
-    rows: Sequence[Row], place: Callable[[Row], float | None], column: Column
-) -> Iterator[tuple[float, float, Row]]:
-    for row in rows:
-        x, y = place(row), _number(column, row)
-        if x is not None and y is not None:
-            yield x, y, row
-
-
-def _line(axes: Any, name: str, points: Sequence[tuple[float, float, Row]], column: Column) -> None:
-    xs, ys, rows = zip(*points, strict=True)
-    errors = list(zip(*(_reach(row, column) for row in rows), strict=True))
-    style = "k*" if rows[0].is_baseline else "o-"
-    drawn = axes.errorbar(xs, ys, yerr=errors, fmt=style, label=name, markersize=5, elinewidth=0.7)
-    void = [(x, y) for x, y, row in points if row.is_void]
-    if void:
-        color = drawn[0].get_color()
-        axes.plot(*zip(*void, strict=True), "o", markersize=5, color=color, markerfacecolor="white", zorder=5)
-
-
-def _reach(row: Row, column: Column) -> tuple[float, float]:
-    """How far the interval goes below and above the figure."""
-    found = row.difference(column.metric) if column.metric else None
-    if found is None or found.low is None or found.high is None or not math.isfinite(found.low + found.high):
-        return 0.0, 0.0
-    return max(0.0, found.value - found.low), max(0.0, found.high - found.value)
-
-
-def _positions(table: Table, task: str, stem: Path) -> list[Path]:
+def _position_figure(table: ReportTable, task: str, stem: Path) -> list[Path]:
+    """Perplexity over the position, a line per run."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
     for row in table.rows:
         for curve in row.curves:
             if curve.task == task:
-                name = _plain(f"{press_name(row)} {arguments(row)}".strip())
+                name = _plain(f"{row.press} {row.arguments}".strip())
                 axes.plot(curve.ends, curve.perplexities, "k-" if row.is_baseline else "-", label=name)
     axes.set_xscale("log", base=2)
-    return _saved(figure, axes, stem, "position in tokens", f"{task} perplexity")
+    return _save(figure, axes, stem, "position in tokens", f"{task} perplexity")
 
 
-def _saved(figure: Any, axes: Any, stem: Path, xlabel: str, ylabel: str) -> list[Path]:
+def _rows_by_line(table: ReportTable) -> dict[str, list[ReportRow]]:
+    """The rows of each line by its name: a press, with its arguments where the table has it with several."""
+    series: dict[str, set[str]] = defaultdict(set)
+    for row in table.rows:
+        series[row.press].add(row.series)
+    lines: dict[str, list[ReportRow]] = defaultdict(list)
+    for row in table.rows:
+        lines[_plain(row.series if len(series[row.press]) > 1 else row.press)].append(row)
+    return lines
+
+
+def _points(rows: Sequence[ReportRow], axis: Axis, metric: str) -> Iterator[Point]:
+    for row in rows:
+        x, y = axis.position(row), row.number(metric)
+        if x is not None and y is not None:
+            yield Point(x, y, row, _bar(row, metric))
+
+
+def _bar(row: ReportRow, metric: str) -> tuple[float, float]:
+    difference = row.entries[metric].difference
+    if difference is None or difference.bounds is None:
+        return 0.0, 0.0
+    low, high = difference.bounds
+    return max(0.0, difference.value - low), max(0.0, high - difference.value)
+
+
+def _draw_line(axes: Any, name: str, points: Sequence[Point]) -> None:
+    xs, ys = [point.x for point in points], [point.y for point in points]
+    bars = list(zip(*(point.bar for point in points), strict=True))
+    style = "k*" if points[0].row.is_baseline else "o-"
+    drawn = axes.errorbar(xs, ys, yerr=bars, fmt=style, label=name, markersize=5, elinewidth=0.7)
+    void = [(point.x, point.y) for point in points if point.row.is_void]
+    if void:
+        color = drawn[0].get_color()
+        axes.plot(*zip(*void, strict=True), "o", markersize=5, color=color, markerfacecolor="white", zorder=5)
+
+
+def _save(figure: Any, axes: Any, stem: Path, xlabel: str, ylabel: str) -> list[Path]:
     from matplotlib import pyplot
 
     axes.set(xlabel=xlabel, ylabel=_plain(ylabel))
@@ -129,31 +152,11 @@ def _saved(figure: Any, axes: Any, stem: Path, xlabel: str, ylabel: str) -> list
     return files
 
 
-def _by_series(table: Table) -> Mapping[str, list[Row]]:
-    """Rows of one line by its name: a press, with its arguments where the table has it with several."""
-    names: dict[str, set[str]] = defaultdict(set)
-    for row in table.rows:
-        names[press_name(row)].add(series(row))
-    lines: dict[str, list[Row]] = defaultdict(list)
-    for row in table.rows:
-        press = press_name(row)
-        lines[_plain(series(row) if len(names[press]) > 1 else press)].append(row)
-    return lines
-
-
-def _mebibytes(size: float | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
 def _plain(text: str) -> str:
-    """No formulas in what came from a file."""
+    """Text from a file without formulas, which matplotlib writes between dollar signs."""
     return text.replace("$", r"\$")
 
 
-def _number(column: Column, row: Row) -> float | None:
-    value = column.value(row)
-    return value if isinstance(value, float) and math.isfinite(value) else None
-
-
-def _file_name(text: str) -> str:
-    return "".join(one if one.isalnum() or one in "._-" else "_" for one in text)
+def _safe(text: str) -> str:
+    """Text as part of a file name."""
+    return "".join(character if character.isalnum() or character in "._-" else "_" for character in text)

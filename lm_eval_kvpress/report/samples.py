@@ -4,8 +4,8 @@ Every aggregation that is resampled here is a function of a ratio of two sums ov
 documents that a metric is about, or a perplexity. Which one is never guessed from a name: it has to reproduce the
 figure in the results file, and a metric that none reproduces has no interval.
 
-A line repeats a document's prompt for every request, thousands of characters that are not needed. Only its end is
-parsed: the key `"resps"` cannot occur inside a JSON string, where quotes are escaped, and what follows it is short.
+A line repeats a document's prompt for every request, thousands of characters that are not needed. Only the line's end
+is parsed: the key `"resps"` cannot occur inside a JSON string, where quotes are escaped, and what follows it is short.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lm_eval_kvpress.report.result_files import ResultsError
+from lm_eval_kvpress.errors import UsageError
 
 Array = npt.NDArray[np.float64]
+Aggregation = Callable[[Array], Array]
 DocumentKey = tuple[int, str]  # lm-eval's doc_id and its hash of the document
+Sample = Mapping[str, Any]
 
 DOC_ID = re.compile(rb'^\{"doc_id": (\d+), ')
 ANSWERS = b', "resps": '
@@ -44,7 +46,7 @@ def _bits(ratio: Array) -> Array:
     return -ratio / math.log(2)
 
 
-AGGREGATIONS: tuple[Callable[[Array], Array], ...] = (_mean, _perplexity, _bits)
+AGGREGATIONS: tuple[Aggregation, ...] = (_mean, _perplexity, _bits)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,6 @@ class Scores:
     numerators: Array  # (documents,)
     denominators: Array  # (documents,)
 
-    def take(self, indices: npt.NDArray[np.int64]) -> Scores:
-        return Scores(self.numerators[indices], self.denominators[indices])
-
 
 @dataclass(frozen=True)
 class Samples:
@@ -65,7 +64,7 @@ class Samples:
     Attributes:
         documents: in the order of the arrays, each once.
         scores: by metric name.
-        answers: a checksum of what the model answered to all of them.
+        answers: a checksum of the model's answers to all of them.
     """
 
     documents: tuple[DocumentKey, ...]
@@ -74,27 +73,24 @@ class Samples:
 
 
 def read_samples(file: Path) -> dict[str, Samples]:
-    """By filter.
+    """The samples of one file by filter.
 
     Raises:
-        ResultsError: if a line is not whole JSON.
+        UsageError: if a line is not a whole sample.
     """
-    lines: dict[str, dict[DocumentKey, tuple[dict[str, Any], int]]] = {}
+    by_filter: dict[str, dict[DocumentKey, Sample]] = {}
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if line:
             try:
-                key, sample = _parse(line)
+                key, sample = parse_sample(line)
+                by_filter.setdefault(str(sample["filter"]), {})[key] = sample
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ResultsError(
-                    f"{file}, line {number}, is not a whole sample: run that evaluation again"
-                ) from error
-            answer = zlib.crc32(json.dumps(sample["resps"]).encode())
-            lines.setdefault(str(sample["filter"]), {})[key] = (sample, answer)
-    return {filter: _samples(by_document) for filter, by_document in lines.items()}
+                raise UsageError(f"{file}, line {number}, is not a whole sample: run that evaluation again") from error
+    return {filter: _samples(by_document) for filter, by_document in by_filter.items()}
 
 
-def _parse(line: bytes) -> tuple[DocumentKey, dict[str, Any]]:
-    """A document's key and its sample, without the texts where the line is laid out as lm-eval does."""
+def parse_sample(line: bytes) -> tuple[DocumentKey, Sample]:
+    """One line: its document and its sample, without the texts if the line is laid out as lm-eval does."""
     start, end = DOC_ID.match(line), line.rfind(ANSWERS)
     if start is None or end < 0:
         sample = json.loads(line)
@@ -103,22 +99,39 @@ def _parse(line: bytes) -> tuple[DocumentKey, dict[str, Any]]:
     return (int(start.group(1)), sample["doc_hash"]), sample
 
 
-def _samples(by_document: dict[DocumentKey, tuple[dict[str, Any], int]]) -> Samples:
+def aggregation(scores: Scores, reported: float | None) -> Aggregation | None:
+    """The aggregation that makes the reported figure from these scores, or None."""
+    weight = scores.denominators.sum()
+    if reported is None or not math.isfinite(reported) or weight == 0:
+        return None
+    ratio = np.asarray(scores.numerators.sum() / weight)
+    with np.errstate(over="ignore"):
+        for aggregate in AGGREGATIONS:
+            if math.isclose(float(aggregate(ratio)), reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE**2):
+                return aggregate
+    return None
+
+
+def _samples(by_document: Mapping[DocumentKey, Sample]) -> Samples:
     documents = tuple(sorted(by_document))
-    samples = [by_document[key][0] for key in documents]
-    checksum = zlib.crc32(repr([by_document[key][1] for key in documents]).encode())
-    scores = {}
-    for name in samples[0].get("metrics", ()):
-        pairs = [_pair(sample.get(name)) for sample in samples]
-        known = [pair for pair in pairs if pair is not None]
-        if len(known) == len(pairs):
-            both = np.asarray(known, dtype=np.float64)
-            scores[name] = Scores(both[:, 0], both[:, 1])
-    return Samples(documents, scores, checksum)
+    samples = [by_document[key] for key in documents]
+    scores = {name: _scores([sample.get(name) for sample in samples]) for name in samples[0].get("metrics", ())}
+    known = {name: one for name, one in scores.items() if one is not None}
+    return Samples(documents, known, _checksum([sample["resps"] for sample in samples]))
 
 
-def _pair(value: Any) -> tuple[float, float] | None:
-    """A document's numerator and denominator. None for metrics of another kind, such as the lists of a corpus BLEU."""
+def _scores(values: Sequence[Any]) -> Scores | None:
+    """The scores of all documents; None for metrics of another kind, such as the lists of a corpus BLEU."""
+    ratios = [_ratio(value) for value in values]
+    known = [ratio for ratio in ratios if ratio is not None]
+    if len(known) < len(ratios):
+        return None
+    both = np.asarray(known, dtype=np.float64)  # (documents, 2)
+    return Scores(both[:, 0], both[:, 1])
+
+
+def _ratio(value: Any) -> tuple[float, float] | None:
+    """A document's numerator and denominator."""
     match value:
         case bool() | int() | float():
             return float(value), 1.0
@@ -130,14 +143,5 @@ def _pair(value: Any) -> tuple[float, float] | None:
             return None
 
 
-def aggregation(scores: Scores, reported: float | None) -> Callable[[Array], Array] | None:
-    """The aggregation that makes the reported figure from these scores, or None."""
-    weight = scores.denominators.sum()
-    if reported is None or not math.isfinite(reported) or weight == 0:
-        return None
-    ratio = np.asarray(scores.numerators.sum() / weight)
-    with np.errstate(over="ignore"):
-        for aggregate in AGGREGATIONS:
-            if math.isclose(float(aggregate(ratio)), reported, rel_tol=TOLERANCE, abs_tol=TOLERANCE**2):
-                return aggregate
-    return None
+def _checksum(answers: Sequence[Any]) -> int:
+    return zlib.crc32(repr([zlib.crc32(json.dumps(answer).encode()) for answer in answers]).encode())

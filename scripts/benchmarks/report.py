@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lm_eval_kvpress.report.command import WRITERS, make_report
+from lm_eval_kvpress.report.build import build_report
+from lm_eval_kvpress.report.command import WRITERS
 
 PROMPT = "The trade of Rachel is farmer. " * 40
 
@@ -67,7 +68,7 @@ def main() -> None:
         write_cells(Path(folder), args.cells, args.documents)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.jsonl"))
         start = time.perf_counter()
-        report = make_report([Path(folder)])
+        report = build_report([Path(folder)])
         seconds = {"read_and_compare": time.perf_counter() - start}
         for ending, writer in WRITERS.items():
             start = time.perf_counter()

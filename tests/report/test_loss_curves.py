@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 from report_files import STREAMED, amend, write_results, write_stream
 
-from lm_eval_kvpress.report.command import make_report
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.build import build_report
+from lm_eval_kvpress.report.data_files import as_json
 from lm_eval_kvpress.report.html import html
-from lm_eval_kvpress.report.loss_curves import curve
-from lm_eval_kvpress.report.markdown import as_json
-from lm_eval_kvpress.report.result_files import ResultsError
-from lm_eval_kvpress.report.rows import Curve
+from lm_eval_kvpress.report.loss_curves import Curve, curve
 
 
 def curves(*places: Path) -> dict[str, tuple[Curve, ...]]:
-    rows = [row for table in make_report(places).tables for row in table.rows]
-    return {row.cell.press.name: row.curves for row in rows if row.cell is not None}
+    rows = [row for table in build_report(places).tables for row in table.rows]
+    return {row.press: row.curves for row in rows if row.cell is not None}
 
 
 def test_a_figure_is_the_perplexity_of_all_tokens_between_two_ends() -> None:
@@ -43,13 +42,6 @@ def test_losses_beside_a_sweeps_results_are_found_whichever_folder_is_named(tmp_
     expected = (curve("recall", [np.array(losses) for losses in STREAMED]),)
     for place in (tmp_path, file.parents[1], file):
         assert curves(place) == {"snapkv": expected}
-
-
-def test_that_a_stream_has_no_baseline_is_said_where_one_would_stand(tmp_path: Path) -> None:
-    write_stream(tmp_path, "snapkv")
-    (table,) = make_report([tmp_path]).tables
-    (mark,) = table.rows[0].marks
-    assert mark.label == "not run" and mark.text.startswith("A stream always has a press")
 
 
 def test_each_press_has_its_own_losses_and_of_two_runs_the_nearest_count(tmp_path: Path) -> None:
@@ -77,11 +69,9 @@ def test_losses_of_another_seed_are_not_shown(tmp_path: Path) -> None:
     assert [bool(curves(tmp_path / name)["random"]) for name in "abc"] == [False, True, True]
 
 
-def test_losses_of_other_than_the_rows_documents_are_not_shown_and_it_is_said(tmp_path: Path) -> None:
+def test_losses_of_other_than_the_rows_documents_are_not_shown(tmp_path: Path) -> None:
     write_stream(tmp_path, "snapkv", STREAMED[:1])
     assert curves(tmp_path) == {"snapkv": ()}
-    notices = make_report([tmp_path]).notices[0]
-    assert any("No losses by position" in notice for notice in notices), notices
 
 
 @pytest.mark.parametrize(
@@ -91,18 +81,18 @@ def test_a_file_that_is_not_losses_is_one_line_that_names_it(tmp_path: Path, tex
     write_stream(tmp_path, "snapkv")
     file = next((tmp_path / "stream" / "recall").glob("0-*.csv"))
     file.write_text(text)
-    with pytest.raises(ResultsError, match=file.name) as error:
-        make_report([tmp_path])
+    with pytest.raises(UsageError, match=file.name) as error:
+        build_report([tmp_path])
     assert "\n" not in str(error.value)
 
 
 def test_a_page_and_data_hold_the_curve_and_a_page_without_streams_none(tmp_path: Path) -> None:
     write_stream(tmp_path / "a", "snapkv")
     write_results(tmp_path / "b", "none", 0.0)
-    report = make_report([tmp_path / "a"])
+    report = build_report([tmp_path / "a"])
     (row,) = [row for row in json.loads(as_json(report))["rows"] if row["press"] == "snapkv"]
     assert row["curves"][0]["ends"][-1] == 50 and '"position": 50' in html(report)
-    assert '"position":' not in html(make_report([tmp_path / "b"]))
+    assert '"position":' not in html(build_report([tmp_path / "b"]))
 
 
 def test_losses_are_written_by_the_store_in_the_layout_that_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Builds the contents of a report from results files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lm_eval_kvpress import __version__
+from lm_eval_kvpress.report.cell import BUDGETS, Press
+from lm_eval_kvpress.report.columns import Column, table_columns
+from lm_eval_kvpress.report.contents import Entry, Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.formatting import format_value
+from lm_eval_kvpress.report.loss_curves import Curve, LossFolders
+from lm_eval_kvpress.report.marks import Mark, row_marks
+from lm_eval_kvpress.report.notices import table_notices
+from lm_eval_kvpress.report.ranking import rank_tables
+from lm_eval_kvpress.report.result_files import read_results
+from lm_eval_kvpress.report.rows import Row
+from lm_eval_kvpress.report.tables import Table, build_tables
+
+TITLE = "KV-cache compression"
+
+
+def build_report(
+    places: Sequence[Path], *, sort: Sequence[str] = (), title: str = TITLE, all_metrics: bool = False
+) -> Report:
+    """The report of all results below the places.
+
+    Args:
+        places: folders, or results files.
+        sort: columns to rank by, the most important first; ``-column`` puts the worst first.
+        title: of the page.
+        all_metrics: whether tables for people show every metric, not only the leading one of each task.
+
+    Raises:
+        UsageError: for files that cannot be read and columns that do not exist.
+    """
+    tables = build_tables(read_results(places))
+    losses = LossFolders.find([cell for table in tables for cell in table.cells], places)
+    contents = [
+        _table_contents(number, table, tables, losses, all_metrics) for number, table in enumerate(tables, start=1)
+    ]
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return Report(title, date, __version__, rank_tables(contents, sort))
+
+
+def _table_contents(
+    number: int, table: Table, tables: Sequence[Table], losses: LossFolders, all_metrics: bool
+) -> ReportTable:
+    columns = table_columns(table)
+    curves = [() if row.cell is None else losses.curves(row.cell) for row in table.rows]
+    return ReportTable(
+        number=number,
+        setting=table.setting,
+        heading=f"{table.setting.checkpoint} · {table.setting.dtype}",
+        protocol=_protocol(table),
+        documents=_documents(table),
+        num_documents=dict(table.documents),
+        notices=table_notices(table, curves),
+        columns=columns,
+        shown_columns=[column for column in columns if column.is_main or all_metrics],
+        rows=[
+            _row_contents(row, columns, row_marks(row, table, tables), row_curves)
+            for row, row_curves in zip(table.rows, curves, strict=True)
+        ],
+    )
+
+
+def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], curves: tuple[Curve, ...]) -> ReportRow:
+    return ReportRow(
+        cell=row.cell,
+        press=row.press,
+        arguments=row.arguments,
+        series=row.series,
+        amount="" if row.cell is None else _amount(row.cell.press),
+        is_baseline=row.is_baseline,
+        entries={column.key: _entry(column, row) for column in columns},
+        marks=marks,
+        curves=curves,
+    )
+
+
+def _entry(column: Column, row: Row) -> Entry:
+    value = column.value(row)
+    difference = None if column.metric is None else row.difference(column.metric)
+    return Entry(value, format_value(value, column.kind), difference)
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+def _protocol(table: Table) -> str:
+    """The protocol in one line; that of perplexities where there are any."""
+    setting = table.setting
+    if setting.is_stock:
+        return "Stock lm-eval: one forward per request"
+    facts = dict(setting.protocol)
+    rest = [f"{name}={facts[name]}" for name in ("query_tokens", "short_context", "max_length") if name in facts]
+    rest += [f"{name}={value}" for name, value in setting.model_settings]
+    has_perplexity = any(task.is_rolling for cell in table.cells for task in cell.tasks)
+    return (f"Perplexity over {_rolling(facts)}; " if has_perplexity else "") + ", ".join(rest)
+
+
+def _rolling(facts: dict[str, str]) -> str:
+    match facts.get("rolling", "?"):
+        case "prefix":
+            return f"prefix, {facts.get('rolling_context')} tokens prefilled and {facts.get('rolling_score')} scored"
+        case "stream":
+            return f"stream, chunks of {facts.get('stream_chunk')}, {facts.get('stream_positions')} positions"
+        case rolling:
+            return rolling
+
+
+def _documents(table: Table) -> str:
+    counts = [name if count is None else f"{name} ({count})" for name, count in table.documents]
+    return "Documents: " + (", ".join(counts) or "none")
+
+
+def _amount(press: Press) -> str:
+    """How much the press was asked to keep: what runs have in common that a reader compares."""
+    if press.is_none:
+        return ""
+    if press.removed_asked is not None:
+        return f"{100 * press.removed_asked:g} % removed"
+    facts = dict(press.arguments)
+    return next((f"{facts[name]} entries kept" for name in BUDGETS if name in facts), "")

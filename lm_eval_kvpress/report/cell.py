@@ -1,0 +1,214 @@
+"""What one results file says: which model and press ran, each task's figures, what was kept and how fast it was.
+
+Frozen values, and what follows from one of them alone. Nothing is invented: what a file does not say is None.
+Knows neither JSON nor other runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
+BUDGETS = ("stream_budget", "kv_budget")  # arguments that say how many entries may stay
+Pairs = tuple[tuple[str, str], ...]
+Identity = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Press:
+    """What compressed the cache.
+
+    Attributes:
+        name: as in ``press=``; ``none`` for the uncompressed cache and for stock lm-eval.
+        arguments: sorted, defaults included; ``stream_budget`` among them for streams.
+        removed_asked: the fraction that ``compression_ratio`` asks to remove. None under a budget, and for a press
+            that leaves the prefill alone.
+    """
+
+    name: str
+    arguments: Pairs = ()
+    removed_asked: float | None = None
+
+    @property
+    def is_none(self) -> bool:
+        return self.name == "none"
+
+    @property
+    def acts_on_prefill(self) -> bool:
+        return not self.is_none and not self.name.startswith("decoding:")
+
+    @property
+    def acts_on_decoding(self) -> bool:
+        return self.name.startswith(("decoding:", "prefill_decoding:"))
+
+    @property
+    def has_stream_budget(self) -> bool:
+        return "stream_budget" in dict(self.arguments)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of one task; ``higher_is_better`` is None for counts."""
+
+    name: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a press left of a task's contexts: sums over contexts; shares are fractions of the prefilled tokens.
+
+    ``num_texts`` counts generated texts. It is 0 in files of older versions, which do not say on how many of them a
+    decoding press acted.
+    """
+
+    num_contexts_pressed: int
+    num_contexts_unpressed: int
+    num_short_contexts: int
+    num_tokens: int
+    num_tokens_scored_pressed: int
+    num_texts: int
+    num_texts_compressed: int
+    num_decode_compressions: int
+    share: float | None
+    share_min_layer: float | None
+    share_max_layer: float | None
+    bytes_before: int
+    bytes_allocated: int
+    bytes_effective: int
+    max_stream_bytes: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of one run.
+
+    Attributes:
+        metrics: empty where answers were logged and not scored (``--predict_only``).
+        is_rolling: whether whole texts are scored (lm-eval's ``loglikelihood_rolling``).
+        fingerprint: lm-eval's hash of the task's documents and prompts; None where no samples were logged.
+        loaded: which texts the task says that it loaded (``metadata.loaded``); None where it says nothing.
+        kept: None where nothing was measured.
+        notes: what the press reported, and for how many contexts.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    is_rolling: bool
+    num_documents: int | None
+    num_documents_available: int | None
+    version: str
+    num_fewshot: str
+    fingerprint: str | None
+    loaded: str | None
+    kept: Kept | None
+    notes: tuple[tuple[str, int], ...]
+    samples: Path | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates in tokens per second and medians in seconds, measured after warm-up except for ``includes_warmup``."""
+
+    prefill_tokens_per_sec: float | None = None
+    score_tokens_per_sec: float | None = None
+    decode_tokens_per_sec: float | None = None
+    ttft_sec: float | None = None
+    tpot_sec: float | None = None
+    peak_memory_bytes: float | None = None
+    includes_warmup: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One results file.
+
+    Attributes:
+        date: seconds since the epoch.
+        seeds: empty in files that say none; the value is "None" for a seed that was not set.
+        num_batches: how many batches were timed; None for stock lm-eval.
+        parity: whether ratio 0 gave stock lm-eval's answers; None where that was not checked.
+        identity: what ran, to find its losses by position; None for stock lm-eval.
+    """
+
+    file: Path
+    date: float
+    model: str
+    checkpoint: str
+    dtype: str
+    device: str
+    attention: str
+    batch_size: str
+    model_settings: Pairs
+    protocol: Pairs
+    press: Press
+    seeds: Pairs
+    tasks: tuple[Task, ...]
+    speed: Speed
+    num_batches: int | None
+    parity: bool | None
+    versions: Pairs
+    identity: Identity | None = None
+
+    def task(self, name: str) -> Task | None:
+        return next((task for task in self.tasks if task.name == name), None)
+
+    @property
+    def is_stock(self) -> bool:
+        return self.protocol == STOCK_PROTOCOL
+
+    @property
+    def rolling(self) -> str | None:
+        return dict(self.protocol).get("rolling")
+
+    @property
+    def is_stream(self) -> bool:
+        return self.rolling == "stream"
+
+    @property
+    def unmeasured_tasks(self) -> tuple[str, ...]:
+        """Tasks whose answers came from lm-eval's cache or an earlier run, so that no model computed them here."""
+        if self.num_batches is None:
+            return ()
+        tasks = (task for task in self.tasks if task.num_documents)
+        return tuple(task.name for task in tasks if task.kept is None or self.num_batches == 0)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What was kept, for each task that measured it."""
+        return [task.kept for task in self.tasks if task.kept is not None]
+
+    @property
+    def kept_share(self) -> float | None:
+        """Kept fraction of the tokens that went through the press, over all tasks; 1 for ``press=none``."""
+        known = [kept for kept in self.kept if kept.share is not None]
+        num_tokens = sum(kept.num_tokens for kept in known)
+        if num_tokens:
+            return sum(kept.num_tokens * (kept.share or 0.0) for kept in known) / num_tokens
+        return 1.0 if self.press.is_none and not self.is_stream else None
+
+    @property
+    def bytes_allocated(self) -> float | None:
+        return self._bytes_per_context([kept.bytes_allocated for kept in self.kept])
+
+    @property
+    def bytes_effective(self) -> float | None:
+        return self._bytes_per_context([kept.bytes_effective for kept in self.kept])
+
+    @property
+    def num_uncompressed(self) -> float | None:
+        """Contexts that a press of the prefill left whole."""
+        if not self.kept or not self.press.acts_on_prefill:
+            return None
+        return float(sum(kept.num_contexts_unpressed for kept in self.kept))
+
+    def _bytes_per_context(self, sums: list[int]) -> float | None:
+        """Mean over all contexts, compressed or not. For a stream: the most that its caches took at once."""
+        if self.is_stream:
+            return float(max((kept.max_stream_bytes for kept in self.kept), default=0)) or None
+        num_contexts = sum(kept.num_contexts_pressed + kept.num_contexts_unpressed for kept in self.kept)
+        return sum(sums) / num_contexts if num_contexts else None

@@ -1,0 +1,101 @@
+"""Notices: what the reader must know about a table as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lm_eval_kvpress.report.formatting import first_names
+from lm_eval_kvpress.report.loss_curves import Curve
+from lm_eval_kvpress.report.tables import Table
+
+FEW_DOCUMENTS = 10
+# Parts of `Speed.includes_warmup`, as a reader knows them.
+SPEEDS = {"prefill": "prefill tok/s", "decode": "decode tok/s", "ttft_sec": "TTFT", "tpot_sec": "TPOT"}
+
+
+def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str, ...]:
+    """The notices of a table; ``curves`` are those of each row."""
+    return (
+        *_protocol(table),
+        *_limited(table),
+        *_unscored(table),
+        *_few_documents(table),
+        *_without_samples(table),
+        *_warmup(table),
+        *_without_curves(table, curves),
+        *_left_out_files(table),
+    )
+
+
+def _protocol(table: Table) -> Iterator[str]:
+    if table.setting.is_stock:
+        yield (
+            "Stock lm-eval scores each window in one forward, in which no press can change a figure. This is another "
+            "protocol than this package's: do not compare across tables."
+        )
+
+
+def _limited(table: Table) -> Iterator[str]:
+    tasks = table.cells[0].tasks if table.cells else ()
+    limited = [
+        f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
+        for task in tasks
+        if (task.num_documents or 0) < (task.num_documents_available or 0)
+    ]
+    if limited:
+        yield f"Run with --limit: {', '.join(limited)}."
+
+
+def _unscored(table: Table) -> Iterator[str]:
+    scored = {key.task for key in table.metrics}
+    unscored = [name for name, _ in table.documents if name not in scored]
+    if unscored:
+        yield f"No figures of {first_names(unscored)}: --predict_only logs answers and scores none."
+
+
+def _few_documents(table: Table) -> Iterator[str]:
+    few = [f"{name} ({count})" for name, count in table.documents if count is not None and count < FEW_DOCUMENTS]
+    if few and len(table.cells) > 1:
+        yield f"Few documents, so intervals are rough: {', '.join(few)}."
+
+
+def _without_samples(table: Table) -> Iterator[str]:
+    num_unlogged = sum(any(task.samples is None for task in cell.tasks if task.num_documents) for cell in table.cells)
+    if num_unlogged:
+        yield f"{num_unlogged} of {len(table.cells)} runs did not log samples (--log_samples): no intervals for them."
+
+
+def _warmup(table: Table) -> Iterator[str]:
+    names = [name for name in SPEEDS if any(name in cell.speed.includes_warmup for cell in table.cells)]
+    if names:
+        num_runs = sum(any(name in cell.speed.includes_warmup for name in SPEEDS) for cell in table.cells)
+        yield (
+            f"Too little was run to leave warm-up out of {', '.join(SPEEDS[name] for name in names)} in {num_runs} of "
+            f"{len(table.cells)} runs: do not compare these speeds."
+        )
+
+
+def _without_curves(table: Table, curves: Sequence[Sequence[Curve]]) -> Iterator[str]:
+    pairs = zip(table.rows, curves, strict=True)
+    streams = [row_curves for row, row_curves in pairs if row.cell is not None and row.cell.is_stream]
+    num_missing = sum(not row_curves for row_curves in streams)
+    if num_missing:
+        yield (
+            f"No losses by position for {num_missing} of {len(streams)} runs (stream_output): absent, unfinished, or "
+            "of other documents or another setting than the results."
+        )
+
+
+def _left_out_files(table: Table) -> Iterator[str]:
+    num_older, num_newer = sum(row.num_older for row in table.rows), sum(row.num_newer for row in table.rows)
+    if num_older:
+        yield f"{_results(num_older, 'older')} left out: the setting was run again, and the newest file counts."
+    if num_newer:
+        yield (
+            f"{_results(num_newer, 'newer')} left out, with no other figures (from a cache, an earlier run or "
+            "--predict_only): the file that says more counts."
+        )
+
+
+def _results(count: int, age: str) -> str:
+    return f"1 {age} result is" if count == 1 else f"{count} {age} results are"

@@ -1,0 +1,216 @@
+"""The content of a results file -> a `Cell`.
+
+Reads what lm-eval 0.4 writes, with or without the facts that our models add under ``config.kvpress``. A content of
+another shape raises AttributeError, KeyError, TypeError or ValueError; `result_files` words these for the user.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Metric, Pairs, Press, Speed, Task
+
+# Arguments of HFLM that change what a model answers: runs that differ in one of them are not compared.
+MODEL_ARGUMENTS = (
+    *("revision", "subfolder", "peft", "delta", "load_in_8bit", "load_in_4bit", "gguf_file", "tokenizer"),
+    *("add_bos_token", "prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "enable_thinking"),
+    *("think_end_token", "chat_template_args"),
+)
+# Parts of our protocol that make figures incomparable. A stream's budget is its compression, not its protocol.
+PROTOCOL = (
+    *("query_tokens", "rolling", "rolling_context", "rolling_score", "short_context"),
+    *("stream_chunk", "stream_positions", "max_length"),
+)
+# What ran, as a results file and a folder of losses (stream_output) both record it.
+IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+# In the order of lm-eval's --seed. Under another seed, random presses and sampled answers come out differently.
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+# lm-eval writes this name and 999 in place of every metric under --predict_only; it is no figure.
+PLACEHOLDER = "bypass"
+ROLLING = "loglikelihood_rolling"
+
+
+def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
+    """The cell of one results file.
+
+    Args:
+        file: where the content stands; samples are looked for beside it.
+        content: the JSON object.
+    """
+    config = content["config"]
+    facts = config.get("kvpress") or {}
+    arguments = _model_arguments(config.get("model_args"))
+    protocol = facts.get("protocol")
+    throughput = facts.get("throughput") or {}
+    parity = facts.get("parity")
+    checkpoint = facts.get("pretrained") or arguments.get("pretrained") or content.get("model_name")
+    return Cell(
+        file=file,
+        date=float(content.get("date") or 0.0),
+        model=str(config.get("model") or "unknown"),
+        checkpoint=str(checkpoint or "unknown"),
+        dtype=str(facts.get("dtype") or config.get("model_dtype") or "unknown").removeprefix("torch."),
+        device=_device(facts, config),
+        attention=str(facts.get("attn_implementation") or "unknown"),
+        batch_size=str(facts.get("batch_size") or config.get("batch_size")),
+        model_settings=_model_settings(content, arguments),
+        protocol=STOCK_PROTOCOL if protocol is None else _pairs({key: protocol.get(key) for key in PROTOCOL}),
+        press=_press(facts.get("press"), protocol or {}),
+        seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
+        tasks=tuple(_tasks(file, content, facts.get("tasks") or {})),
+        speed=_speed(throughput),
+        num_batches=throughput.get("num_batches"),
+        parity=None if parity is None else bool(parity["passed"]),
+        versions=_pairs(facts.get("versions") or _stock_versions(content)),
+        identity=identity(facts, arguments.get("revision")) if facts else None,
+    )
+
+
+def identity(facts: Mapping[str, Any], revision: str | None) -> Identity:
+    """What ran, comparable between a results file and a folder of losses.
+
+    Args:
+        facts: ``config.kvpress`` of a results file, or the settings of a folder of losses.
+        revision: of the checkpoint, which a results file records among its arguments.
+    """
+    recorded = (json.dumps(facts.get(key), sort_keys=True) for key in IDENTITY)
+    return (*recorded, str(revision or "main"))
+
+
+def _device(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The device of the first rank, with the number of ranks if there are several: speeds are per device."""
+    device, num_ranks = str(facts.get("device") or config.get("device") or "unknown"), facts.get("num_ranks") or 1
+    return device if num_ranks == 1 else f"{device} (one of {num_ranks})"
+
+
+def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Press:
+    if press is None:
+        return Press("none")
+    budget = {key: value for key, value in protocol.items() if key == "stream_budget"}
+    left_out = {"compression_ratio"} | ({"kv_budget"} if budget else set())  # a stream's kv_budget is its stream_budget
+    arguments = {key: value for key, value in press["arguments"].items() if key not in left_out}
+    if press.get("kv_budget") is not None and not budget:
+        arguments["kv_budget"] = press["kv_budget"]
+    parsed = Press(press["name"], _pairs(arguments | budget), _number(press.get("compression_ratio")))
+    has_ratio = not budget and (parsed.acts_on_prefill or parsed.is_none)
+    return parsed if has_ratio else replace(parsed, removed_asked=None)
+
+
+def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[Task]:
+    counts, configs = content.get("n-samples") or {}, content.get("configs") or {}
+    for name, figures in content["results"].items():
+        better = (content.get("higher_is_better") or {}).get(name) or {}
+        metrics = tuple(_metrics(figures, better))
+        if not metrics:  # a group without an aggregate
+            continue
+        count, config, fact = (part.get(name) or {} for part in (counts, configs, facts))
+        samples = file.with_name(f"samples_{name}_{file.stem.removeprefix('results_')}.jsonl")
+        yield Task(
+            name=name,
+            metrics=tuple(metric for metric in metrics if metric.name != PLACEHOLDER),
+            is_rolling=config.get("output_type") == ROLLING,
+            num_documents=count.get("effective"),
+            num_documents_available=count.get("original"),
+            version=str((content.get("versions") or {}).get(name)),
+            num_fewshot=str((content.get("n-shot") or {}).get(name)),
+            fingerprint=(content.get("task_hashes") or {}).get(name),
+            loaded=_loaded(config.get("metadata")),
+            kept=_kept(fact) if fact else None,
+            notes=tuple(sorted((fact.get("notes") or {}).items())),
+            samples=samples if samples.is_file() else None,
+        )
+
+
+def _loaded(metadata: Any) -> str | None:
+    """The texts that a task loaded, with ``max_tokens``, which stands beside them.
+
+    Without the folder or hub that they came from: the same texts lie in many places. Without the rest of the metadata:
+    lm-eval mixes the model's arguments into it.
+    """
+    loaded = metadata.get("loaded") if isinstance(metadata, Mapping) else None
+    if not loaded:
+        return None
+    texts = {key: value for key, value in loaded.items() if key != "source"} if isinstance(loaded, Mapping) else loaded
+    return json.dumps([texts, metadata.get("max_tokens")], sort_keys=True)
+
+
+def _metrics(figures: Mapping[str, Any], better: Mapping[str, bool | None]) -> Iterator[Metric]:
+    """Metrics are the keys ``name,filter``; one whose value is null is listed all the same."""
+    for key, value in figures.items():
+        name, comma, filter = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            stderr = _number(figures.get(f"{name}_stderr,{filter}"))
+            yield Metric(name, filter, _number(value), stderr, better.get(name))
+
+
+def _kept(fact: Mapping[str, Any]) -> Kept:
+    pressed, unpressed = fact["contexts_pressed"], fact["contexts_unpressed"]
+    return Kept(
+        num_contexts_pressed=pressed["num_contexts"],
+        num_contexts_unpressed=unpressed["num_contexts"],
+        num_short_contexts=fact["num_short_contexts"],
+        num_tokens=pressed["num_tokens"],
+        num_tokens_scored_pressed=fact["tokens_scored_under_press"],
+        num_texts=fact.get("texts_generated", 0),
+        num_texts_compressed=fact.get("texts_compressed_while_decoding", 0),
+        num_decode_compressions=fact.get("num_decode_compressions", 0),
+        share=pressed["kept_share"],
+        share_min_layer=pressed["kept_share_min_layer"],
+        share_max_layer=pressed["kept_share_max_layer"],
+        bytes_before=pressed["kv_bytes_before"] + unpressed["kv_bytes_before"],
+        bytes_allocated=pressed["kv_bytes_allocated"] + unpressed["kv_bytes_allocated"],
+        bytes_effective=(pressed["kv_bytes_effective"] or 0) + (unpressed["kv_bytes_effective"] or 0),
+        max_stream_bytes=fact.get("max_stream_bytes", 0),
+    )
+
+
+def _speed(throughput: Mapping[str, Any]) -> Speed:
+    def rate(phase: str) -> float | None:
+        return _number((throughput.get(phase) or {}).get("tokens_per_sec"))
+
+    def median(latency: str) -> float | None:
+        return _number((throughput.get(latency) or {}).get("p50"))
+
+    return Speed(
+        prefill_tokens_per_sec=rate("prefill"),
+        score_tokens_per_sec=rate("score"),
+        decode_tokens_per_sec=rate("decode"),
+        ttft_sec=median("ttft_sec"),
+        tpot_sec=median("tpot_sec"),
+        peak_memory_bytes=_number(throughput.get("peak_memory_bytes")),
+        includes_warmup=tuple(throughput.get("includes_warmup") or ()),
+    )
+
+
+def _model_arguments(arguments: Any) -> Mapping[str, Any]:
+    """``--model_args`` as a mapping; older files hold the string that was typed."""
+    if isinstance(arguments, str):
+        return dict(pair.partition("=")[::2] for pair in arguments.split(",") if pair)
+    return arguments or {}
+
+
+def _model_settings(content: Mapping[str, Any], arguments: Mapping[str, Any]) -> Pairs:
+    settings = {key: arguments[key] for key in MODEL_ARGUMENTS if arguments.get(key) is not None}
+    settings["sha"] = content["config"].get("model_sha") or None
+    settings["chat_template"] = content.get("chat_template_sha")
+    settings["system_instruction"] = content.get("system_instruction_sha")
+    settings["gen_kwargs"] = content["config"].get("gen_kwargs") or None
+    return _pairs(settings)
+
+
+def _stock_versions(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"transformers": content.get("transformers_version"), "lm_eval": content.get("lm_eval_version")}
+
+
+def _pairs(mapping: Mapping[str, Any]) -> Pairs:
+    """The items as text, sorted and hashable, without those that are None."""
+    return tuple(sorted((str(key), str(value)) for key, value in mapping.items() if value is not None))
+
+
+def _number(value: Any) -> float | None:
+    """A float, NaN and infinities included; None for null, text such as "N/A", and booleans."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

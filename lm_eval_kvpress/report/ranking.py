@@ -1,0 +1,57 @@
+"""Ranks the rows of tables by their columns (``--sort``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.contents import ReportRow, ReportTable
+from lm_eval_kvpress.report.formatting import Value
+
+
+def rank_tables(tables: Sequence[ReportTable], keys: Sequence[str]) -> list[ReportTable]:
+    """The tables, their rows ranked by columns: best first, the baseline on top and what is missing last.
+
+    Args:
+        keys: of columns, the most important first; ``-key`` puts the worst first.
+
+    Raises:
+        UsageError: if no table has such a column.
+    """
+    known = sorted({column.key for table in tables for column in table.columns})
+    ranked = list(tables)
+    for key in reversed(keys):  # sorting is stable: the least important first
+        _check_key(key, known)
+        ranked = [replace(table, rows=_ranked(table, key)) for table in ranked]
+    return ranked
+
+
+def _check_key(key: str, known: Sequence[str]) -> None:
+    name = _column_key(key)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"--sort {key}: no such column; {hint}columns: {', '.join(known)}")
+
+
+def _ranked(table: ReportTable, key: str) -> Sequence[ReportRow]:
+    name = _column_key(key)
+    column = next((column for column in table.columns if column.key == name), None)
+    if column is None:  # another table has it
+        return table.rows
+    descending = bool(column.higher_is_better) != key.startswith("-")
+    baseline, *others = table.rows
+    known = [row for row in others if not _is_missing(row.entries[name].value)]
+    missing = [row for row in others if _is_missing(row.entries[name].value)]
+    return [baseline, *sorted(known, key=lambda row: row.entries[name].value, reverse=descending), *missing]  # type: ignore[arg-type,return-value]
+
+
+def _column_key(key: str) -> str:
+    return key.lstrip("-+")
+
+
+def _is_missing(value: Value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

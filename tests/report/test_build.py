@@ -1,0 +1,40 @@
+"""The contents of a report, from results files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from report_files import NUM_DOCUMENTS, predict_only
+
+from lm_eval_kvpress.report.build import build_report
+from lm_eval_kvpress.report.data_files import as_csv, as_json
+from lm_eval_kvpress.report.html import html
+from lm_eval_kvpress.report.latex import latex
+from lm_eval_kvpress.report.markdown import markdown
+
+
+def test_tables_for_people_have_the_leading_metric_unless_all_are_asked_for(leaderboard: Path) -> None:
+    table = build_report([leaderboard]).tables[0]
+    assert [column.key for column in table.shown_columns if column.metric] == ["recall.acc"]
+    assert len([column for column in table.columns if column.metric]) == 3
+    table = build_report([leaderboard], all_metrics=True).tables[0]
+    assert table.shown_columns == table.columns
+
+
+def test_each_mark_of_a_table_has_one_number(leaderboard: Path) -> None:
+    for table in build_report([leaderboard]).tables:
+        assert len(set(table.marks)) == len(table.marks)
+        for row in table.rows:
+            assert [table.marks[number - 1] for number in table.mark_numbers(row)] == list(row.marks)
+
+
+def test_every_writer_takes_results_without_figures_and_shows_no_placeholder(tmp_path: Path) -> None:
+    predict_only(tmp_path, "none")
+    predict_only(tmp_path, "snapkv", kept=0.4)
+    report = build_report([tmp_path])
+    (table,) = report.tables
+    assert not any(column.metric for column in table.columns) and table.num_documents == {"recall": NUM_DOCUMENTS}
+    assert [row.number("kept_share") for row in table.rows] == [1.0, 0.4]
+    assert html(report)
+    for text in (markdown(report), latex(report), as_csv(report), as_json(report)):
+        assert "bypass" not in text

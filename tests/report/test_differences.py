@@ -1,0 +1,42 @@
+"""Differences are to the baseline of the same table, with intervals where both runs logged the same documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from report_files import NUM_DOCUMENTS, write_results
+
+from lm_eval_kvpress.report.differences import Comparison, Difference
+from lm_eval_kvpress.report.metrics import metric_keys
+from lm_eval_kvpress.report.result_files import read_cell
+
+
+def difference(baseline: Path, other: Path) -> tuple[Difference, bool]:
+    """The difference of `acc`, and whether all answers are the same."""
+    cells = [read_cell(file) for file in (baseline, other)]
+    comparison = Comparison(cells[0])
+    keys = metric_keys("recall", cells)
+    (by_metric,) = comparison.differences(cells[1:], keys)
+    return by_metric[keys[0]], comparison.has_same_answers(cells[1])
+
+
+def test_a_difference_of_logged_runs_has_its_interval(tmp_path: Path) -> None:
+    baseline = write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    other = write_results(tmp_path, "snapkv", 0.5, scores=[1, 0] * (NUM_DOCUMENTS // 2))
+    found, is_same = difference(baseline, other)
+    assert found.value == -0.5 and found.num_documents == NUM_DOCUMENTS and not is_same
+    assert found.low is not None and found.high is not None and found.low < -0.5 < found.high
+    assert found.bounds == (found.low, found.high)
+
+
+def test_without_samples_of_both_runs_a_difference_has_no_interval(tmp_path: Path) -> None:
+    baseline = write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    found, is_same = difference(baseline, write_results(tmp_path, "snapkv", 0.5, acc=0.25))
+    assert found == Difference(-0.75) and found.bounds is None and not is_same
+
+
+def test_the_same_answers_are_recognized(tmp_path: Path) -> None:
+    scores = [1, 0] * (NUM_DOCUMENTS // 2)
+    baseline = write_results(tmp_path, "none", 0.0, scores=scores)
+    found, is_same = difference(baseline, write_results(tmp_path, "snapkv", 0.5, scores=scores))
+    assert (found.value, found.low, found.high) == (0, 0, 0) and is_same

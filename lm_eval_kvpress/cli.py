@@ -36,7 +36,7 @@ COMMANDS = {
     "report": Command(
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"
     ),
-    "presses": Command("lm_eval_kvpress.cli:presses", "list the presses: name, arguments, needs, paper"),
+    "presses": Command("lm_eval_kvpress.presses.command:main", "list the presses: name, arguments, needs, paper"),
 }
 
 
@@ -71,30 +71,6 @@ def run(arguments: Sequence[str]) -> int:
     finally:
         sys.argv = argv
     return 0
-
-
-def presses(arguments: Sequence[str]) -> int:
-    """Prints one line per press, then those of kvpress that do not run here and why."""
-    argparse.ArgumentParser(
-        prog="lm-eval-kvpress presses", description="List the presses that --model_args press=NAME takes."
-    ).parse_args(arguments)
-    from lm_eval_kvpress.presses.listing import list_presses
-
-    listed = list_presses()
-    defaults = {press.name: " ".join(f"{name}={value}" for name, value in press.arguments.items()) for press in listed}
-    runs = [(press.name, press.needs, press.paper, defaults[press.name]) for press in listed if press.supported]
-    others = [(press.name, press.paper, press.needs) for press in listed if not press.supported]
-    _print_table(("press", "needs", "paper", "arguments and defaults"), runs)
-    print()
-    _print_table(("does not run here", "paper", "because it"), others)
-    return 0
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [head, *([cell or "-" for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ import pytest
 from repository import ROOT
 
 from lm_eval_kvpress import __version__, cli
-from lm_eval_kvpress.presses import listing
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presses", "--help"], ["no-such-command"]])
@@ -119,33 +118,3 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     command_of(monkeypatch, "imagined", "raise ValueError('a defect')")
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["bad"])
-
-
-def test_presses_prints_one_aligned_line_each(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ratio = {"compression_ratio": 0.5, "window_size": 64}
-    rows = [
-        types.SimpleNamespace(name="none", arguments={}, needs="", paper="", supported=True),
-        types.SimpleNamespace(name="snapkv", arguments=ratio, needs="x", paper="arXiv", supported=True),
-        types.SimpleNamespace(name="qfilter", arguments={}, needs="a file", paper="arXiv", supported=False),
-    ]
-    monkeypatch.setattr(listing, "list_presses", lambda: rows)
-    assert cli.main(["presses"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "press   needs  paper  arguments and defaults",
-        "none    -      -      -",
-        "snapkv  x      arXiv  compression_ratio=0.5 window_size=64",
-        "",
-        "does not run here  paper  because it",
-        "qfilter            arXiv  a file",
-    ]
-
-
-def test_presses_lists_every_press_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["presses"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    printed = [line.split()[0] for line in lines]
-    for press in listing.list_presses():
-        assert press.name in printed
-    assert {"none", "snapkv", "streaming_llm", "pyramidkv", "random"} <= set(printed)

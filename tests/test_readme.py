@@ -1,4 +1,4 @@
-"""The README's commands run (or, where they need the hub, parse), its links lead somewhere, its table is complete."""
+"""Commands of the README and the docs run or parse, links lead somewhere, tables are complete, named files exist."""
 
 from __future__ import annotations
 
@@ -15,23 +15,45 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from real_data import DATA
 from repository import ROOT
+from test_layering import MAY_IMPORT
 
+from lm_eval_kvpress.cli import COMMANDS
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.arguments import ARGUMENTS, parse_arguments
 from lm_eval_kvpress.sweep.cells import parse_settings
 
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "tasks").rglob("README.md")),
+]
+PROGRAMS = ("accelerate", "lm_eval", "lm-eval-kvpress", "make")
+EXPERIMENTS = ROOT / "docs" / "experiments"
 
 
-def commands() -> list[list[str]]:
-    """The indented command lines, continuations joined, comments dropped."""
-    block = "\n".join(line[4:] for line in README.splitlines() if line.startswith("    "))
-    lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-EVALUATIONS = [command for command in commands() if command[0] == "lm_eval"]
-OFFLINE = [command for command in EVALUATIONS if "builtin" in " ".join(command)]
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of indented and of console blocks, continuations joined, comments dropped."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.DOTALL):
+        lines += [line.removeprefix("$ ") for line in block.splitlines()]
+    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in joined if line.startswith(PROGRAMS) and "..." not in line]
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+RUNS = [command for command in ALL if "lm_eval" in command or command[:2] == ["lm-eval-kvpress", "run"]]
+STOCK_RUNS = [command for command in RUNS if command[0] == "lm_eval" and "--tasks" in command]
+SHOWN_FIRST = [command for page in ("README.md", "docs/usage.md") for command in commands(ROOT / page)]
+OFFLINE = [command for command in STOCK_RUNS if "builtin" in " ".join(command) and command in SHOWN_FIRST]
 
 
 @functools.cache
@@ -40,22 +62,27 @@ def known_tasks() -> frozenset[str]:
     return frozenset(TaskManager(include_path=str(plugin.tasks_path())).all_tasks)
 
 
-def test_the_readme_shows_offline_and_hub_runs() -> None:
+def test_the_docs_show_offline_and_hub_runs() -> None:
     assert len(OFFLINE) >= 2
-    assert len(EVALUATIONS) > len(OFFLINE)
+    assert len(STOCK_RUNS) > len(OFFLINE)
 
 
-@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: command[command.index("--model_args") + 1])
-def test_model_arguments_and_tasks_of_the_readme_exist(command: list[str]) -> None:
-    arguments = simple_parse_args_string(command[command.index("--model_args") + 1])
+def test_the_readme_is_short_and_runs_something() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert any(command in OFFLINE for command in commands(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("command", RUNS, ids=lambda command: command[command.index("--model_args") + 1])
+def test_model_arguments_and_tasks_of_the_docs_exist(command: list[str]) -> None:
+    arguments = simple_parse_args_string(option(command, "--model_args"))
     arguments.pop("pretrained", None)
     parse_arguments(arguments)
-    for task in command[command.index("--tasks") + 1].split(","):
+    for task in option(command, "--tasks").split(","):
         assert task in known_tasks(), task
 
 
 @pytest.mark.parametrize("command", OFFLINE, ids=lambda command: command[command.index("--tasks") + 1])
-def test_offline_commands_of_the_readme_run(command: list[str]) -> None:
+def test_offline_commands_of_the_docs_run(command: list[str]) -> None:
     if "--metadata" in command:
         if not DATA.is_dir():
             pytest.skip("no real texts beside the repository")
@@ -74,25 +101,66 @@ def test_offline_commands_of_the_readme_run(command: list[str]) -> None:
     assert re.search(r"press=\w+ kept \d+\.\d %", done.stderr), "the screen says what was kept"
 
 
-def test_sweeps_of_the_readme_have_cells() -> None:
-    sweeps = [command for command in commands() if command[:2] == ["lm-eval-kvpress", "sweep"]]
+@pytest.mark.parametrize("page", ["README.md", "docs/sweep.md"])
+def test_sweeps_of_the_docs_have_cells(page: str) -> None:
+    sweeps = [command for command in commands(ROOT / page) if command[:2] == ["lm-eval-kvpress", "sweep"]]
     assert sweeps
     for command in sweeps:
         assert len(parse_settings(command[2:]).cells()) > 1
 
 
+def test_commands_of_the_docs_are_commands_of_ours() -> None:
+    named = {command[1] for command in ALL if command[0] == "lm-eval-kvpress"}
+    assert named == set(COMMANDS)
+
+
 def test_every_model_argument_stands_in_the_table() -> None:
+    rows = [line for line in (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    first_cells = " ".join(row.split("|")[1] for row in rows)
     for name in ARGUMENTS:
-        assert f"`{name}`" in README, f"{name} is missing in the table of model arguments"
+        assert f"`{name}`" in first_cells, f"{name} is missing in the table of model arguments"
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_make_targets_of_the_readme_exist() -> None:
+def test_make_targets_of_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for command in commands():
-        if command[0] == "make":
+    for command in ALL:
+        if command[0] == "make" and "=" not in command[1]:
             assert re.search(rf"^{command[1]}:", makefile, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_that_the_docs_name_exist(page: Path) -> None:
+    text, folders = page.read_text(encoding="utf-8"), "scripts|tests|tasks|docs|lm_eval_kvpress"
+    named = re.findall(rf"\b(?:{folders})/[\w./-]+\.(?:py|md|yaml|json)\b", text)
+    named += [f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m (scripts[\w.]+)", text)]
+    runnable = [name for name in named if not (ROOT / name.removesuffix(".py") / "__main__.py").is_file()]
+    assert [name for name in runnable if not (ROOT / name).is_file()] == []
+
+
+def test_packages_of_the_architecture_are_those_that_may_be_imported() -> None:
+    """Each arrow of the first picture is an import that the layering allows, and every package is a row."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = text.split("```mermaid")[1].split("```")[0]
+    arrows = [line.split("-->") for line in picture.splitlines() if "-->" in line]
+    for users, used in arrows:
+        for user in re.findall(r"\w+", users):
+            assert set(re.findall(r"\w+", used)) <= MAY_IMPORT[user], (user, used)
+    packages = [name for name in MAY_IMPORT if (ROOT / "lm_eval_kvpress" / name).is_dir()]
+    assert [name for name in packages if f"| `{name}/` |" not in text] == []
+
+
+def test_every_experiment_is_in_the_index_and_has_its_four_parts() -> None:
+    index = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    pages = [path for path in EXPERIMENTS.glob("*.md") if path.name != "README.md"]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        question = text.splitlines()[0].removeprefix("# ")
+        assert f"[{question}]({page.name})" in index, f"{page.name}: the index has another question"
+        parts = re.findall(r"^## (.*)$", text, re.MULTILINE)
+        assert parts == ["Question", "Setup", "Result", "Decision"], page.name

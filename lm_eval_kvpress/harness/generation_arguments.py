@@ -1,11 +1,59 @@
-"""Stop strings among lm-eval's generation arguments, looked for while tokens are produced."""
+"""lm-eval's generation arguments to what the engine needs, and generated token ids to the answer.
+
+Knows ``HFLM`` and its tokenizer. Does not know models, caches or presses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import PreTrainedTokenizerBase
+
+from lm_eval_kvpress.engine.outcomes import GenerationSettings
+from lm_eval_kvpress.engine.sampling import sampler_for
+from lm_eval_kvpress.errors import UsageError
+
+
+def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[GenerationSettings, list[str]]:
+    """How to continue prompts, and the strings that end a text.
+
+    Args:
+        gen_kwargs: of one request, as lm-eval passes them on.
+
+    Raises:
+        UsageError: for an argument that is not supported, or so many new tokens that no prompt fits.
+    """
+    options = normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks)
+    eos = lm.tok_decode([lm.eot_token_id], skip_special_tokens=False)
+    until: list[str] = handle_stop_sequences(options.pop("until", None), eos=eos)
+    max_new_tokens = options.pop("max_gen_toks")
+    if not 1 <= max_new_tokens < lm.max_length:
+        raise UsageError(
+            f"max_gen_toks={max_new_tokens} must be at least 1 and leave room for a prompt within the "
+            f"{lm.max_length} tokens of max_length"
+        )
+    sampler_for(options, [0], 1)  # refuses before the first prefill
+    return GenerationSettings(options, max_new_tokens, _stop_ids(lm), StopStrings(lm.tokenizer, until)), until
+
+
+def _stop_ids(lm: HFLM) -> frozenset[int]:
+    eos_ids = lm.model.generation_config.eos_token_id
+    return frozenset([lm.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
+
+
+def answer_text(lm: HFLM, ids: Sequence[int], until: list[str]) -> str:
+    """The text of generated ids, without thinking and without what follows a stop string, as stock ``HFLM`` cuts it."""
+    ids, end = list(ids), lm.think_end_token
+    if isinstance(end, int):
+        after = len(ids) - ids[::-1].index(end) if end in ids else 0
+        text = lm.tok_decode(ids[after:]).lstrip()
+    else:
+        text = lm.tok_decode(ids)
+    return postprocess_generated_text(text, stop=until, think_end_token=end if isinstance(end, str) else None)
 
 
 class StopStrings:

@@ -1,18 +1,25 @@
-"""What an answer depends on besides its request: which weights, and which arguments of ``HFLM``.
+"""What an answer depends on besides its request, and the guard of lm-eval's ``--use_cache``.
 
-Knows models as their parameters, and ``HFLM``'s signature. Does not know presses, text or files.
+lm-eval keys cached answers by the request alone. The cache therefore holds an entry that says whose answers it keeps.
+Knows ``HFLM``, models as their parameters, and the cache as a mapping. Does not know presses or text.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lm_eval_kvpress.errors import UsageError
+
+OWNER = "lm_eval_kvpress.owner"
+"""The cache's key for whose answers it holds."""
 
 NO_PART_OF_ANSWERS = frozenset(
     {
@@ -26,27 +33,71 @@ NO_PART_OF_ANSWERS = frozenset(
 
 
 def arguments_of_answers(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Of the arguments of ``HFLM`` those that an answer depends on, less what is so by default; JSON can hold them."""
+    """The arguments of ``HFLM`` that an answer depends on, without those at their default; ready for JSON."""
     defaults = {name: value.default for name, value in inspect.signature(HFLM.__init__).parameters.items()}
     return {
-        name: _in_words(value)
+        name: _as_json(value)
         for name, value in sorted(arguments.items())
         if name not in NO_PART_OF_ANSWERS and value is not None and value != defaults.get(name)
     }
 
 
-def _in_words(value: Any) -> str:
+def _as_json(value: Any) -> str:
     if isinstance(value, PreTrainedTokenizerBase):  # whose text changes when lm-eval gives it a padding token
         return f"{value.name_or_path} of {value.vocab_size} tokens"
     return str(value)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Tells checkpoints of one name apart, also by an adapter or training that left most weights as they were: a
-    checksum of every byte, of which a CPU does about one GiB a second."""
+    """A checksum of every byte of the weights, about one GiB per second on a CPU.
+
+    It tells checkpoints of one name apart, also if an adapter or training left most of the weights as they were.
+    """
     checksum = 0
     for parameter in model.parameters():
         if parameter.device.type != "meta":  # offloaded
             whole = parameter.detach().cpu().contiguous().reshape(-1)
             checksum = zlib.crc32(whole.view(torch.uint8).numpy(), checksum)
     return f"{checksum:08x}"
+
+
+def run_identity(lm: HFLM, facts: Mapping[str, Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that an answer depends on besides its request.
+
+    Args:
+        facts: the run's record.
+        arguments: as `arguments_of_answers` gives them.
+    """
+    keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
+    return {key: facts[key] for key in keys} | {
+        **arguments,
+        "revision": lm.revision,
+        "weights": weights_fingerprint(lm.model),
+        "prefix_token": lm.prefix_token_id,
+        "seed": torch.initial_seed(),
+    }
+
+
+def check_owner(cache: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Make sure that a cache holds this run's answers only; an empty one becomes this run's.
+
+    Args:
+        cache: lm-eval's cache of answers.
+        identity: of the run (`run_identity`).
+
+    Raises:
+        UsageError: if it holds the answers of another run.
+    """
+    own = json.loads(json.dumps(identity, sort_keys=True))
+    if OWNER not in cache:
+        if len(cache):
+            raise UsageError("use_cache holds answers of unknown origin: choose another file")
+        cache[OWNER] = own
+        return
+    owner = cache[OWNER]
+    changed = sorted(key for key in owner.keys() | own.keys() if owner.get(key) != own.get(key))
+    if changed:
+        raise UsageError(
+            f"use_cache holds answers under another setting ({', '.join(changed)} differ), and lm-eval would hand them "
+            "out for this one: choose another file"
+        )

@@ -1,12 +1,13 @@
 """lm-eval's ``HFLM`` that reads a checkpoint only if it can be evaluated; each reason why not is one line.
 
-Config and tokenizer are looked at before weights are read. Knows checked settings. Does not know requests or presses'
-work.
+Config and tokenizer are looked at before weights are read. Knows checked settings. Does not know requests, or how
+presses work.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +16,81 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import Settings
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
+from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models import llama_like
+from lm_eval_kvpress.records.files import make_writable
 
 
 class CheckedHFLM(HFLM):
-    """What its subclass sets before ``HFLM`` loads anything:
+    """``HFLM`` on a checkpoint that fits the settings.
+
+    Args:
+        pretrained: folder, hub name, ``builtin``, or a loaded model.
+        settings: how to compress and score.
+        **arguments: of ``HFLM``, with ``attn_implementation``.
 
     Attributes:
-        _settings: how to compress and score.
-        _pretrained_name: as the user typed it.
-        _asked_max_length, _asked_device: as the user typed them, or None; the latter where it is one for all weights.
+        pretrained_name: as the user typed it; the name of a loaded model.
+
+    Raises:
+        UsageError: if it cannot be evaluated.
     """
 
-    _settings: Settings
-    _pretrained_name: str
-    _asked_max_length: int | None
-    _asked_device: str | None
+    pretrained_name: str
+
+    def __init__(self, pretrained: str | PreTrainedModel | None, settings: Settings, **arguments: Any) -> None:
+        if pretrained is None or pretrained == "":
+            raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
+        self._settings_at_load, self._asked_max_length = settings, arguments.get("max_length")
+        self._asked_device: str | None = None
+        if settings.stream_output is not None:
+            make_writable("stream_output", Path(settings.stream_output))
+        if isinstance(pretrained, str):
+            self.pretrained_name = pretrained
+            arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+            if not {"parallelize", "device_map"} & arguments.keys():
+                self._asked_device = arguments["device"]
+            super().__init__(pretrained=resolve_pretrained(pretrained), **arguments)
+        else:
+            self.pretrained_name = pretrained.name_or_path
+            self._check_loaded(pretrained)
+            del arguments["attn_implementation"]
+            super().__init__(pretrained=pretrained, **arguments)
+
+    def check_settings(self, settings: Settings) -> None:
+        """Refuse settings that do not fit the loaded model.
+
+        Raises:
+            UsageError: in one line.
+        """
+        check_settings(settings, self.model.config, self._asked_max_length)
+
+    def _check_loaded(self, model: PreTrainedModel) -> None:
+        self._check_config(model.config)
+        press, has = self._settings_at_load.press, model.config._attn_implementation
+        if press.attn_implementation and has != press.attn_implementation:
+            raise UsageError(
+                f"press={press.name} needs {press.attn_implementation} attention and the loaded model has {has}: call "
+                f"model.set_attn_implementation('{press.attn_implementation}') first, or pass the model's name"
+            )
+
+    def _check_config(self, config: PretrainedConfig) -> None:
+        check_architecture(config)
+        check_settings(self._settings_at_load, config, self._asked_max_length)
+
+    def _check_device(self) -> None:
+        """Refuse another device than the one asked for, which ``HFLM`` would take in silence where that is missing.
+
+        ``cuda`` and ``cuda:0`` pass: lm-eval's command asks for the first GPU where nobody did, also without any.
+        """
+        if self._asked_device in (None, "cuda", "cuda:0") or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return
+        asked = torch.device(self._asked_device)
+        if asked.type != self.device.type or asked.index not in (None, self.device.index):
+            raise UsageError(f"device={asked} is not on this machine, and {self.device} would take its place")
+
+    # ---------------------------------------------------------------------------- the phases of HFLM's constructor
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
@@ -42,17 +101,8 @@ class CheckedHFLM(HFLM):
                 f"cannot load pretrained={pretrained}: {reason} Offline, pass the folder of a local checkpoint, or "
                 "pretrained=builtin for the small trained model that ships with this package"
             ) from error
-        self._check_config(self._config, self._asked_max_length)
+        self._check_config(self._config)
         self._check_device()
-
-    def _check_device(self) -> None:
-        """``HFLM`` takes another one where it does not find the one that was asked for. The first GPU is what lm-eval's
-        command asks for where nobody did, also on a machine without any."""
-        if self._asked_device in (None, "cuda", "cuda:0") or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            return
-        asked = torch.device(self._asked_device)
-        if asked.type != self.device.type or asked.index not in (None, self.device.index):
-            raise UsageError(f"device={asked} is not on this machine, and {self.device} would take its place")
 
     def _create_tokenizer(
         self, pretrained: str | PreTrainedModel, tokenizer: Any = None, *args: Any, **kwargs: Any
@@ -60,9 +110,11 @@ class CheckedHFLM(HFLM):
         super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
         if len(self.tokenizer) <= len(self.tokenizer.added_tokens_decoder):  # transformers makes up an empty one
             raise UsageError(
-                f"no tokenizer in {tokenizer or self._pretrained_name}: pass tokenizer=FOLDER with one, or save the "
+                f"no tokenizer in {tokenizer or self.pretrained_name}: pass tokenizer=FOLDER with one, or save the "
                 "model's own beside its weights"
             )
+        # Documents are cut into windows here: the warning that they are longer than one would mislead.
+        self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -71,19 +123,27 @@ class CheckedHFLM(HFLM):
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
 
-    def _check_config(self, config: PretrainedConfig, max_length: int | None) -> None:
-        if config.model_type in llama_like.MODEL_TYPES:
-            llama_like.check_config(config)
-        elif config.model_type != "gpt_neox":
-            raise UsageError(
-                f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
-                f"({', '.join(llama_like.MODEL_TYPES)})"
-            )
-        check_settings(self._settings, config, max_length)
+
+def check_architecture(config: PretrainedConfig) -> None:
+    """Refuse an architecture that can be presented to no press.
+
+    Raises:
+        UsageError: in one line.
+    """
+    if config.model_type in llama_like.MODEL_TYPES:
+        llama_like.check_config(config)
+    elif config.model_type != "gpt_neox":
+        raise UsageError(
+            f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
+            f"({', '.join(llama_like.MODEL_TYPES)})"
+        )
 
 
 def check_settings(settings: Settings, config: PretrainedConfig, max_length: int | None) -> None:
-    """Refuses settings that do not fit the model.
+    """Refuse settings that do not fit the model.
+
+    Args:
+        max_length: as the user typed it, or None.
 
     Raises:
         UsageError: in one line.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
-from lm_eval_kvpress.harness.arguments import Settings
+from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.records.totals import TaskTotals
 
 logger = logging.getLogger("lm_eval_kvpress")

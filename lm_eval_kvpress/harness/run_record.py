@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from lm_eval_kvpress.harness.arguments import Settings
 from lm_eval_kvpress.harness.ranks import RankFacts
+from lm_eval_kvpress.harness.settings import Settings
 
 
 def asked(settings: Settings, max_length: int) -> dict[str, Any]:

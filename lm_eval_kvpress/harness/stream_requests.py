@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.streaming import StreamPlan, stream
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import Settings
+from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.streaming import SEES_CACHE, STREAM_PRESSES, num_sinks
 from lm_eval_kvpress.records.clock import Clock

@@ -50,6 +50,20 @@ def intervals(
     return low, high
 
 
+def interval(
+    values: Array, statistic: Callable[..., Array], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The bounds of a statistic of one sample.
+
+    Args:
+        values: (n,)
+        statistic: such as ``np.median``; takes (resamples, n) and ``axis=1``.
+    """
+    drawn = np.random.default_rng(seed).choice(values, size=(num_resamples, len(values)))
+    low, high = np.quantile(statistic(drawn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 def _resamples(num_documents: int) -> Iterator[Array]:
     """How often each resample draws each document, a block of resamples at a time: (resamples, documents).
 

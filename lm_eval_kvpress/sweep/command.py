@@ -27,8 +27,9 @@ from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.records.files import write_whole
+from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
-from lm_eval_kvpress.sweep.model import CellRun, SweepModel
+from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.store import SweepStore
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -73,7 +74,7 @@ def run_local(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     _check_tasks(settings, _tasks(settings, todo[0]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = _load(settings)
-    store.claim(weights_fingerprint(model.model))
+    store.claim(weights_fingerprint(model.lm.model))
     with ExitStack() as logs:
         runs = [model.open(cell, store.cell(cell.name)) for cell in todo]
         for run in runs:
@@ -163,7 +164,7 @@ def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, pe
     model.turn_to(run, peers)
     tracker = EvaluationTracker(output_path=str(run.store.part()))
     results = lm_eval.simple_evaluate(
-        model=model,
+        model=model.lm,
         tasks=settings.tasks,
         task_manager=tasks,
         num_fewshot=settings.num_fewshot,

@@ -18,7 +18,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.harness import parity
-from lm_eval_kvpress.harness.arguments import parse_arguments, resolve_pretrained
+from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import text_gap, worst
 from lm_eval_kvpress.harness.plugin import tasks_path

@@ -18,7 +18,8 @@ from lm_eval_kvpress import recall
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
-from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, resolve_pretrained
+from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.verify import dense_reference
@@ -206,8 +207,8 @@ def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreT
 
 def compress(lm: KVPress, context: Sequence[int]) -> tuple[CompressedCache, tuple[int, ...]]:
     """The compressed cache of one context and its held-back end, as the lm's own requests get them, and recorded so."""
-    batch = lm._runner.compressor.compress([tuple(context)])
-    lm._totals["verify"].add_context(batch.records[0])
+    batch = lm.session.runner.compressor.compress([tuple(context)])
+    lm.session.totals["verify"].add_context(batch.records[0])
     return batch.cache, batch.queries[0]
 
 

@@ -41,7 +41,7 @@ def check_kept(subject: Subject) -> Check:
 
 
 def _count_part(lm: KVPress, cache: CompressedCache, num_tokens: int) -> Part:
-    press = lm._settings.press
+    press = lm.session.settings.press
     expected = press_formulas.kept_counts(press.name, press.arguments, num_tokens, len(cache.layers))
     (kept,) = cache.kept()
     wrong = worst([abs(a - b) for a, b in zip(kept, expected, strict=True)])
@@ -54,7 +54,7 @@ def _record_part(lm: KVPress, cache: CompressedCache, num_tokens: int) -> Part:
     recorded = lm.describe()["tasks"]["verify"]["contexts_pressed"]
     errors = [abs(a - b) for a, b in zip(kept, recorded["kept_tokens_per_layer"], strict=True)]
     errors.append(abs(sum(kept) / len(kept) / num_tokens - recorded["kept_share"]))
-    return Part(f"{lm._settings.press.name}: kept entries misreported", worst(errors), 1e-3)
+    return Part(f"{lm.session.settings.press.name}: kept entries misreported", worst(errors), 1e-3)
 
 
 def _fallback_parts(subject: Subject, context: Sequence[int]) -> list[Part]:
@@ -75,7 +75,7 @@ def _choice_parts(
     full: DynamicCache,
     reference: Sequence[dense_reference.Attended],
 ) -> list[Part]:
-    press = lm._settings.press
+    press = lm.session.settings.press
     regrets = []
     for layer, entries, inside in zip(cache.layers, full.layers, reference, strict=True):
         scores = press_formulas.scores(press.name, press.arguments, inside.weights, inside.keys)
@@ -101,8 +101,8 @@ def _layers_out_of_order(subject: Subject) -> int:
             for hook in hooks:
                 hook.remove()
 
-    prefill(subject.lm._press_model, torch.tensor([subject.tokens(8)]), probe)
-    attentions = subject.lm._press_model.attentions
+    prefill(subject.lm.press_model, torch.tensor([subject.tokens(8)]), probe)
+    attentions = subject.lm.press_model.attentions
     expected = list(enumerate(attentions))
     return sum(a != b for a, b in zip(met, expected, strict=False)) + abs(len(met) - len(expected))
 

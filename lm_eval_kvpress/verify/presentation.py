@@ -44,10 +44,10 @@ def check_projections(subject: Subject) -> Check:
     tokens = subject.tokens(subject.max_length // 4)
     model, positions = subject.lm.model, list(range(len(tokens)))
     differences: dict[str, list[float]] = {}
-    with subject.lm._press_model.presented():
+    with subject.lm.press_model.presented():
         for when, places in (("before", [0] * len(tokens)), ("after", positions)):
             layers = dense_reference.attended(model, tokens, places)
-            for attention, inside in zip(subject.lm._press_model.attentions, layers, strict=True):
+            for attention, inside in zip(subject.lm.press_model.attentions, layers, strict=True):
                 queries, keys, values = project(attention, inside.hidden)
                 if when == "after":
                     queries, keys = rotate(model, inside.hidden, positions, queries, keys)
@@ -72,8 +72,8 @@ def check_rotation(subject: Subject) -> Check:
     last = max(subject.lm.max_length, len(tokens))
     claim = "rotating whole heads is the model's own (partial) RoPE"
     differences: dict[str, list[float]] = {}
-    model, attentions = subject.lm.model, subject.lm._press_model.attentions
-    with subject.lm._press_model.presented():
+    model, attentions = subject.lm.model, subject.lm.press_model.attentions
+    with subject.lm.press_model.presented():
         head_dim: Any = attentions[0].head_dim
         num_left_out = head_dim - 2 * model.base_model.rotary_emb.inv_freq.numel()
         if num_left_out:

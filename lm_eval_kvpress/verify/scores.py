@@ -56,7 +56,7 @@ def check_scoring(subject: Subject) -> Check:
 def evicted_by(lm: KVPress, context: Sequence[int]) -> list[torch.Tensor]:
     """Per layer, ``(G, P)``: what the lm's press evicts of a context, its held-back end not counted."""
     cache, _ = compress(lm, context)
-    full = full_cache(lm.model, context[: len(context) - lm._settings.query_tokens])
+    full = full_cache(lm.model, context[: len(context) - lm.session.settings.query_tokens])
     return [
         evicted_entries(layer, entries.keys[0], entries.values[0])
         for layer, entries in zip(cache.layers, full.layers, strict=True)
@@ -96,7 +96,7 @@ def branch_logprobs(
     """Per token, through our scoring, beside another branch that must not be seen."""
     other = tuple(reversed(continuation))
     packs = [Pack(tuple(query), (other, tuple(continuation)))]
-    return torch.tensor(score_packs(lm._press_model, cache, packs)[0][1].logprobs)
+    return torch.tensor(score_packs(lm.press_model, cache, packs)[0][1].logprobs)
 
 
 @torch.inference_mode()
@@ -129,7 +129,7 @@ def step_logprobs(model: PreTrainedModel, cache: CompressedCache, tokens: Sequen
 def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], query: Sequence[int]) -> float:
     """How far our greedy tokens fall short of the most likely ones when they are fed one by one."""
     (decoded,) = decode(
-        lm._press_model,
+        lm.press_model,
         cache,
         [list(context)],
         num_held_back=[len(query)],
@@ -137,7 +137,7 @@ def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], q
         sampler=Sampler(LogitsProcessorList()),
         stop_ids=frozenset(),
         stopped=lambda tokens: [False] * len(tokens),
-        record=GraphRecorder(lm._press_model).for_steps(NUM_CONTINUED - 1),
+        record=GraphRecorder(lm.press_model).for_steps(NUM_CONTINUED - 1),
     )
     after = step_logprobs(lm.model, cache, [*query, *decoded[:-1]])[len(query) - 1 :]
     chosen = after.gather(1, torch.tensor(decoded)[:, None])[:, 0]
@@ -199,6 +199,6 @@ def _emptied(lm: KVPress, context: Sequence[int], answers: Sequence[Sequence[int
     packs = [Pack(query, tuple(tuple(answer) for answer in answers))]
     found = []
     for version in (cache, dataclasses.replace(cache, layers=tuple(layers))):
-        branches = score_packs(lm._press_model, version, packs)[0]
+        branches = score_packs(lm.press_model, version, packs)[0]
         found.append([sum(branch.logprobs) for branch in branches])
     return _distance(*found)

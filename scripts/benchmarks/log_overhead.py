@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ from lm_eval.api.instance import Instance
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter
-from scripts.benchmarks.presses import estimate
+from scripts.benchmarks.measuring import estimate, rounds
+from scripts.benchmarks.texts import story_text
 
-STORIES = Path(__file__).resolve().parents[2] / "tasks" / "demo" / "stories"
 KINDS = ("with log", "without log", "without clock")
 
 
 class NoClock(Clock):
-    """Times nothing."""
+    """A clock that times nothing."""
 
     @contextmanager
     def phase(self, name: str, *, num_tokens: int = 0) -> Iterator[Counter[str]]:
@@ -44,7 +43,7 @@ class NoClock(Clock):
 
 
 class NoMeter(Meter):
-    """Books nothing."""
+    """A meter that records nothing."""
 
     def start(self) -> None: ...
 
@@ -53,24 +52,32 @@ class NoMeter(Meter):
     def finish(self, request_type: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of one run."""
+
+    wall: float
+    cpu: float
+
+
 def main() -> None:
     args = _parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = _models(args, Path(folder))
-        requests = _requests(args.num_requests)
-        for lm in models.values():
-            _run(lm, requests)  # warm-up
-        rounds = [_round(models, requests, seed) for seed in range(args.rounds)]
-    record: dict[str, Any] = {"rounds": args.rounds, "num_requests": args.num_requests, "press": args.press}
-    record["threads"] = torch.get_num_threads()
-    for what, index in (("wall", 0), ("cpu", 1)):
+        models, requests = _models(args, Path(folder)), _requests(args.num_requests)
+        found = rounds(KINDS, lambda kind: _run(models[kind], requests), args.rounds)
+    print(json.dumps({**vars(args), "threads": torch.get_num_threads(), **figures(found)}))
+
+
+def figures(found: Sequence[Mapping[str, Taken]]) -> dict[str, Any]:
+    """Ratios within a round, of wall-clock and of CPU time; each is printed."""
+    ratios: dict[str, Any] = {"seconds_per_run": estimate([one["with log"].wall for one in found]).median}
+    for clock in ("wall", "cpu"):
         for kind in KINDS[1:]:
-            ratios = [times["with log"][index] / times[kind][index] for times in rounds]
-            found = estimate(ratios)
-            record[f"{what}: with log / {kind}"] = {"median": found.median, "low": found.low, "high": found.high}
-            print(f"{what:4}  with log / {kind:14} {found.median:.4f}  [{found.low:.4f}, {found.high:.4f}]")
-    record["seconds_per_run"] = estimate([times["with log"][0] for times in rounds]).median
-    print(json.dumps(record))
+            name = f"{clock}: with log / {kind}"
+            ratio = estimate([getattr(one["with log"], clock) / getattr(one[kind], clock) for one in found])
+            ratios[name] = asdict(ratio)
+            print(f"{name:30} {ratio.median:.4f}  [{ratio.low:.4f}, {ratio.high:.4f}]")
+    return ratios
 
 
 def _models(args: argparse.Namespace, folder: Path) -> dict[str, KVPress]:
@@ -80,7 +87,7 @@ def _models(args: argparse.Namespace, folder: Path) -> dict[str, KVPress]:
         "without log": KVPress(args.pretrained, **shared),
         "without clock": KVPress(args.pretrained, **shared),
     }
-    runner = models["without clock"]._runner
+    runner = models["without clock"].session.runner
     runner.clock = runner.compressor._clock = NoClock(torch.device("cpu"))
     runner.meter = NoMeter(runner.clock, {})
     return models
@@ -88,7 +95,7 @@ def _models(args: argparse.Namespace, folder: Path) -> dict[str, KVPress]:
 
 def _requests(number: int) -> list[list[Instance]]:
     """Choices, documents and prompts, as many of each."""
-    text = " ".join(file.read_text() for file in sorted(STORIES.glob("*.txt"))).split()
+    text = story_text().split()
 
     def words(start: int, count: int) -> str:
         return " ".join(text[start % 2_000 :][:count])
@@ -109,20 +116,11 @@ def _requests(number: int) -> list[list[Instance]]:
     return [choices, documents, prompts]
 
 
-def _round(models: dict[str, KVPress], requests: Sequence[list[Instance]], seed: int) -> dict[str, tuple[float, float]]:
-    order = list(models)
-    random.Random(seed).shuffle(order)
-    times = {kind: _run(models[kind], requests) for kind in order}
-    print("  ".join(f"{kind} {times[kind][0]:.2f} s" for kind in models), file=sys.stderr, flush=True)
-    return times
-
-
-def _run(lm: KVPress, requests: Sequence[list[Instance]]) -> tuple[float, float]:
-    """Seconds of wall clock and of CPU."""
+def _run(lm: KVPress, requests: Sequence[list[Instance]]) -> Taken:
     start, cpu = time.perf_counter(), time.process_time()
     for of_type in requests:
         getattr(lm, of_type[0].request_type)(of_type, disable_tqdm=True)
-    return time.perf_counter() - start, time.process_time() - cpu
+    return Taken(time.perf_counter() - start, time.process_time() - cpu)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,16 +15,13 @@ import torch
 from kvpress import KVPressTextGenerationPipeline
 from kvpress.presses.base_press import BasePress
 from lm_eval.models.huggingface import HFLM
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import StockHFLM
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
-from scripts.benchmarks.presses import random_model
+from scripts.benchmarks.models import builtin_tokenizer, model_named
 from scripts.benchmarks.workloads import Workload
 
 Answers = list[Any]
@@ -48,16 +45,10 @@ class Models:
 
     @classmethod
     def load(cls, name: str, dtype: str) -> Models:
-        """``builtin``, or a key of `SHAPES` for random weights of that shape."""
-
-        def model() -> PreTrainedModel:
-            if name != "builtin":
-                return random_model(name, dtype)
-            kind = AutoModelForCausalLM.from_pretrained(resolve_pretrained(name), dtype=getattr(torch, dtype))
-            return kind.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-        tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained("builtin"))
-        return cls(model(), KVPress(pretrained=model(), tokenizer=tokenizer).press_model, tokenizer)
+        """``builtin``, or a key of `models.SHAPES` for random weights of that shape."""
+        tokenizer = builtin_tokenizer()
+        prepared = KVPress(pretrained=model_named(name, dtype), tokenizer=tokenizer).press_model
+        return cls(model_named(name, dtype), prepared, tokenizer)
 
 
 def ours(models: Models, press: str, batch_size: int, rolling: str) -> Side:
@@ -71,70 +62,6 @@ def ours(models: Models, press: str, batch_size: int, rolling: str) -> Side:
         **of_press,
     )
     return _asked(lm)
-
-
-def products(models: Models, press: str, batch_size: int, rolling: str) -> Side:
-    """Our side's matrix products and attentions and nothing else, one after the other. They are noted down once, as
-    `ours` runs, and repeated on random numbers of the same shapes and strides; answers are those of that run."""
-    side, noted = ours(models, press, batch_size, rolling), list[tuple[Workload, Products, Answers]]()
-
-    @torch.inference_mode()
-    def run(workload: Workload) -> Answers:
-        if not any(known is workload for known, _, _ in noted):
-            side(workload)  # once: what a first run tries out is no part of it
-            with Products() as calls:
-                noted.append((workload, calls, side(workload)))
-        calls, answers = next((calls, answers) for known, calls, answers in noted if known is workload)
-        calls.repeat()
-        return answers
-
-    return run
-
-
-class Products(TorchDispatchMode):
-    """Notes down calls of the operators in which a transformer's arithmetic is, and repeats them."""
-
-    OPERATORS = frozenset(
-        {
-            *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
-            *("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention"),
-            *(
-                "aten::_scaled_dot_product_efficient_attention",
-                "aten::_scaled_dot_product_fused_attention_overrideable",
-            ),
-        }
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
-        self._alike: dict[Any, torch.Tensor] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        with self:  # in inference mode operators come whole
-            parts = func.decompose(*args, **given)
-        if parts is not NotImplemented:
-            return parts
-        if func._schema.name in self.OPERATORS:
-            self._calls.append((func, *tree_map(self._like, (args, given))))
-        return func(*args, **given)
-
-    def _like(self, value: Any) -> Any:
-        """Numbers of the same shape, strides and kind; calls share them, so that they take little room."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = (tuple(value.shape), value.stride(), value.dtype, value.device)
-        if key not in self._alike:
-            room = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            self._alike[key] = torch.randn(room, dtype=value.dtype, device=value.device).as_strided(*key[:2])
-        return self._alike[key]
-
-    def repeat(self) -> None:
-        for call, args, kwargs in self._calls:
-            call(*args, **kwargs)
 
 
 def stock(models: Models, batch_size: int) -> Side:

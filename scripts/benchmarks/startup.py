@@ -19,9 +19,10 @@ import time
 import venv
 from pathlib import Path
 
-from scripts.benchmarks.presses import count, estimate
+from scripts.benchmarks.measuring import count, estimate
+from scripts.machine import ROOT
 
-PACKAGE = Path(__file__).resolve().parents[2] / "lm_eval_kvpress"
+PACKAGE = ROOT / "lm_eval_kvpress"
 STARTUP_FILE = "lm_eval_kvpress_startup.pth"
 HAS_HOOK = "import sys; print(any(finder.__module__ == 'lm_eval_kvpress._startup' for finder in sys.meta_path))"
 

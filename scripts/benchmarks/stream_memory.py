@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.harness.model import KVPress
-from scripts.studies.stream_curves import CHUNK, SETTINGS, Setting, read_books, steps_of
+from scripts.benchmarks.streams import CHUNK, SETTINGS, Setting, read_books, steps_of
 
 
 def measure(lm: KVPress, setting: Setting, tokens: list[int]) -> dict[str, Any]:

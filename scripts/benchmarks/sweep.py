@@ -6,14 +6,13 @@ stands before the sweep and a part behind it, so that a machine that slows down 
     python -m scripts.benchmarks.sweep        six presses x four ratios on kvpress_demo: a quarter of an hour
     python -m scripts.benchmarks.sweep --ratios 0.5 --presses knorm --tasks kvpress_story
 
-The last line of stdout is one JSON document; --output gets it and a Markdown table.
+The last line of stdout is one JSON document; it is written to --output as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
+from scripts.machine import commit, machine
 
 PRESSES = "snapkv,streaming_llm,pyramidkv,tova,knorm,random"
 
@@ -54,9 +54,10 @@ def main() -> None:
         "num_tokens_prefilled_sweep": summary["num_tokens_prefilled"],
         "num_tokens_prefilled_alone": prefilled_alone,
         "settings": settings.as_typed(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
+        "commit": commit(),
     }
-    (output / "bench_sweep.json").write_text(json.dumps(record, indent=2))
+    (output / "sweep.json").write_text(json.dumps(record, indent=2))
     print(json.dumps(record))
 
 
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="kvpress_demo")
     parser.add_argument("--batch_size", default="8")
     parser.add_argument("--limit", type=float)
-    parser.add_argument("--output", default="build/bench_sweep")
+    parser.add_argument("--output", default="runs/benchmarks/sweep")
     return parser
 
 

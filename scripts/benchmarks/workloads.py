@@ -6,17 +6,14 @@ and the same text. Does not know models or presses.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from transformers import PreTrainedTokenizerBase
 
-STORIES = Path(__file__).resolve().parents[2] / "tasks" / "demo" / "stories"
+from scripts.benchmarks.texts import Text
 
 NUM_CHOICES = 4
 CHOICE_TOKENS = 16
@@ -37,21 +34,6 @@ class Workload:
     instances: tuple[Instance, ...]
     num_prompts: int
     num_new_tokens: int = 0
-
-
-class Text:
-    """The stories as one ring of tokens from which pieces of a wanted length are cut, each beginning with a word."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(STORIES.glob("*.txt")))
-        self._tokenizer, self._ids = tokenizer, tokenizer.encode(text)
-        tokens = tokenizer.convert_ids_to_tokens(self._ids)
-        self._starts = [place for place, token in enumerate(tokens) if token.startswith("Ġ")]
-
-    def piece(self, number: int, num_tokens: int) -> str:
-        """The ``number``-th piece; it begins with a space and encodes to ``num_tokens``, give or take a cut word."""
-        start = self._starts[number * 997 % len(self._starts)]
-        return self._tokenizer.decode(list(itertools.islice(itertools.cycle(self._ids), start, start + num_tokens)))
 
 
 def choice(text: Text, lengths: Sequence[int], choice_tokens: Sequence[int]) -> Workload:

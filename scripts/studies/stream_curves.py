@@ -13,53 +13,25 @@ import argparse
 import itertools
 import json
 import math
-import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from lm_eval_kvpress.engine.streaming import ChunkLosses
-    from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.report.bootstrap import interval
+from scripts.benchmarks.streams import CHUNK, SETTINGS, Setting, first_books, steps_of
+from scripts.markdown import table
 
-CHUNK = 64
 INSIDE, FAR = slice(1024, 2048), slice(10_000, 20_000)
 """Positions inside the trained window with a full cache at every budget here, and far beyond it."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What stays in the cache. ``num_sinks`` None asks ``press``; ``press`` None is recomputation."""
-
-    name: str
-    label: str
-    budget: int
-    press: str | None = "streaming_llm"
-    num_sinks: int | None = None
-    rotate: bool = True
-
-
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("recomputation_512", "sliding recomputation", 512, press=None),
-        Setting("window_512", "window only", 512, num_sinks=0),
-        Setting("sinks_512", "4 sinks + window, rotated", 512, num_sinks=4),
-        Setting("sinks_original_512", "4 sinks + window, original positions", 512, num_sinks=4, rotate=False),
-        Setting("sinks64_512", "64 sinks + window, rotated", 512, num_sinks=64),
-        Setting("sinks64_original_512", "64 sinks + window, original positions", 512, num_sinks=64, rotate=False),
-        Setting("tova_512", "tova, rotated", 512, press="tova"),
-        Setting("tova_original_512", "tova, original positions", 512, press="tova", rotate=False),
-        Setting("sinks_1024", "4 sinks + window, rotated", 1024, num_sinks=4),
-        Setting("sinks_original_1024", "4 sinks + window, original positions", 1024, num_sinks=4, rotate=False),
-    )
-}
 
 STYLES = {
     "recomputation_512": ("#000000", "o"),
@@ -73,39 +45,6 @@ STYLES = {
 
 BASE = "recomputation_512"
 """What the others are compared with, on the same tokens."""
-
-
-def read_books() -> list[dict[str, str]]:
-    """PG-19's test split, or the part of it that is there."""
-    file = Path(os.environ.get("KVPRESS_DATA_DIR") or "") / "pg19" / "test.jsonl"
-    if not file.is_file():
-        raise SystemExit(f"no {file}: set KVPRESS_DATA_DIR to the folder of the books (tasks/kvpress_ppl/README.md)")
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[int]]:
-    """The first books that are long enough, cut to as many tokens."""
-    chosen: dict[str, list[int]] = {}
-    for record in read_books():
-        tokens = lm.tok_encode(record["text"][: 12 * num_tokens])[:num_tokens]  # no token is as long on average
-        if len(tokens) == num_tokens:
-            chosen[record["short_book_title"]] = tokens
-        if len(chosen) == num_books:
-            return chosen
-    raise SystemExit(f"only {len(chosen)} books of {num_tokens} tokens: lower --books or --tokens")
-
-
-def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
-    """The texts side by side, streamed."""
-    from lm_eval_kvpress.engine.streaming import StreamPlan, stream
-    from lm_eval_kvpress.presses.parse import parse_press
-    from lm_eval_kvpress.presses.streaming import for_stream
-
-    assert setting.press is not None
-    press = for_stream(parse_press(setting.press, {}), setting.budget, CHUNK)
-    plan = StreamPlan(setting.budget, CHUNK, setting.rotate, num_sinks=setting.num_sinks)
-    return stream(lm.press_model, texts, lm.prefix_token_id, plan, press.build)
 
 
 def losses(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> list[list[float]]:
@@ -139,9 +78,6 @@ def file_name(title: str) -> str:
 
 def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Losses in nats of every setting, ``(books, tokens)``; what an earlier run finished is read."""
-    from lm_eval_kvpress.harness.model import KVPress
-    from lm_eval_kvpress.records.loss_files import StreamStore
-
     lm = KVPress(pretrained=arguments.pretrained, device="cpu", dtype="float32")
     weights = 0
     for parameter in lm.model.parameters():
@@ -164,8 +100,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def with_interval(differences: np.ndarray) -> dict[str, Any]:
     """``exp`` of the mean over books, and the bootstrap's 95 % interval over books."""
-    draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(axis=1)
-    low, high = np.exp(np.percentile(draws, [2.5, 97.5]))
+    low, high = map(math.exp, interval(differences, np.mean, num_resamples=10_000))
     return {"ratio": round(math.exp(differences.mean()), 4), "interval_95": [round(low, 4), round(high, 4)]}
 
 
@@ -194,27 +129,25 @@ def markdown(rows: Sequence[dict[str, Any]], num_books: int, num_tokens: int) ->
     def cell(figure: dict[str, Any] | None) -> str:
         return "" if figure is None else "{:.3f} [{:.3f}, {:.3f}]".format(figure["ratio"], *figure["interval_95"])
 
-    lines = [
+    text = [
         f"{num_books} PG-19 books, the first {num_tokens:,} tokens of each, chunk {CHUNK}, fp32. Perplexity of tokens",
         f"{INSIDE.start:,} to {INSIDE.stop:,} (inside the trained window) and {FAR.start:,} to {FAR.stop:,} (far).",
         "Brackets: 95 % bootstrap over books.",
-        "",
-        "| cache | budget | inside | far | far / inside | far, over recomputation at 512 | worst 500 tokens of it |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['label']} | {row['budget']:,} | {row['inside']:.2f} | {row['far']:.2f} "
-            f"| {cell(row['far_over_inside'])} "
-            f"| {cell(row.get('over_recomputation'))} | {row.get('worst_500_over_recomputation', '')} |"
-        )
-    return "\n".join(lines) + "\n"
+    ratios = ["far / inside", "far, over recomputation at 512", "worst 500 tokens of it"]
+    cells = [
+        [
+            *(row["label"], f"{row['budget']:,}", f"{row['inside']:.2f}", f"{row['far']:.2f}"),
+            *(cell(row["far_over_inside"]), cell(row.get("over_recomputation"))),
+            str(row.get("worst_500_over_recomputation", "")),
+        ]
+        for row in rows
+    ]
+    return "\n".join([*text, "", table(["cache", "budget", "inside", "far", *ratios], cells)]) + "\n"
 
 
 def draw(by_setting: dict[str, np.ndarray], trained: int, file: Path) -> None:
     """Above the perplexity in bins of position, below it over that of recomputation."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -22,6 +22,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext as stock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.checkpoint import BUILTIN, resolve_pretrained
 
 Record = dict[str, Any]
 
@@ -203,9 +204,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> tuple[str, PreTrainedTokenizerBas
             '--model_args, or --metadata \'{"tokenizer": "EleutherAI/pythia-2.8b"}\''
         )
     folder = name
-    if name == "builtin":
-        from lm_eval_kvpress.harness.arguments import resolve_pretrained
-
+    if name == BUILTIN:
         folder = resolve_pretrained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

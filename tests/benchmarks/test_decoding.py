@@ -11,8 +11,9 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.models.pressable import PressableModel
-from scripts.benchmarks import decoding
-from scripts.benchmarks.presses import SHAPES, Case, Measurement
+from scripts.benchmarks import decoding, measuring
+from scripts.benchmarks.generation import Case, Measurement
+from scripts.benchmarks.models import SHAPES
 
 TINY = [
     "--shape",
@@ -78,27 +79,30 @@ def test_ratios_are_those_of_each_round(make_pressable: Callable[..., PressableM
 
 def test_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(100))
-    monkeypatch.setattr(decoding.time, "perf_counter", lambda: float(next(times)))  # each copy takes one second
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: float(next(times)))  # each copy takes one second
     assert decoding.copy_bandwidth(torch.device("cpu"), 1_000) == 2_000
 
 
 def test_ends_in_one_document_and_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert decoding.main([*TINY, "--output", str(tmp_path)]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert json.loads((tmp_path / "decoding.json").read_text()) == report
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "performance.json").read_text()) == document
+    report = document["decoding"]["pythia-14m"]
     roofline, generate, press = report["rows"]
-    layers, hidden, _, vocabulary = SHAPES["pythia-14m"]
-    per_token = 2 * layers * hidden * 4
+    shape = SHAPES["pythia-14m"]
+    per_token = 2 * shape.num_layers * shape.hidden_size * 4
     assert roofline["step_bytes"] == report["weight_bytes"] + per_token * (95 + 2.5)
-    assert report["weight_bytes"] > 4 * vocabulary * hidden
+    assert report["weight_bytes"] > 4 * shape.vocab_size * shape.hidden_size
     assert press["step_bytes"] == pytest.approx(report["weight_bytes"] + 2 * per_token * (119 / 4 + 2), rel=1e-3)
     assert press["bytes_allow"] > 1 and generate["value"]["low"] > 0
-    assert (report["gpu"] is None) is not torch.cuda.is_available()
+    assert (document["machine"]["gpu"] is None) is not torch.cuda.is_available()
     lines = (tmp_path / "decoding.md").read_text().splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert all("on a GPU" in line for line in lines[2:]), "a target for a GPU is not judged on a CPU"
 
 
-def test_a_prompt_beyond_the_positions_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert decoding.main([*TINY, "--prompt-tokens", "2044"]) == 2
+def test_a_prompt_beyond_the_positions_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert decoding.main([*TINY, "--prompt-tokens", "2044", "--output", str(tmp_path)]) == 2
     assert "exceed the 2048 positions" in capsys.readouterr().err

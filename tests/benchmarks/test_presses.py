@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from scripts.benchmarks import presses
+from scripts.benchmarks.models import SHAPES
 
 TINY = ["--shape", "pythia-14m", "--prompt-tokens", "96", "--new-tokens", "4", "--repeats", "2"]
 
@@ -32,10 +32,10 @@ def test_random_weights_of_a_shape_have_speed_and_memory_and_no_perplexity(
     assert report["random_weights"] and report["tasks"] == []
     rows = {(row["press"], row["batch_size"]): row for row in report["rows"]}
     assert len(rows) == 4 * 2
-    layers, hidden, _, _ = presses.SHAPES["pythia-14m"]
+    shape = SHAPES["pythia-14m"]
     for (press, batch_size), row in rows.items():
         seen = 95  # one token of 96 is held back
-        assert row["kv_bytes_before"]["median"] == 2 * layers * batch_size * seen * hidden * 4
+        assert row["kv_bytes_before"]["median"] == 2 * shape.num_layers * batch_size * seen * shape.hidden_size * 4
         kept = 1 if press == "none" else 0.5
         assert row["kv_bytes_allocated"]["median"] == pytest.approx(kept * row["kv_bytes_before"]["median"], rel=0.02)
         assert row["kept_share"]["median"] == pytest.approx(kept, abs=0.01)
@@ -75,12 +75,3 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
     assert presses.main([*settings, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
-
-
-def test_the_interval_holds_the_median_and_narrows_with_repeats() -> None:
-    values = np.random.default_rng(0).normal(10, 1, size=400)
-    few, many = presses.estimate(list(values[:5])), presses.estimate(list(values))
-    for found in (few, many):
-        assert found.low <= found.median <= found.high
-    assert many.high - many.low < few.high - few.low
-    assert presses.estimate([3.0]) == presses.Estimate(3.0, 3.0, 3.0)

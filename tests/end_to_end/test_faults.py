@@ -1,6 +1,6 @@
 """Every mistake that the field is known to make, put in on purpose: the verifier must fail, at the check that is named.
 
-`python tests/test_faults.py` runs all checks on every fault and writes the table of `docs/correctness.md`.
+`python tests/end_to_end/test_faults.py` runs all checks on every fault and writes the table of `docs/correctness.md`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_neox, tiny_tokenizer
+from lm_eval.models.huggingface import HFLM
 from pytest import MonkeyPatch
 from repository import ROOT
 
@@ -26,8 +27,9 @@ from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scori
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import _Layout
-from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness import loading, requests
 from lm_eval_kvpress.harness.plugin import tasks_path
+from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.models import gpt_neox, pressable
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -39,7 +41,7 @@ from lm_eval_kvpress.verify.check import Check, Subject
 from lm_eval_kvpress.verify.command import CHECKS
 
 DOCS = ROOT / "docs" / "correctness.md"
-BEGIN, END = "<!-- faults: begin, written by tests/test_faults.py -->", "<!-- faults: end -->"
+BEGIN, END = "<!-- faults: begin, written by tests/end_to_end/test_faults.py -->", "<!-- faults: end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +222,10 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("one forward per window", "no press can act: every press gets the figure of none", "action")
 def _(patch: MonkeyPatch) -> None:
-    def one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[windows.Window]:
-        return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
+    def one_pass(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:
+        return windows.one_pass_windows(tokens, lm.prefix_token_id, lm.max_length)
 
-    patch.setattr(KVPress, "_windows", one_pass)
+    patch.setattr(requests, "_windows", one_pass)
 
 
 @fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")
@@ -318,14 +320,14 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("baseline under another protocol", "the baseline sees other contexts than the methods", "records")
 def _(patch: MonkeyPatch) -> None:
-    windows = KVPress._windows
+    of_protocol = requests._windows
 
-    def baseline_in_one_pass(self: KVPress, tokens: Sequence[int]) -> Iterator[windows.Window]:
-        if self._settings.press.is_none:
-            return windows.one_pass_windows(tokens, self.prefix_token_id, self.max_length)
-        return windows(self, tokens)
+    def baseline_in_one_pass(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:
+        if session.settings.press.is_none:
+            return windows.one_pass_windows(tokens, lm.prefix_token_id, lm.max_length)
+        return of_protocol(lm, session, tokens)
 
-    patch.setattr(KVPress, "_windows", baseline_in_one_pass)
+    patch.setattr(requests, "_windows", baseline_in_one_pass)
 
 
 @fault("requested tokens counted as produced", "tokens per second of rows that stopped early are inflated", "records")
@@ -377,7 +379,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("more context than the model has positions", "perplexity explodes, and the press is blamed", "refusals")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(KVPress, "_check_config", lambda self, config, max_length: None)
+    patch.setattr(loading, "check_settings", lambda settings, config, max_length: None)
 
 
 # ------------------------------------------------------------------------------------------------------------ tests

@@ -130,7 +130,9 @@ def test_an_automatic_batch_fits(
         found, lm = answered(wide, kind, "auto")
     assert_equal(found, expected)
     assert "out of memory" not in caplog.text
-    assert 1 < lm._runner.meter.records.summary()["num_batches"] < NUM_CONTEXTS, "neither one by one nor all at once"
+    assert 1 < lm.session.runner.meter.records.summary()["num_batches"] < NUM_CONTEXTS, (
+        "neither one by one nor all at once"
+    )
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])

@@ -11,7 +11,8 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import parse_arguments, resolve_pretrained
+from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -19,7 +20,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": ""}, "press=none"),
     ({"press": "decodng:knorm"}, "did you mean 'decoding'"),
     ({"press": "decoding:knorm", "target_size": 64, "compression_ratio": 0.5}, "leave compression_ratio out"),
-    ({"max_length": "abc"}, "max_length='abc' must be a whole number"),
+    ({"max_length": "abc"}, "max_length=abc must be a whole number"),
     ({"max_length": -5}, "max_length=-5 must be at least 1"),
     ({"max_length": 0}, "max_length=0 must be at least 1"),
     ({"batch_size": 0}, "batch_size=0 must be auto or"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.identity import arguments_of_answers, weights_fingerprint
 
 

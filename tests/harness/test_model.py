@@ -168,14 +168,15 @@ def test_the_record_names_how_steps_of_decoding_were_made(checkpoint_dir: Path) 
     model = ours(checkpoint_dir, press="none")
     assert model.describe()["decoding_steps"] is None, "nothing was decoded"
     model.generate_until(generation_requests(until=[], max_gen_toks=3), disable_tqdm=True)
-    assert model.describe()["decoding_steps"] == {"modules": model._runner.meter.records.summary()["num_batches"]}
+    num_batches = model.session.runner.meter.records.summary()["num_batches"]
+    assert model.describe()["decoding_steps"] == {"modules": num_batches}
 
 
 def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_above_one(model: Any, cache: Any, contexts: Any, **options: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
-        return decode(model, compressed, contexts, **options)
+        return decode(model, cache, contexts, **options)
 
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", fails_above_one)
@@ -369,14 +370,14 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
 ) -> None:
     lm = ours(checkpoint_dir, press="knorm", batch_size=4)
     expected = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
-    compress = lm._runner.compressor.compress
+    compress = lm.session.runner.compressor.compress
 
     def fails_above_one(contexts: Any, **kwargs: Any) -> Any:
         if len(contexts) > 1:
             raise torch.OutOfMemoryError("no room")
         return compress(contexts, **kwargs)
 
-    monkeypatch.setattr(lm._runner.compressor, "compress", fails_above_one)
+    monkeypatch.setattr(lm.session.runner.compressor, "compress", fails_above_one)
     scores = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
     torch.testing.assert_close([s for s, _ in scores], [s for s, _ in expected], atol=1e-4, rtol=0)
     totals = lm.describe()["tasks"]["choice"]

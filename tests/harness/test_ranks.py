@@ -66,7 +66,7 @@ def test_padding_is_what_comes_more_often_than_it_was_asked() -> None:
 
 def test_new_answers_end_the_facts_of_an_evaluation_before(checkpoint_dir: Path) -> None:
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", press="knorm")
-    lm._of_all_ranks = RankFacts({"before": TaskTotals()}, RunRecords(), 2)
+    lm.session.gathered = RankFacts({"before": TaskTotals()}, RunRecords(), 2)
     assert lm.describe()["num_ranks"] == 2
     lm.loglikelihood([Instance("loglikelihood", {}, ("seven grey", " geese"), 0, ("now", 0, 1))], disable_tqdm=True)
     record = lm.describe()

@@ -1,10 +1,9 @@
-"""The list of presses covers kvpress, and docs/presses.md is that list."""
+"""The list of presses covers kvpress."""
 
 from __future__ import annotations
 
 import kvpress
 from press_cases import PRESSES
-from repository import ROOT
 
 from lm_eval_kvpress.presses.catalog import ROWS
 from lm_eval_kvpress.presses.listing import list_presses
@@ -23,27 +22,3 @@ def test_every_press_of_kvpress_is_listed() -> None:
     listed |= {unsupported.factory for unsupported in UNSUPPORTED.values()}
     offered = {getattr(kvpress, name) for name in kvpress.__all__ if name.endswith("Press")}
     assert offered - listed == set()
-
-
-DOCS = ROOT / "docs" / "presses.md"
-BEGIN, END = "<!-- table: python tests/presses/test_spec.py rewrites it -->\n", "<!-- end of table -->\n"
-
-
-def table() -> str:
-    """The list of presses as the two tables of docs/presses.md."""
-    rows = ["| `press=` | arguments and defaults | needs | paper |", "|---|---|---|---|"]
-    rest = ["| not supported | because | paper |", "|---|---|---|"]
-    for press in list_presses():
-        paper = f"[{press.paper.split('/')[-1]}]({press.paper})" if press.paper else ""
-        if not press.supported:
-            rest.append(f"| `{press.name}` | {press.needs} | {paper} |")
-            continue
-        arguments = ", ".join(f"`{name}={default}`" for name, default in press.arguments.items())
-        rows.append(f"| `{press.name}` | {arguments} | {press.needs} | {paper} |")
-    return "\n".join([*rows, "", *rest]) + "\n"
-
-
-def test_the_documentation_lists_the_presses() -> None:
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    written, _, after = rest.partition(END)
-    assert written == table(), "run: python tests/presses/test_spec.py"

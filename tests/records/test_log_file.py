@@ -174,13 +174,13 @@ def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, 
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(path))
     requests = [Instance("loglikelihood", {}, ("seven grey geese " * 9, " slept"), 0, ("t", i, 1)) for i in range(3)]
     lm.loglikelihood(requests, disable_tqdm=True)
-    (log,) = lm._runner.meter._recorders
+    (log,) = lm.session.runner.meter._recorders
     assert isinstance(log, ThroughputLog)
     records = list(log.records())
-    assert records == [*lm._runner.meter.records.batches, *lm._runner.meter.records.requests]
+    assert records == [*lm.session.runner.meter.records.batches, *lm.session.runner.meter.records.requests]
     restored = Meter(Clock(torch.device("cpu")), {})
     restored.restore(records)
-    assert restored.records.summary() == lm._runner.meter.records.summary()
+    assert restored.records.summary() == lm.session.runner.meter.records.summary()
 
 
 def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoint_dir: Path, tmp_path: Path) -> None:
@@ -189,11 +189,11 @@ def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoi
     options = {"until": [], "max_gen_toks": 3}
     requests = [Instance("generate_until", {}, ("seven grey geese " * 9, options), 0, ("t", i, 0)) for i in range(3)]
     lm.generate_until(requests, disable_tqdm=True)
-    (log,) = lm._runner.meter._recorders
+    (log,) = lm.session.runner.meter._recorders
     assert isinstance(log, ThroughputLog)
-    assert lm._runner.meter.records.summary()["itl_sec"] is not None
-    lm._runner.meter = Meter(lm._runner.clock, lm._runner.meter._labels)
-    lm._runner.meter.restore(log.records())
+    assert lm.session.runner.meter.records.summary()["itl_sec"] is not None
+    lm.session.runner.meter = Meter(lm.session.runner.clock, lm.session.runner.meter._labels)
+    lm.session.runner.meter.restore(log.records())
     lm.generate_until(requests, disable_tqdm=True)
-    summary = lm._runner.meter.records.summary()
+    summary = lm.session.runner.meter.records.summary()
     assert summary["itl_sec"] is None and summary["tpot_sec"] is not None

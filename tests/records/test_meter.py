@@ -173,7 +173,7 @@ def test_phases_sum_to_the_batch_and_requests_to_the_run() -> None:
         pretrained="builtin", device="cpu", batch_size=2, press="snapkv", rolling_context=256, rolling_score=256
     )
     kept = Kept()
-    lm._runner.meter._recorders = (kept,)
+    lm.session.runner.meter._recorders = (kept,)
     context = words(0, 500)
     choice = [Instance("loglikelihood", {}, (context[i:], f" {words(i, 30)}"), 0, ("choice", i, 1)) for i in range(6)]
     generate = [
@@ -283,7 +283,7 @@ def test_a_batch_that_failed_for_memory_is_not_booked(
 ) -> None:
     log = tmp_path / "t.jsonl"
     lm = KVPress(pretrained=str(checkpoint_dir), press="knorm", batch_size=4, throughput_log=str(log), device="cpu")
-    score = lm._runner._score
+    score = lm.session.runner._score
 
     def fails_above_one(cache: Any, packs: Any) -> Any:
         if len(packs) > 1:
@@ -291,7 +291,7 @@ def test_a_batch_that_failed_for_memory_is_not_booked(
             raise torch.OutOfMemoryError("no room")
         return score(cache, packs)
 
-    monkeypatch.setattr(lm._runner, "_score", fails_above_one)
+    monkeypatch.setattr(lm.session.runner, "_score", fails_above_one)
     requests = [Instance("loglikelihood", {}, (words(i, 60), " geese"), 0, ("t", i, 1)) for i in range(4)]
     lm.loglikelihood(requests, disable_tqdm=True)
     batches = lines(log, "batch")

@@ -63,7 +63,7 @@ def test_it_listens_on_loopback_alone() -> None:
 
 
 def test_it_is_off_by_default(checkpoint_dir: Path) -> None:
-    assert KVPress(pretrained=str(checkpoint_dir), device="cpu")._settings.metrics_port is None
+    assert KVPress(pretrained=str(checkpoint_dir), device="cpu").session.settings.metrics_port is None
 
 
 @pytest.mark.parametrize("port", [0, -1, 65_536, "http", True])

@@ -10,24 +10,12 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models import gpt_neox
 from scripts.studies.findings.command import load, parser
-from scripts.studies.findings.experiments import (
-    Findings,
-    FirstToken,
-    OneForward,
-    Perplexity,
-    SplitDifference,
-    answer,
-    contiguous_split,
-    first_token,
-    one_forward,
-    perplexities,
-    questions,
-    split_difference,
-)
+from scripts.studies.findings.experiments import one_forward, perplexities
+from scripts.studies.findings.first_token import answer, first_token, questions
 from scripts.studies.findings.report import (
     difference_sentence,
     first_token_section,
@@ -37,6 +25,8 @@ from scripts.studies.findings.report import (
     ratio_section,
     split_sentence,
 )
+from scripts.studies.findings.rows import Findings, FirstToken, OneForward, Perplexity, SplitDifference
+from scripts.studies.findings.wrong_split import contiguous_split, split_difference
 
 DOCS = ROOT / "docs"
 

@@ -11,6 +11,7 @@ import torch
 from repository import ROOT
 
 from lm_eval_kvpress.harness.model import KVPress
+from scripts.benchmarks.streams import SETTINGS
 from scripts.studies import stream_curves
 
 
@@ -19,7 +20,7 @@ def test_recomputation_equals_a_stream_that_evicts_nothing(checkpoint_dir: Path,
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", dtype="float32")
     texts = torch.randint(1, 300, (2, 200), generator=torch.Generator().manual_seed(0)).tolist()
     expected = stream_curves.recomputed(lm, texts, budget=512)
-    found = stream_curves.losses(lm, stream_curves.SETTINGS[name], texts)
+    found = stream_curves.losses(lm, SETTINGS[name], texts)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 

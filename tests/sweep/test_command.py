@@ -26,8 +26,8 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.totals import ContextRecord
 from lm_eval_kvpress.sweep import command
+from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import parse_settings
-from lm_eval_kvpress.sweep.model import CellRun
 from lm_eval_kvpress.sweep.store import CellStore, SweepStore
 
 PRESSES = "none,knorm,streaming_llm,random,pyramidkv,observed_attention"
@@ -195,7 +195,8 @@ def test_prefills_of_earlier_calls_and_shared_ones_are_not_this_calls_own(shares
     meter = SimpleNamespace(records=SimpleNamespace(batches=batches))
     runner: Any = SimpleNamespace(meter=meter, compressor=SimpleNamespace(shares=shares))
     nothing: Any = None
-    run = CellRun(nothing, nothing, nothing, nothing, runner, num_batches_before=1)
+    session: Any = SimpleNamespace(runner=runner)
+    run = CellRun(nothing, session, nothing, nothing, num_batches_before=1)
     assert run.num_tokens_prefilled == tokens
 
 

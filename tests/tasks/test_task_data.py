@@ -301,7 +301,8 @@ def test_arguments_of_models_and_presses_pass() -> None:
 
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS, Settings
+    from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS
+    from lm_eval_kvpress.harness.settings import Settings
     from lm_eval_kvpress.presses.listing import list_presses
 
     names = {*inspect.signature(HFLM.__init__).parameters, *LOADING_ARGUMENTS, *Settings.__dataclass_fields__}

@@ -12,38 +12,35 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import resolve_pretrained
+from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
+from scripts.machine import described, machine
 from scripts.studies.findings.experiments import (
     DATASETS,
     PRESSES,
     RATIOS,
     Documents,
-    Findings,
-    first_tokens,
     load_documents,
     one_forward,
     perplexities,
-    questions,
     speeds,
-    split_difference,
-    wrong_answers,
 )
+from scripts.studies.findings.figures import draw
+from scripts.studies.findings.first_token import first_tokens, questions, wrong_answers
+from scripts.studies.findings.report import markdown
+from scripts.studies.findings.rows import Findings
+from scripts.studies.findings.wrong_split import split_difference
 
 SPLIT_PRESSES = ("snapkv", "pyramidkv")  # they look at queries; StreamingLLM does not
 NUM_CONTEXTS = 4
@@ -53,10 +50,6 @@ Say = Callable[[str], None]
 
 def main() -> None:
     arguments = parser().parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
-        sys.exit("error: the figures need matplotlib: pip install 'lm-eval-kvpress[report]'")
-    from scripts.studies.findings.report import draw, markdown
-
     os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.manual_seed(0)
@@ -134,17 +127,16 @@ def load(arguments: argparse.Namespace, lm: KVPress, say: Say) -> tuple[Document
 
 def setting(arguments: argparse.Namespace, lm: KVPress) -> list[str]:
     """What the figures were measured on."""
-    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kvpress", "lm_eval"))
-    context, block = lm._rolling_window
+    protocol = lm.describe()["protocol"]
     weights = Path(resolve_pretrained(arguments.pretrained)) / "model.safetensors"
     digest = f" (SHA-256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]})" if weights.is_file() else ""
     return [
         f"`{arguments.pretrained}`{digest}, {lm.model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{str(lm.model.dtype).removeprefix('torch.')}, {lm.model.config._attn_implementation}; {device}, "
-        f"threads: {torch.get_num_threads()}; Python {platform.python_version()}, {versions}",
+        f"{str(lm.model.dtype).removeprefix('torch.')}, {lm.model.config._attn_implementation}; "
+        f"{described(machine())}",
         f"{arguments.pages} pages of WikiText-2 of at most 6,000 tokens and the first 4,000 tokens of "
-        f"{arguments.books} books of PG-19; `prefix`: {context} tokens of context, then {block} scored",
+        f"{arguments.books} books of PG-19; `prefix`: {protocol['rolling_context']} tokens of context, then "
+        f"{protocol['rolling_score']} scored",
         f"{arguments.ratio:g} of the entries removed where nothing else is said",
         "made by `python -m scripts.studies.findings`; every sentence with a figure is chosen by the figure",
     ]

@@ -1,0 +1,69 @@
+"""From request batches to answers: batch by batch, halved where memory runs out, each outcome counted once.
+
+Knows sessions and the engine's request batches. Does not know lm-eval or text.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from lm_eval_kvpress.engine.batching import batches, in_halves
+from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.presses.spec import PressSpec
+
+BatchLimits = Callable[[PressSpec, RequestBatches[Any]], tuple[int, int | None]]
+"""The most items per batch under a press, and the most padded tokens, or None for any number of them."""
+
+
+class Answering(Protocol):
+    """A way to answer what one call of lm-eval asks for. The model holds one; a sweep brings its own."""
+
+    def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield ``(request, answer)`` as answers come, for all requests of the call.
+
+        Args:
+            kinds: the requests, grouped by what may share a batch.
+            bar: counts items.
+
+        Raises:
+            UsageError: before any work, if a context is too short and the settings refuse that.
+        """
+
+
+class SessionAnswering:
+    """Answer under one session.
+
+    Args:
+        session: whose press runs, and whose totals are added to.
+        limits: sizes of batches.
+    """
+
+    def __init__(self, session: Session, limits: BatchLimits) -> None:
+        self._session, self._limits = session, limits
+
+    def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        for requests in kinds:
+            self._session.check_lengths(requests)
+        for requests in kinds:
+            yield from self._answers(requests, bar)
+
+    def _answers(self, requests: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
+        session, meter = self._session, self._session.runner.meter
+        run, outcomes = functools.partial(requests.run, session.runner), dict[int, Any]()
+        for items in batches(requests, *self._limits(session.settings.press, requests)):
+            done = dict(zip(items, in_halves(run, items), strict=True))
+            outcomes |= done
+            bar.update(len(items))
+            bar.set_postfix(meter.live(), refresh=False)
+            if not requests.splits_requests:
+                meter.finish(requests.request_type)
+                yield from requests.answers(done).items()
+        meter.finish(requests.request_type)
+        requests.record_totals(outcomes, session.totals)
+        if requests.splits_requests:
+            yield from requests.answers(outcomes).items()

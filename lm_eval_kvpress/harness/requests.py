@@ -1,0 +1,168 @@
+"""lm-eval's requests to the engine's request batches: token ids, cut to fit, with the id of each request.
+
+Knows ``HFLM``, its tokenizer and a session. Does not know how anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.generation_batches import GenerationBatches
+from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
+from lm_eval_kvpress.engine.outcomes import Prompt
+from lm_eval_kvpress.engine.rolling_batches import RollingBatches
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.generation_arguments import answer_text, generation_settings
+from lm_eval_kvpress.harness.ranks import without_padding
+from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
+from lm_eval_kvpress.records.meter import RequestId
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+Tokens = tuple[int, ...]
+RequestType = TypeVar("RequestType", bound=Callable[..., list[Any]])
+
+
+def answer_padding(answer: RequestType) -> RequestType:
+    """Decorate a request type: lm-eval's padding requests of a rank get the answer of the request they repeat."""
+
+    @functools.wraps(answer)
+    def run(lm: HFLM, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        if lm.world_size == 1:
+            return answer(lm, requests, disable_tqdm)
+        own, answered_by = without_padding(requests)
+        answers = answer(lm, own, disable_tqdm)
+        return [answers[place] for place in answered_by]
+
+    return cast(RequestType, run)
+
+
+def request_ids(requests: Sequence[Instance]) -> list[RequestId]:
+    """The id of each request; lm-eval passes one with ``repeats: N`` on N times."""
+    seen: Counter[RequestId] = Counter()
+    ids = []
+    for request in requests:
+        first = RequestId(request.task_name or "", request.doc_id, request.idx)
+        ids.append(replace(first, repeat=seen[first]))
+        seen[first] += 1
+    return ids
+
+
+def likelihood_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> LikelihoodBatches:
+    """``loglikelihood``: pairs of a context and a continuation."""
+    pairs = encode_pairs(lm, [request.args for request in requests])
+    return likelihood_batches_of_tokens(lm, session, pairs, request_ids(requests))
+
+
+def likelihood_batches_of_tokens(
+    lm: HFLM, session: Session, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ids: Sequence[RequestId]
+) -> LikelihoodBatches:
+    """Pairs of token ids; a context that is too long with its continuation loses its beginning.
+
+    Raises:
+        UsageError: for a side without tokens, a continuation longer than ``max_length``, or a token id that the
+            checkpoint does not know.
+    """
+    _check_token_ids(lm, itertools.chain.from_iterable(pairs))
+    fitting, cut = list[tuple[Tokens, Tokens]](), set[tuple[str, Tokens]]()
+    for index, (context, continuation) in enumerate(pairs):
+        if not context or not continuation or len(continuation) > lm.max_length:
+            raise UsageError(
+                f"request {index} of task '{ids[index].task}' has {len(context)} context and {len(continuation)} "
+                f"continuation tokens; each needs at least 1, and a continuation at most {lm.max_length}"
+            )
+        kept = windows.truncate_left(context, continuation, lm.max_length)
+        fitting.append((kept, tuple(continuation)))
+        if len(kept) < len(context):
+            cut.add((ids[index].task, tuple(context)))
+    if cut:
+        logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), lm.max_length)
+    for task, _ in cut:
+        session.totals[task].num_cut_contexts += 1
+    return LikelihoodBatches(fitting, ids)
+
+
+def rolling_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> RollingBatches:
+    """``loglikelihood_rolling``: documents, in the windows of the session's protocol."""
+    documents = [list(_windows(lm, session, tokens)) for tokens in encode_documents(lm, requests)]
+    return RollingBatches(documents, request_ids(requests))
+
+
+def _windows(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:
+    if session.settings.rolling == "one_pass":
+        return windows.one_pass_windows(tokens, lm.prefix_token_id, lm.max_length)
+    return windows.prefix_windows(tokens, lm.prefix_token_id, *session.rolling_window)
+
+
+def generation_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[GenerationBatches]:
+    """``generate_until``: prompts, those with the same generation arguments together."""
+    prompts = _prompts(lm, requests)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        groups[repr(sorted(request.args[1].items()))].append(index)
+    return [
+        _generation_group(lm, session, requests[indices[0]].args[1], {index: prompts[index] for index in indices})
+        for indices in groups.values()
+    ]
+
+
+def _prompts(lm: HFLM, requests: Sequence[Instance]) -> list[Prompt]:
+    """Prompts with their seeds. A repeated prompt gets another seed; neither order nor batches change a seed."""
+    occurrences: Counter[Tokens] = Counter()
+    prompts = []
+    for tokens, id in zip(encode_documents(lm, requests), request_ids(requests), strict=True):
+        context = tuple(tokens or [lm.prefix_token_id])
+        seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
+        occurrences[context] += 1
+        prompts.append(Prompt(context, seed, id))
+    return prompts
+
+
+def _generation_group(
+    lm: HFLM, session: Session, gen_kwargs: dict[str, object], prompts: Mapping[int, Prompt]
+) -> GenerationBatches:
+    settings, until = generation_settings(lm, gen_kwargs)
+    longest = lm.max_length - settings.max_new_tokens
+    too_long = [prompt for prompt in prompts.values() if len(prompt.context) > longest]
+    if too_long:
+        logger.warning(
+            "%d prompts were cut from the left to %d tokens: max_length=%d less max_gen_toks=%d",
+            *(len(too_long), longest, lm.max_length, settings.max_new_tokens),
+        )
+    for prompt in too_long:
+        session.totals[prompt.id.task].num_cut_contexts += 1
+    cut = {index: replace(prompt, context=prompt.context[-longest:]) for index, prompt in prompts.items()}
+    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until))
+
+
+def encode_documents(lm: HFLM, requests: Sequence[Instance]) -> list[list[int]]:
+    """Token ids of the first argument of each request: a document, or a prompt.
+
+    Raises:
+        UsageError: for a token id that the checkpoint does not know.
+    """
+    texts = encode_all(lm, [request.args[0] for request in requests])
+    _check_token_ids(lm, texts)
+    return texts
+
+
+def _check_token_ids(lm: HFLM, texts: Iterable[Sequence[int]]) -> None:
+    known, highest = lm.model.get_input_embeddings().num_embeddings, max(map(max, filter(None, texts)), default=0)
+    if highest >= known:
+        raise UsageError(
+            f"token id {highest} is beyond the {known} embeddings of the model: the tokenizer has tokens that the "
+            "checkpoint does not know; use the one that belongs to it"
+        )

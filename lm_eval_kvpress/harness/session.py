@@ -1,0 +1,103 @@
+"""A session: what the run of one press needs besides the loaded model.
+
+The model holds one and answers under it; a sweep opens one per cell and exchanges them. Knows settings, the engine's
+runner and sums. Does not know lm-eval, text or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.engine.runner import Runner
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
+from lm_eval_kvpress.harness.ranks import RankFacts
+from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.meter import Meter, Recorder
+from lm_eval_kvpress.records.totals import TotalsByTask, new_totals
+
+
+@dataclass
+class Session:
+    """One press's run.
+
+    Attributes:
+        settings: how to compress and how to score.
+        runner: runs batches under the press, on the loaded model.
+        rolling_window: ``(context, score)`` tokens per window of ``rolling=prefix``.
+        totals: what was kept and scored so far, by task.
+        gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
+    """
+
+    settings: Settings
+    runner: Runner
+    rolling_window: tuple[int, int]
+    totals: TotalsByTask = field(default_factory=new_totals)
+    gathered: RankFacts | None = None
+
+    @property
+    def own_facts(self) -> RankFacts:
+        """What this process did."""
+        return RankFacts(self.totals, self.runner.meter.records)
+
+    @property
+    def facts(self) -> RankFacts:
+        """What was done: by all ranks if that is known, else by this process."""
+        return self.gathered or self.own_facts
+
+    def check_lengths(self, requests: RequestBatches[Any]) -> None:
+        """Refuse contexts that are too short for the press, under ``short_context=error``.
+
+        Raises:
+            UsageError: naming the first one.
+        """
+        for segment in requests.segments():
+            self.runner.compressor.check_lengths(requests.contexts(segment))
+
+
+def new_session(
+    model: PressableModel,
+    settings: Settings,
+    *,
+    max_length: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    graphs: GraphRecorder,
+    recorders: Sequence[Recorder] = (),
+    shared_prefills: SharedPrefills | None = None,
+) -> Session:
+    """A session in which nothing has been run yet.
+
+    Args:
+        model: the loaded model, presented to kvpress.
+        settings: that fit the model.
+        max_length: tokens of a context with its continuation, at most.
+        autocast: makes the context in which forwards run.
+        graphs: of the model, for all of its sessions.
+        recorders: get a record of every batch and request.
+        shared_prefills: take the place of prefills of the session's own.
+    """
+    clock = Clock(model.device)
+    compressor = Compressor(
+        model,
+        settings.press,
+        query_tokens=settings.query_tokens,
+        short_context=settings.short_context,
+        clock=clock,
+        shared=shared_prefills,
+    )
+    labels = {
+        "device": str(model.device),
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "press": settings.press_name,
+        "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
+    }
+    meter = Meter(clock, labels, recorders)
+    runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs)
+    return Session(settings, runner, settings.rolling_window(max_length))

@@ -1,0 +1,125 @@
+"""The settings of a run: the press, how it is measured, and where records go.
+
+The fields that a user types carry all that their check needs: the type is the annotation, the range of a number or the
+endings of a file name stand in the field's metadata. Knows presses. Does not know models, lm-eval or how values are
+typed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.presses.decoding import DecodingSpec
+from lm_eval_kvpress.presses.spec import PressSpec
+from lm_eval_kvpress.presses.values import Range
+
+POSITIVE = {"range": Range(low=1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress and how to score.
+
+    Attributes:
+        press: what compresses the cache, with all its arguments.
+        query_tokens: last tokens of a context that are held back and fed after compression. 0 predicts the first
+            continuation token from the full cache, as most scripts do.
+        rolling: protocol of ``loglikelihood_rolling``.
+        rolling_context, rolling_score: tokens prefilled and scored per window of ``prefix``; None is half of
+            ``max_length``, or what the other one leaves if that is less.
+        short_context: what happens to contexts shorter than the press needs.
+        allow_extrapolation: whether positions may exceed those that the model was trained on.
+        parity: whether the record gets the parity certificate (`parity`): our answers at ratio 0 against stock
+            ``HFLM``'s, on the same weights.
+        stream_budget: entries that every layer keeps under ``rolling=stream``.
+        stream_chunk: tokens scored per step of a stream; 1 is the strict protocol of the papers.
+        stream_positions: ``cache`` rotates kept keys by their place in the cache, ``original`` by their place in the
+            document.
+        stream_output: folder for the losses by token position; a run that was killed continues from it.
+        throughput_log: ``FILE.jsonl`` for a record per batch and request, or ``FILE.csv`` for requests only.
+        metrics_port: port on 127.0.0.1 that serves the figures to Prometheus while the run lasts.
+        target_size, compression_interval: with ``press=decoding:PRESS`` or ``prefill_decoding:PREFILL+PRESS``, entries
+            that every layer keeps while text is generated, and tokens produced between two compressions.
+        decoding: the press that acts while text is generated, made of these two; None without one.
+    """
+
+    press: PressSpec
+    query_tokens: int = field(default=1, metadata={"range": Range(low=0)})
+    rolling: Literal["prefix", "one_pass", "stream"] = "prefix"
+    rolling_context: int | None = field(default=None, metadata=POSITIVE)
+    rolling_score: int | None = field(default=None, metadata=POSITIVE)
+    short_context: Literal["keep", "shrink", "error"] = "keep"
+    allow_extrapolation: bool = False
+    parity: bool = False
+    stream_budget: int | None = field(default=None, metadata=POSITIVE)
+    stream_chunk: int = field(default=64, metadata=POSITIVE)
+    stream_positions: Literal["cache", "original"] = "cache"
+    stream_output: str | None = None
+    throughput_log: str | None = field(default=None, metadata={"endings": (".jsonl", ".csv")})
+    metrics_port: int | None = field(default=None, metadata={"range": Range(low=1, high=65_535)})
+    target_size: int | None = field(default=None, metadata=POSITIVE)
+    compression_interval: int | None = field(default=None, metadata=POSITIVE)
+    decoding: DecodingSpec | None = None
+
+    @property
+    def press_name(self) -> str:
+        """As the user would type it, the press that acts while decoding included."""
+        if self.decoding is None:
+            return self.press.name
+        if self.press.is_none:
+            return f"decoding:{self.decoding.press.name}"
+        return f"prefill_decoding:{self.press.name}+{self.decoding.press.name}"
+
+    def describe_press(self) -> dict[str, Any]:
+        """Name and arguments of the press, for the record; ready for JSON."""
+        facts = self.press.describe()
+        if self.decoding is None:
+            return facts
+        decoding = {f"decoding.{key}": value for key, value in self.decoding.describe().items()}
+        return {**facts, "name": self.press_name, "arguments": {**facts["arguments"], **decoding}}
+
+    def rolling_window(self, max_length: int) -> tuple[int, int]:
+        """``(context, score)`` tokens per window of the ``prefix`` protocol.
+
+        Raises:
+            UsageError: if they do not fit into ``max_length``.
+        """
+        half = max_length // 2
+        context = self.rolling_context or min(half, max_length - (self.rolling_score or half))
+        score = self.rolling_score or min(half, max_length - context)
+        if context < 1 or score < 1 or context + score > max_length:
+            raise UsageError(
+                f"rolling_context={context} + rolling_score={score} exceed max_length={max_length}: "
+                "make one of them smaller, or raise max_length if the model has the positions"
+            )
+        if context <= self.query_tokens:
+            raise UsageError(
+                f"rolling_context={context} leaves nothing to compress after query_tokens={self.query_tokens} are "
+                "held back: raise rolling_context or lower query_tokens"
+            )
+        return context, score
+
+    def check_stream(self, positions: int) -> None:
+        """Refuse a stream that would score with positions the model was not trained on.
+
+        Args:
+            positions: the model's trained positions.
+
+        Raises:
+            UsageError: naming what to change.
+        """
+        if self.rolling != "stream" or self.allow_extrapolation:
+            return
+        assert self.stream_budget is not None
+        if self.stream_positions == "original":
+            raise UsageError(
+                f"stream_positions=original leaves the {positions} trained positions behind in a longer document: use "
+                "stream_positions=cache, or pass allow_extrapolation=true to measure what happens"
+            )
+        if self.stream_budget + self.stream_chunk > positions:
+            raise UsageError(
+                f"stream_budget={self.stream_budget} + stream_chunk={self.stream_chunk} exceed the {positions} "
+                "positions that the model was trained on: make one of them smaller"
+            )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.report.contents import Report
 
 NUM_DOCUMENTS = 20
@@ -225,7 +225,7 @@ def write_stream(cell: Path, press: str, losses: Sequence[list[float]] = STREAME
     file.write_text(json.dumps(content))
     keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
     settings = {key: facts[key] for key in keys} | {"revision": "main", "weights": "1234abcd"} | changed
-    store = StreamStore(cell / "stream", settings)
+    store = LossFiles(cell / "stream", settings)
     for index, document in enumerate(losses):
-        store.save("recall", list(range(len(document))), str(index), document)
+        store.save("recall", list(range(len(document))), str(index), document, {})
     return file

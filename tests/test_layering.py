@@ -45,7 +45,7 @@ OWNERS = {
     "kvpress": {"presses"},
     "lm_eval": {"harness", "sweep", "verify", "cli"},
     "triton": {"models.fast"},
-    "transformers.models": {"models", "cache.window_layer", "engine.streaming"},
+    "transformers.models": {"models", "cache.stream_layer", "cache.window_layer"},
     "itables": {"report"},
     "jinja2": {"report"},
     "matplotlib": {"report"},

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
-from lm_eval_kvpress.engine.streaming import Scorer, highest
+from lm_eval_kvpress.engine.stream_eviction import Scorer, highest
 from lm_eval_kvpress.models.pressable import PressableModel
 
 

@@ -22,12 +22,14 @@ class GenerationBatches:
     """
 
     request_type, splits_requests = "generate_until", False
+    is_cached_whole, num_cache_copies = False, 2  # the compressed cache is copied into buffers that grow
 
     def __init__(
         self, prompts: Mapping[int, Prompt], settings: GenerationSettings, to_text: Callable[[Sequence[int]], str]
     ) -> None:
         self._members = sorted(prompts, key=lambda member: -len(prompts[member].context))
         self._prompts, self._settings, self._to_text = prompts, settings, to_text
+        self.progress_total = len(self._members)
 
     def _prompt(self, item: int) -> Prompt:
         return self._prompts[self._members[item]]
@@ -45,8 +47,10 @@ class GenerationBatches:
     def contexts(self, items: Sequence[int]) -> list[Tokens]:
         return [self._prompt(item).context for item in items]
 
-    def run(self, runner: Runner, items: Sequence[int]) -> list[Generated]:
-        return runner.generate([self._prompt(item) for item in items], self._settings)
+    def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Generated]:
+        outcomes = runner.generate([self._prompt(item) for item in items], self._settings)
+        advance(len(items))
+        return outcomes
 
     def answers(self, outcomes: Mapping[int, Generated]) -> dict[int, str]:
         return {self._members[item]: self._to_text(outcome.ids) for item, outcome in outcomes.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_kvpress.engine.batching import group_by_context
@@ -24,9 +24,11 @@ class LikelihoodBatches:
     """
 
     request_type, splits_requests = "loglikelihood", False
+    is_cached_whole, num_cache_copies = False, 1
 
     def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
         self._groups, self._ids = group_by_context(pairs), ids
+        self.progress_total = len(self._groups)
 
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))
@@ -41,8 +43,10 @@ class LikelihoodBatches:
     def contexts(self, items: Sequence[int]) -> list[Tokens]:
         return [self._groups[item].context for item in items]
 
-    def run(self, runner: Runner, items: Sequence[int]) -> list[Scored]:
-        return runner.score_groups([self._groups[item] for item in items], self._ids)
+    def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
+        outcomes = runner.score_groups([self._groups[item] for item in items], self._ids)
+        advance(len(items))
+        return outcomes
 
     def answers(self, outcomes: Mapping[int, Scored]) -> dict[int, tuple[float, bool]]:
         return {

@@ -1,4 +1,4 @@
-"""What a batch is given and what comes of it, as plain values that can be kept on disk.
+"""The inputs and outcomes of batches, as plain values; an outcome holds all that answers and totals are made of.
 
 Knows token ids. Does not know text, lm-eval or models.
 """
@@ -18,7 +18,7 @@ from lm_eval_kvpress.records.totals import ContextRecord
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of a context with continuations, or of a window.
+    """The outcome of a context with its continuations, or of a window.
 
     Attributes:
         branches: one score per continuation.
@@ -33,19 +33,49 @@ class Scored:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a prompt.
+    """The outcome of a prompt.
 
     Attributes:
         ids: the new token ids.
         context: what was kept of the prompt.
-        num_compressions: how often a decoding press evicted entries before the last of them.
-        max_entries: the most entries per layer that it found.
+        num_compressions: how often a decoding press evicted entries before the last token.
+        max_entries: the most entries per layer that the press found when it did.
     """
 
     ids: tuple[int, ...]
     context: ContextRecord
     num_compressions: int = 0
     max_entries: int = 0
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The outcome of a document that was streamed through a cache of fixed size.
+
+    Attributes:
+        losses: negative log-likelihoods in nats, by position.
+        num_pressed: how many of them, counted from the end, were scored after the first eviction.
+        max_entries: the most entries per layer that a chunk was scored over.
+        max_bytes: the most bytes that keys and values of all rows of its batch took.
+    """
+
+    losses: tuple[float, ...]
+    num_pressed: int = 0
+    max_entries: int = 0
+    max_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document to stream.
+
+    Attributes:
+        tokens: token ids.
+        id: its request.
+    """
+
+    tokens: tuple[int, ...]
+    id: RequestId
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,7 @@ class GenerationSettings:
         options: arguments of `sampling.sampler_for`.
         max_new_tokens: tokens per prompt, at most.
         stop_ids: token ids that end a text.
-        stopped: tells from the new tokens, ``(B, n)``, which texts are complete.
+        stopped: says from the new tokens, ``(B, n)``, which texts are complete.
     """
 
     options: Mapping[str, Any]

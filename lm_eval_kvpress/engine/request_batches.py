@@ -1,13 +1,14 @@
 """What every kind of request has in common: items to run in batches, and the way from outcomes back to answers.
 
-Each kind (`likelihood_batches`, `rolling_batches`, `generation_batches`) orders its items, longest first, runs any of
-them on a `Runner`, and turns outcomes into one answer per request. Answers and totals are functions of the outcomes
-alone. Knows token ids. Does not know lm-eval or presses: the same batches can be run under one press after the other.
+Each kind (`likelihood_batches`, `rolling_batches`, `stream_batches`, `generation_batches`) orders its items, longest
+first, runs any of them on a `Runner`, and turns outcomes into one answer per request. Answers and totals are functions
+of the outcomes alone. Knows token ids. Does not know lm-eval or presses: the same batches can be run under one press
+after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lm_eval_kvpress.engine.runner import Runner
@@ -23,10 +24,16 @@ class RequestBatches(Protocol[Outcome]):
     Attributes:
         request_type: lm-eval's name of the request type.
         splits_requests: whether a request may have several items, and so no answer before the last of them.
+        is_cached_whole: whether all tokens of `length` stay in the cache, and not the share that a press keeps.
+        num_cache_copies: how often a batch holds its cache in memory at the same time.
+        progress_total: the sum of what `run` reports over all items.
     """
 
     request_type: str
     splits_requests: bool
+    is_cached_whole: bool
+    num_cache_copies: int
+    progress_total: int
 
     def segments(self) -> Iterator[list[int]]:
         """Items in runs that may share a batch; items of different segments never do."""
@@ -40,8 +47,8 @@ class RequestBatches(Protocol[Outcome]):
     def contexts(self, items: Sequence[int]) -> list[Tokens]:
         """The contexts of these items that a press will act on."""
 
-    def run(self, runner: Runner, items: Sequence[int]) -> list[Outcome]:
-        """Run these items as one batch; one outcome per item, in order."""
+    def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Outcome]:
+        """Run these items as one batch; one outcome per item, in order. Progress is reported to ``advance``."""
 
     def answers(self, outcomes: Mapping[int, Outcome]) -> dict[int, Any]:
         """Request to answer, for every request all of whose items have an outcome. Records nothing."""

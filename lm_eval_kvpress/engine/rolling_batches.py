@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_kvpress.engine.outcomes import Scored
@@ -26,11 +26,13 @@ class RollingBatches:
     """
 
     request_type, splits_requests = "loglikelihood_rolling", True
+    is_cached_whole, num_cache_copies = False, 1
 
     def __init__(self, documents: Sequence[Sequence[Window]], ids: Sequence[RequestId]) -> None:
         items = [(index, window) for index, windows in enumerate(documents) for window in windows]
         items.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
         self._items, self._ids, self._num_documents = items, ids, len(documents)
+        self.progress_total = len(items)
 
     def segments(self) -> Iterator[list[int]]:
         for _, segment in itertools.groupby(range(len(self._items)), key=lambda item: self._items[item][1].pressed):
@@ -48,9 +50,11 @@ class RollingBatches:
         windows = [self._items[item][1] for item in items]
         return [window.context for window in windows if window.pressed]
 
-    def run(self, runner: Runner, items: Sequence[int]) -> list[Scored]:
+    def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
         batch = [self._items[item] for item in items]
-        return runner.score_windows([window for _, window in batch], [self._ids[index] for index, _ in batch])
+        outcomes = runner.score_windows([window for _, window in batch], [self._ids[index] for index, _ in batch])
+        advance(len(items))
+        return outcomes
 
     def answers(self, outcomes: Mapping[int, Scored]) -> dict[int, RollingScore]:
         if len(outcomes) < len(self._items):

@@ -6,6 +6,7 @@ batch and what the outcomes answer.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +19,11 @@ from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.decoding import decode
-from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Prompt, Scored
+from lm_eval_kvpress.engine.outcomes import Document, Generated, GenerationSettings, Prompt, Scored, Streamed
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.streaming import DocumentStream, stream
 from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -148,6 +151,50 @@ class Runner:
         return [
             Generated(tuple(row), record, *facts) for row, record, facts in zip(rows, batch.records, held, strict=True)
         ]
+
+    def stream(
+        self,
+        documents: Sequence[Document],
+        plan: StreamPlan,
+        *,
+        prefix_token: int,
+        on_tokens: Callable[[int, int], None] = lambda index, num_tokens: None,
+        on_finished: Callable[[int, Streamed], None] = lambda index, outcome: None,
+    ) -> list[Streamed]:
+        """Stream documents, each at least one token, side by side.
+
+        Args:
+            prefix_token: predicts each document's first token.
+            on_tokens: called with a document's index and how many more of its tokens are scored, step by step.
+            on_finished: called with a document's index and outcome as soon as it ends, while others go on.
+
+        Raises:
+            UsageError: for a loss that is not finite.
+        """
+        self.meter.start()
+        press_for = functools.lru_cache(maxsize=8)(lambda num_entries: self.compressor.press.build(num_entries))
+        streams = [DocumentStream(document.tokens, plan) for document in documents]
+        tokens = [document.tokens for document in documents]
+        with self._autocast(), self.clock.phase("stream") as scored:
+            for step in stream(self.model, tokens, prefix_token, plan, press_for):
+                for index, losses in zip(step.documents, step.losses, strict=True):
+                    self._check_losses(documents[index], step.start, losses)
+                    streams[index].add(step, losses)
+                    scored["tokens"] += len(losses)
+                    on_tokens(index, len(losses))
+                    if streams[index].is_finished:
+                        on_finished(index, streams[index].outcome())
+        shares = [RequestShare(doc.id, 1, len(doc.tokens), weight=len(doc.tokens)) for doc in documents]
+        self.meter.batch("loglikelihood_rolling", len(documents), shares)
+        return [one.outcome() for one in streams]
+
+    def _check_losses(self, document: Document, start: int, losses: Sequence[float]) -> None:
+        if not all(map(math.isfinite, losses)):
+            raise UsageError(
+                f"document {document.id.doc_id} of task '{document.id.task}' has a loss that is not finite after "
+                f"{start} tokens (dtype {self.model.model.dtype}): overflow in float16 is the usual cause; try "
+                "dtype=float32"
+            )
 
     def _keeper(self) -> BudgetKeeper | None:
         decoding = self._decoding

@@ -28,7 +28,7 @@ class Answering(Protocol):
 
         Args:
             kinds: the requests, grouped by what may share a batch.
-            bar: counts items.
+            bar: advances by what the batches report.
 
         Raises:
             UsageError: before any work, if a context is too short and the settings refuse that.
@@ -54,11 +54,10 @@ class SessionAnswering:
 
     def _answers(self, requests: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         session, meter = self._session, self._session.runner.meter
-        run, outcomes = functools.partial(requests.run, session.runner), dict[int, Any]()
+        run, outcomes = functools.partial(requests.run, session.runner, advance=bar.update), dict[int, Any]()
         for items in batches(requests, *self._limits(session.settings.press, requests)):
             done = dict(zip(items, in_halves(run, items), strict=True))
             outcomes |= done
-            bar.update(len(items))
             bar.set_postfix(meter.live(), refresh=False)
             if not requests.splits_requests:
                 meter.finish(requests.request_type)

@@ -33,21 +33,19 @@ from lm_eval_kvpress.harness.command_line import share_log_handlers
 from lm_eval_kvpress.harness.loading import CheckedHFLM
 from lm_eval_kvpress.harness.requests import (
     answer_padding,
-    encode_documents,
     generation_batches,
     likelihood_batches,
     likelihood_batches_of_tokens,
-    request_ids,
     rolling_batches,
+    stream_batches,
 )
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.harness.stream_requests import StreamedDocument, StreamRun
 from lm_eval_kvpress.models import gpt_neox, llama_like
 from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
-from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.records.meter import Recorder, RequestId
 from lm_eval_kvpress.records.recorders import open_recorders
 
@@ -161,8 +159,10 @@ class KVPress(CheckedHFLM):
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is memory for."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
-        free, decodes = batch_size.free_bytes(self.press_model.device), requests.request_type == "generate_until"
-        return self.max_batch_size, batch_size.tokens_per_batch(self.press_model, press, free, decodes=decodes)
+        free = batch_size.free_bytes(self.press_model.device)
+        share = 1.0 if requests.is_cached_whole else batch_size.kept_share(press, self.model.config)
+        copies = requests.num_cache_copies
+        return self.max_batch_size, batch_size.tokens_per_batch(self.press_model, free, share=share, num_copies=copies)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.mixed_precision_dtype is None:
@@ -192,7 +192,8 @@ class KVPress(CheckedHFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._refuse_decoding_alone()
         if self.session.settings.rolling == "stream":
-            return self._stream(requests, disable_tqdm)
+            batches = stream_batches(self, self.session, requests, self._loss_files())
+            return self._answer([batches], disable_tqdm, requests)
         return self._answer([rolling_batches(self, self.session, requests)], disable_tqdm, requests)
 
     @answer_padding
@@ -208,32 +209,9 @@ class KVPress(CheckedHFLM):
                 "choose tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
             )
 
-    def _stream(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
-        documents = [
-            StreamedDocument(id, tokens)
-            for id, tokens in zip(request_ids(requests), encode_documents(self, requests), strict=True)
-        ]
-        self.session.gathered = None
-        run = StreamRun(
-            self.press_model,
-            self.session.settings,
-            prefix_token=self.prefix_token_id,
-            clock=self.session.runner.clock,
-            meter=self.session.runner.meter,
-            totals=self.session.totals,
-            store=self._stream_store(),
-        )
-        batch_size = self.max_batch_size if self.batch_size == "auto" else int(self.batch_size)
-        with self._autocast(), self._progress("stream", 0, disable_tqdm) as bar:
-            run.run(documents, batch_size, bar)
-        answers: list[float] = [run.score(document) for document in documents]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return answers
-
-    def _stream_store(self) -> StreamStore | None:
+    def _loss_files(self) -> LossFiles | None:
         folder = self.session.settings.stream_output
-        return None if folder is None else StreamStore(Path(folder), self._identity())
+        return None if folder is None else LossFiles(Path(folder), self._identity())
 
     def _answer(
         self, kinds: Sequence[RequestBatches[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()
@@ -241,8 +219,8 @@ class KVPress(CheckedHFLM):
         """One answer per request, in request order; lm-eval's cache is told those to ``requests`` as they come."""
         self.session.gathered = None
         request_type, answers = kinds[0].request_type if kinds else "", dict[int, Any]()
-        num_items = sum(len(segment) for group in kinds for segment in group.segments())
-        with self._progress(request_type, num_items, disable_tqdm) as bar:
+        total = sum(batches.progress_total for batches in kinds)
+        with self._progress(request_type, total, disable_tqdm) as bar:
             for index, answer in self.answering.answers(kinds, bar):
                 answers[index] = answer
                 if requests:

@@ -21,13 +21,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_kvpress.engine import windows
 from lm_eval_kvpress.engine.generation_batches import GenerationBatches
 from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
-from lm_eval_kvpress.engine.outcomes import Prompt
+from lm_eval_kvpress.engine.outcomes import Document, Prompt
 from lm_eval_kvpress.engine.rolling_batches import RollingBatches
+from lm_eval_kvpress.engine.stream_batches import StreamBatches
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.generation_arguments import answer_text, generation_settings
 from lm_eval_kvpress.harness.ranks import without_padding
 from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.harness.stream_settings import stream_plan
 from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
+from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.records.meter import RequestId
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -99,6 +102,16 @@ def rolling_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) ->
     """``loglikelihood_rolling``: documents, in the windows of the session's protocol."""
     documents = [list(_windows(lm, session, tokens)) for tokens in encode_documents(lm, requests)]
     return RollingBatches(documents, request_ids(requests))
+
+
+def stream_batches(
+    lm: HFLM, session: Session, requests: Sequence[Instance], loss_files: LossFiles | None
+) -> StreamBatches:
+    """``loglikelihood_rolling`` under ``rolling=stream``: whole documents."""
+    texts, ids = encode_documents(lm, requests), request_ids(requests)
+    documents = [Document(tuple(tokens), id) for tokens, id in zip(texts, ids, strict=True)]
+    plan = stream_plan(session.settings)
+    return StreamBatches(documents, plan, prefix_token=lm.prefix_token_id, loss_files=loss_files)
 
 
 def _windows(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:

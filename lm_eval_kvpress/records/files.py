@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, and folders that can be written to."""
+"""Atomic writes of small files, and folders that can be written to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lm_eval_kvpress.errors import UsageError
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there in full or not at all."""
-    beside = file.with_suffix(f".{os.getpid()}.part")
+    """Write a text file that appears in full or not at all, also if the process is killed."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
     with beside.open("w") as stream:
         stream.write(text)
         stream.flush()

@@ -1,7 +1,11 @@
 """Losses by token position on disk, one CSV per document; a finished document is never computed again.
 
-Knows files only. A document's file appears when the document is complete (written beside it and renamed), so after a
-kill at any moment each file is whole or absent. The folder belongs to one setting; another one is refused.
+    FOLDER/settings.json            all that the losses depend on; another setting is refused
+    FOLDER/TASK/NAME-CHECKSUM.csv   the losses of a finished document: position (in tokens), loss_nats
+    FOLDER/TASK/NAME-CHECKSUM.json  what else is known of it, written first
+
+Knows files only. A document's files appear whole when the document is finished, so a kill at any moment leaves none
+that is torn.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.files import write_whole
@@ -19,12 +23,19 @@ from lm_eval_kvpress.records.files import write_whole
 SETTINGS = "settings.json"
 
 
-class StreamStore:
+class StoredLosses(NamedTuple):
+    """A finished document: its losses in nats, by position, and the counts that were saved with them."""
+
+    losses: tuple[float, ...]
+    counts: dict[str, int]
+
+
+class LossFiles:
     """The folder of one run.
 
     Args:
         folder: made if absent.
-        settings: everything that the losses depend on; stored beside them.
+        settings: everything that the losses depend on; stored in it.
 
     Raises:
         UsageError: if the folder holds losses of other settings.
@@ -45,24 +56,31 @@ class StreamStore:
                 "folder, or empty this one"
             )
 
-    def load(self, task: str, document: Sequence[int], name: str) -> list[float] | None:
-        """The losses of a finished document in nats, or None."""
+    def load(self, task: str, document: Sequence[int], name: str) -> StoredLosses | None:
+        """A finished document, or None. One that an older version saved without its counts is not finished.
+
+        Raises:
+            UsageError: if the file holds fewer or more losses than the document has tokens.
+        """
         file = self._file(task, document, name)
-        if not file.is_file():
+        if not (file.is_file() and file.with_suffix(".json").is_file()):
             return None
         with file.open(newline="") as lines:
-            losses = [float(row["loss_nats"]) for row in csv.DictReader(lines)]
+            losses = tuple(float(row["loss_nats"]) for row in csv.DictReader(lines))
         if len(losses) != len(document):
             raise UsageError(f"{file} holds {len(losses)} losses for a document of {len(document)} tokens: delete it")
-        return losses
+        return StoredLosses(losses, json.loads(file.with_suffix(".json").read_text()))
 
-    def save(self, task: str, document: Sequence[int], name: str, losses: Sequence[float]) -> None:
-        """Stores the losses of a finished document; columns ``position`` (in tokens) and ``loss_nats``."""
+    def save(
+        self, task: str, document: Sequence[int], name: str, losses: Sequence[float], counts: Mapping[str, int]
+    ) -> None:
+        """Save a finished document: its losses in nats, and counts by name."""
         rows = [f"{position},{loss!r}" for position, loss in enumerate(losses)]
         file = self._file(task, document, name)
         file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file.with_suffix(".json"), json.dumps(counts))
         write_whole(file, "\n".join(["position,loss_nats", *rows]) + "\n")
 
     def _file(self, task: str, document: Sequence[int], name: str) -> Path:
-        """Named after the document and its tokens: another text of the same name is another file."""
+        """Named after the document and its tokens, since another text may have the same name."""
         return self._folder / (task or "documents") / f"{name}-{zlib.crc32(repr(list(document)).encode()):08x}.csv"

@@ -71,14 +71,13 @@ def _run_batch(
     for run in runs:
         runner, todo = run.session.runner, [item for item in items if keys[item] not in run.done]
         if todo:
-            outcomes: dict[str, Outcome] = {
-                keys[item]: outcome for item, outcome in zip(todo, requests.run(runner, todo), strict=True)
-            }
+            found = requests.run(runner, todo, bar.update)
+            outcomes: dict[str, Outcome] = {keys[item]: outcome for item, outcome in zip(todo, found, strict=True)}
             if not requests.splits_requests:
                 runner.meter.finish(requests.request_type)
             run.store.add(outcomes)
             run.done.update(outcomes)
-        bar.update(len(items))
+        bar.update(len(items) - len(todo))
         bar.set_postfix({"cell": run.cell.name, **runner.meter.live()}, refresh=False)
     return [None] * len(items)
 

@@ -68,7 +68,8 @@ class SweepModel:
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
         """Make ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
-        self.lm.use(run.session, CellAnswering(run, peers, self.lm.batch_limits))
+        streams = run.session.settings.rolling == "stream"  # each by itself, and its documents are in loss files
+        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self.lm.batch_limits))
         needed = run.session.settings.press.attn_implementation or self._attention_at_load
         if self.lm.model.config._attn_implementation != needed:
             self.lm.model.set_attn_implementation(needed)

@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from lm_eval_kvpress.engine.streaming import StreamPlan, stream
+    from lm_eval_kvpress.engine.stream_plan import StreamPlan
+    from lm_eval_kvpress.engine.streaming import stream
     from lm_eval_kvpress.harness.model import KVPress
 
     lm = KVPress(pretrained=arguments.pretrained, device="cpu")

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_eval_kvpress.engine.streaming import ChunkLosses, StreamPlan, stream
+from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.streaming import ChunkLosses, stream
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.streaming import for_stream

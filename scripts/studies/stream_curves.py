@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.records.loss_files import StreamStore
+from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.report.bootstrap import interval
 from scripts.benchmarks.streams import CHUNK, SETTINGS, Setting, first_books, steps_of
 from scripts.markdown import table
@@ -82,16 +82,17 @@ def measured(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     weights = 0
     for parameter in lm.model.parameters():
         weights = zlib.crc32(parameter.detach().numpy().tobytes(), weights)
-    store = StreamStore(arguments.losses, {"chunk": CHUNK, "dtype": "float32", "weights": f"{weights:08x}"})
+    store = LossFiles(arguments.losses, {"chunk": CHUNK, "dtype": "float32", "weights": f"{weights:08x}"})
     texts = first_books(lm, arguments.books, arguments.tokens)
     out: dict[str, np.ndarray] = {}
     for setting in (SETTINGS[name] for name in arguments.settings.split(",")):
-        found = {title: store.load(setting.name, tokens, file_name(title)) for title, tokens in texts.items()}
+        stored = {title: store.load(setting.name, tokens, file_name(title)) for title, tokens in texts.items()}
+        found = {title: None if one is None else list(one.losses) for title, one in stored.items()}
         todo = [title for title, values in found.items() if values is None]
         for titles in (todo[first : first + arguments.rows] for first in range(0, len(todo), arguments.rows)):
             begun = time.perf_counter()
             for title, values in zip(titles, losses(lm, setting, [texts[title] for title in titles]), strict=True):
-                store.save(setting.name, texts[title], file_name(title), values)
+                store.save(setting.name, texts[title], file_name(title), values, {})
                 found[title] = values
             print(f"{setting.name}: {len(titles)} books, {time.perf_counter() - begun:.0f} s", flush=True)
         out[setting.name] = np.array(list(found.values()))

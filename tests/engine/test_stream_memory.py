@@ -8,7 +8,8 @@ import pytest
 import torch
 from kvpress import StreamingLLMPress, TOVAPress
 
-from lm_eval_kvpress.engine.streaming import StreamPlan, stream
+from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.streaming import stream
 from lm_eval_kvpress.models.pressable import PressableModel
 
 BUDGET, CHUNK = 24, 8

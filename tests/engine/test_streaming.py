@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kvpress import KeyDiffPress, LagKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
-from lm_eval.api.instance import Instance
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from lm_eval_kvpress.engine.streaming import StreamPlan, stream
-from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import parse_arguments
-from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.streaming import stream
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.records.loss_files import StreamStore
 
 BUDGET = 20
 
@@ -140,106 +134,8 @@ def test_a_later_chunk_never_changes_an_earlier_loss(
     assert max(abs(a - b) for a, b in zip(one[first_changed:], other[first_changed:], strict=True)) > 1e-2
 
 
-BAD = [
-    ({"rolling": "stream", "press": "snapkv"}, "stream_budget"),
-    ({"rolling": "stream", "press": "none", "stream_budget": 64}, "standing cache"),
-    ({"rolling": "stream", "press": "adakv:snapkv", "stream_budget": 64}, "standing cache"),
-    ({"rolling": "stream", "press": "snapkv", "stream_budget": 63, "stream_chunk": 64}, "must keep"),
-    ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "stream_chunk": 0}, "at least 1"),
-    ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "compression_ratio": 0.5}, "compression_ratio"),
-    ({"rolling": "stream", "press": "random", "stream_budget": 128, "seed": 7}, "same places"),
-    ({"rolling": "prefix", "press": "snapkv", "stream_budget": 128}, "rolling=stream"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[str(arguments) for arguments, _ in BAD])
-def test_bad_streams_are_refused_in_one_line(arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_arguments(arguments)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("positions", [{}, {"stream_positions": "original"}])
-def test_positions_beyond_the_trained_ones_are_refused(checkpoint_dir: Path, positions: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="positions"):
-        KVPress(
-            pretrained=str(checkpoint_dir),
-            device="cpu",
-            rolling="stream",
-            press="streaming_llm",
-            stream_budget=100 if positions else 1_000_000,
-            **positions,
-        )
-
-
-def requests() -> list[Instance]:
-    texts = ["the mill " * 120, "", "river", "seven grey geese slept " * 40]
-    return [Instance("loglikelihood_rolling", {}, (text,), 0, ("s", i, 1)) for i, text in enumerate(texts)]
-
-
-def test_finished_documents_are_read_and_another_setting_is_refused(
-    checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common: dict[str, Any] = {"pretrained": str(checkpoint_dir), "device": "cpu", "rolling": "stream"}
-    common |= {"press": "streaming_llm", "stream_chunk": 8, "stream_output": str(tmp_path / "losses")}
-    lm = KVPress(stream_budget=40, **common)
-    first = lm.loglikelihood_rolling(requests(), disable_tqdm=True)
-    assert [score.num_tokens for score in first] == [  # type: ignore[attr-defined]
-        len(lm.tok_encode(request.args[0])) for request in requests()
-    ]
-    record = lm.describe()["tasks"]["s"]
-    assert record["max_stream_entries"] <= 40
-    assert record["tokens_scored"] == sum(score.num_tokens for score in first)  # type: ignore[attr-defined]
-    again = KVPress(stream_budget=40, **common)
-    monkeypatch.setattr("lm_eval_kvpress.harness.stream_requests.stream", lambda *_: pytest.fail("computed again"))
-    assert again.loglikelihood_rolling(requests(), disable_tqdm=True) == first
-    with pytest.raises(UsageError, match="another setting"):
-        KVPress(stream_budget=41, **common).loglikelihood_rolling(requests(), disable_tqdm=True)
-
-
-@pytest.mark.parametrize("change", ["weights", "seed"])
-def test_losses_of_other_weights_or_another_seed_are_not_taken_up(
-    checkpoint_dir: Path, tmp_path: Path, change: str
-) -> None:
-    common: dict[str, Any] = {"pretrained": str(checkpoint_dir), "device": "cpu", "rolling": "stream"}
-    common |= {"press": "random", "stream_budget": 40, "stream_chunk": 8, "stream_output": str(tmp_path / "losses")}
-    torch.manual_seed(1)
-    KVPress(**common).loglikelihood_rolling(requests(), disable_tqdm=True)
-    other = KVPress(**common)
-    if change == "seed":
-        torch.manual_seed(2)
-    else:
-        with torch.no_grad():
-            other.model.get_output_embeddings().weight[3] += 0.1
-    with pytest.raises(UsageError, match=change):
-        other.loglikelihood_rolling(requests(), disable_tqdm=True)
-
-
-def test_the_summary_of_a_stream_does_not_claim_that_nothing_was_compressed(
-    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    lm = KVPress(
-        pretrained=str(checkpoint_dir), device="cpu", rolling="stream", press="streaming_llm", stream_budget=70
-    )
-    lm.loglikelihood_rolling(requests(), disable_tqdm=True)
-    with caplog.at_level("INFO", logger="lm_eval_kvpress"):
-        lm.get_model_info()
-    assert "held every layer to 70 entries" in caplog.text
-    assert "compressed nothing" not in caplog.text
-
-
 def test_rotations_that_cannot_be_turned_back_are_refused(make_pressable: Callable[..., PressableModel]) -> None:
     model = make_pressable("sdpa")
     model.model.base_model.rotary_emb.attention_scaling = 0.8
     with pytest.raises(ValueError, match="plain RoPE"):
         losses(model, documents(30), 7, streaming_llm)
-
-
-def test_a_stored_document_is_exact_and_an_unfinished_one_is_absent(tmp_path: Path) -> None:
-    store = StreamStore(tmp_path, {"press": "a"})
-    values = [0.1, math.pi, 1e-17]
-    assert store.load("task", [1, 2, 3], "0") is None
-    store.save("task", [1, 2, 3], "0", values)
-    assert store.load("task", [1, 2, 3], "0") == values
-    assert store.load("task", [1, 2, 4], "0") is None, "another text of the same name"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from lm_eval_kvpress.harness import stream_requests
+from lm_eval_kvpress.engine import runner
 from lm_eval_kvpress.harness.model import KVPress
 
 DOCUMENTS = ["the mill and seven grey geese " * 140, "nobody asked who owned them ; " * 120, "a river " * 300]
@@ -56,13 +56,13 @@ def test_a_killed_run_computes_only_what_is_missing(
     before = {file: file.stat().st_mtime_ns for file in killed.glob("s/*.csv")}
     assert 0 < len(before) < len(expected) == len(DOCUMENTS)
     computed: list[int] = []
-    stream = stream_requests.stream
+    stream = runner.stream
 
     def counted(model: Any, documents: list[list[int]], *rest: Any) -> Any:
         computed.extend(map(len, documents))
         return stream(model, documents, *rest)
 
-    monkeypatch.setattr(stream_requests, "stream", counted)
+    monkeypatch.setattr(runner, "stream", counted)
     score(str(checkpoint_dir), str(killed))
     assert len(computed) == len(DOCUMENTS) - len(before)
     assert {file: file.stat().st_mtime_ns for file in before} == before

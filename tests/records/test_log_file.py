@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -105,6 +107,12 @@ def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
     process.kill()
     process.join()
     ThroughputLog(path).close()
+
+
+def test_the_lock_needs_no_fcntl() -> None:
+    """Windows has none."""
+    code = "import sys; sys.modules['fcntl'] = None; import lm_eval_kvpress.records.log_file"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_full_disk_is_one_clear_error_and_the_lines_so_far_are_complete(tmp_path: Path) -> None:

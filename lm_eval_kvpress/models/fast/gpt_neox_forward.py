@@ -6,14 +6,9 @@ per cent of a prefill, much of it the zeroing of fresh pages
 (docs/experiments/fresh_pages.md). Here both happen in place, in what the
 linear layer before has just made and nobody else holds.
 
-And the first layer is given the same row for each occurrence of a token: positions come in only with the rotation. Its
-queries, keys and values and, with parallel residuals, its feed-forward are computed once per distinct token, a third of
-them in English text of 2,000 tokens.
-
 Knows transformers' GPTNeoX module. Does not know presses, caches or text.
 
-Letters in shape comments: B rows, T tokens, N of all rows, H heads, D head_dim, R rotated dims (R <= D), E hidden size,
-I what goes into a linear layer.
+Letters in shape comments: B rows, T tokens, H heads, D head_dim, R rotated dims (R <= D), E hidden size.
 """
 
 from __future__ import annotations
@@ -35,9 +30,6 @@ ATTENTION_ARGUMENTS = [
 ]
 """Of the forward that `_attend` stands in for; a transformers with another one keeps its own."""
 
-LEAST_TOKENS, MOST_DISTINCT = 256, 0.75
-"""Of a forward, and the share of them that may be distinct for rows to be computed once."""
-
 
 @contextmanager
 def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
@@ -46,7 +38,7 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
     A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
     autocast, which mixes dtypes; all keep theirs where a hook watches every module there is. Other hooks stay in force.
     """
-    body, lent, repeats = model.gpt_neox, list[nn.Module](), _Repeats()
+    lent = list[nn.Module]()
 
     def lend(module: nn.Module, forward: Callable[..., Any]) -> None:
         if "forward" not in module.__dict__:
@@ -55,15 +47,11 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
 
     keep = torch.is_autocast_enabled(model.device.type) or every_module_is_watched()
     try:
-        for layer in () if keep else body.layers:
-            attention, mlp = layer.attention, layer.mlp
-            by_row = repeats.once if layer is body.layers[0] and _may_leave_rows_out(layer) else _by_row
-            if _can_rotate(attention):
-                lend(attention, functools.partial(_attend, attention, by_row))
-            if _can_overwrite(mlp):
-                lend(mlp, functools.partial(by_row, functools.partial(_feed_forward, mlp)))
-        if not keep:
-            lend(body.embed_in, functools.partial(repeats.embed, body.embed_in))
+        for layer in () if keep else model.gpt_neox.layers:
+            if _can_rotate(layer.attention):
+                lend(layer.attention, functools.partial(_attend, layer.attention))
+            if _can_overwrite(layer.mlp):
+                lend(layer.mlp, functools.partial(_feed_forward, layer.mlp))
         yield
     finally:
         for module in lent:
@@ -96,56 +84,9 @@ def _can_overwrite(mlp: Any) -> bool:
     return not is_watched and "forward" not in act.__dict__
 
 
-def _may_leave_rows_out(layer: Any) -> bool:
-    """Whether nobody sees that linear layers are not given all rows: they are plain, and no hook is on them."""
-    if type(layer.mlp) is not GPTNeoXMLP:
-        return False
-    products = (layer.attention.query_key_value, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h)
-    is_watched = (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in products)
-    return all(type(product) is nn.Linear for product in products) and not any(is_watched)
-
-
 def has_plain_gelu(mlp: Any) -> bool:
     """Whether the activation is the exact GELU, with nothing around it."""
     return type(mlp.act) is GELUActivation and mlp.act.act is nn.functional.gelu
-
-
-ByRow = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
-"""Applies to ``(B, T, I)`` a function of rows, ``(B, T, I)`` or ``(N, I)`` to as many rows of another width."""
-
-
-def _by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return function(x)
-
-
-class _Repeats:
-    """Rows of a forward that are the same because their tokens are; found by token, believed only if equal."""
-
-    def __init__(self) -> None:
-        self._places: tuple[torch.Tensor, torch.Tensor] | None = None  # of a row for each distinct token, and back
-
-    def embed(self, embed_in: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
-        """The module's own forward, which begins a forward of the model."""
-        self._places = None
-        if input.device.type == "cpu" and input.numel() >= LEAST_TOKENS:  # a GPU's counting would have to be waited for
-            tokens, back = torch.unique(input.flatten(), return_inverse=True)
-            if len(tokens) <= MOST_DISTINCT * len(back):
-                places = back.new_empty(len(tokens))
-                self._places = places.scatter_(0, back, torch.arange(len(back), device=back.device)), back
-        embedded: torch.Tensor = type(embed_in).forward(embed_in, input)
-        return embedded
-
-    def once(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """The function of distinct rows, copied to where they occur; of all rows where a token's differ, or where
-        somebody asks for gradients."""
-        known, rows = self._places, x.flatten(0, 1)
-        if known is None or torch.is_grad_enabled() or len(rows) != len(known[1]):
-            return function(x)
-        places, back = known
-        distinct = rows.index_select(0, places)
-        if not torch.equal(distinct.index_select(0, back), rows):
-            return function(x)
-        return function(distinct).index_select(0, back).view(*x.shape[:-1], -1)
 
 
 def _feed_forward(mlp: GPTNeoXMLP, hidden: torch.Tensor) -> torch.Tensor:
@@ -154,7 +95,6 @@ def _feed_forward(mlp: GPTNeoXMLP, hidden: torch.Tensor) -> torch.Tensor:
 
 def _attend(
     attention: GPTNeoXAttention,
-    by_row: ByRow,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     layer_past: Any = None,
@@ -165,9 +105,7 @@ def _attend(
     """``(B, T, E)`` to ``(B, T, E)`` and, if the implementation returns them, the attention weights."""
     assert position_embeddings is not None
     shape, (cos, sin) = hidden_states.shape[:-1], position_embeddings
-    by_head = by_row(attention.query_key_value, hidden_states).view(
-        *shape, -1, 3, attention.head_size
-    )  # (B, T, H, 3, D)
+    by_head = attention.query_key_value(hidden_states).view(*shape, -1, 3, attention.head_size)  # (B, T, H, 3, D)
     _rotate(by_head[..., :2, :], cos, sin, attention.rotary_ndims)
     query, key, value = by_head.transpose(1, 2).unbind(dim=3)  # (B, H, T, D) each
     if layer_past is not None:

@@ -4,8 +4,7 @@ Knows tensors and transformers' cache classes. Does not know presses, models, te
 
 A `CompressedCache` is never changed once made. Scoring reads it through `reading_cache`, whose layers return
 ``[kept entries, new entries]`` and forget the new ones, so any number of continuations can be scored on one
-compressed context without a clone; where the kept entries are the beginning of larger buffers, the new ones are written
-behind them, and nothing is copied at all. Decoding appends, so it works on the private buffers of `growing_cache`.
+compressed context without a clone. Decoding appends, so it works on the private buffers of `growing_cache`.
 
 Letters in shape comments: B batch rows, H key-value heads, T cached entries of one layer, Q new tokens, D head_dim,
 E hidden size. T differs from layer to layer; within a layer, rows with fewer entries are padded on the left.
@@ -23,8 +22,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 ALIGNMENT = 16
 """Entries by which the buffers of a growing cache are rounded up."""
-MOST_SPARE = 0.25
-"""Of a batch's entries, what room behind them may take; where more is wanted, there is none, and readers copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +32,11 @@ class LayerKV:
         keys, values: ``(B, H, T, D)``.
         hidden: ``(B, 1 or H, T)``, True where an entry must not be attended: padding, or evicted by a press that
             masks instead of shrinking. None when every entry counts.
-        buffers: ``(B, H, T + spare, D)`` each, of which keys and values are the beginning, or None. What stands behind
-            them is nobody's: the forward that reads the cache writes its own entries there.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     hidden: torch.Tensor | None = None
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_entries(self) -> int:
@@ -107,85 +101,44 @@ def empty_cache(batch: int, num_layers: int, num_heads: int, head_dim: int, like
     return CompressedCache(layers, (0,) * batch, (0,) * batch)
 
 
-class LayerBuffers:
-    """One layer's keys and values of a whole batch, put there some rows at a time. All rows end at the same entry.
-
-    Args:
-        batch: B.
-        longest: T, entries of the longest row; shorter ones are padded with zeros on the left.
-        spare: entries of room wanted behind them.
-    """
-
-    def __init__(self, batch: int, longest: int, spare: int) -> None:
-        self._batch, self._longest = batch, longest
-        self._capacity = longest + (spare if spare <= MOST_SPARE * longest else 0)
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def put(
-        self, rows: slice | torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies the entries of some rows; what lies there now, as views where ``rows`` is a slice."""
-        if self._buffers is None:
-            self._buffers = self._buffer_for(keys), self._buffer_for(values)
-        start = self._longest - keys.shape[2]
-        for buffer, entries in zip(self._buffers, (keys, values), strict=True):
-            buffer[rows, :, :start] = 0  # 0 * NaN would be NaN
-            buffer[rows, :, start : self._longest] = entries
-        placed_keys, placed_values = (buffer[rows, :, start : self._longest] for buffer in self._buffers)
-        return placed_keys, placed_values
-
-    def _buffer_for(self, entries: torch.Tensor) -> torch.Tensor:
-        _, heads, _, dim = entries.shape
-        return entries.new_empty(self._batch, heads, self._capacity, dim)
-
-    def layer(self, hidden: torch.Tensor | None) -> LayerKV:
-        """All rows. For ``hidden`` see `LayerKV`; it may lie on another device."""
-        assert self._buffers is not None, "nothing was put there"
-        keys, values = (buffer[:, :, : self._longest] for buffer in self._buffers)
-        return LayerKV(keys, values, None if hidden is None else hidden.to(keys.device), self._buffers)
-
-
-def stack(caches: Sequence[CompressedCache], rows: Sequence[int] | None = None, *, spare: int = 0) -> CompressedCache:
+def stack(caches: Sequence[CompressedCache], rows: Sequence[int] | None = None) -> CompressedCache:
     """One ragged batch out of several caches: each layer padded on the left to its longest row.
 
     Args:
         rows: where each row goes, counted through all caches; in their order by default.
-        spare: entries that a forward will want to add to each row, for which room is left where it is cheap.
     """
     ends = list(accumulate(len(cache.num_seen) for cache in caches))
     places = list(range(ends[-1]) if rows is None else rows)
     order = sorted(range(len(places)), key=places.__getitem__)
     if len(caches) == 1:
         return caches[0] if order == places else caches[0].select(order)
-    parts = [_span(places[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    parts = [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     hidden_states = [cache.last_hidden for cache in caches if cache.last_hidden is not None]
     num_seen = [number for cache in caches for number in cache.num_seen]
     next_position = [position for cache in caches for position in cache.next_position]
     return CompressedCache(
-        tuple(_stack_layers(layers, parts, spare) for layers in zip(*(cache.layers for cache in caches), strict=True)),
+        tuple(_stack_layers(layers, parts) for layers in zip(*(cache.layers for cache in caches), strict=True)),
         tuple(num_seen[row] for row in order),
         tuple(next_position[row] for row in order),
         torch.cat(hidden_states)[order] if len(hidden_states) == len(caches) else None,
     )
 
 
-def _span(rows: list[int]) -> slice | torch.Tensor:
-    """An index of rows; where they follow each other, one that makes views."""
-    first, end = rows[0], rows[0] + len(rows)
-    return slice(first, end) if rows == list(range(first, end)) else torch.tensor(rows)
-
-
-def _stack_layers(layers: Sequence[LayerKV], rows: Sequence[slice | torch.Tensor], spare: int) -> LayerKV:
-    longest, batch = max(layer.num_entries for layer in layers), sum(layer.keys.shape[0] for layer in layers)
-    buffers, hidden = LayerBuffers(batch, longest, spare), None
+def _stack_layers(layers: Sequence[LayerKV], rows: Sequence[Sequence[int]]) -> LayerKV:
+    """One layer of all caches; padding is zero, since a weight of zero times NaN would be NaN."""
+    like, longest = layers[0].keys, max(layer.num_entries for layer in layers)
+    batch, num_heads, dim = sum(map(len, rows)), like.shape[1], like.shape[3]
+    keys, values = (like.new_zeros(batch, num_heads, longest, dim) for _ in range(2))
+    hidden = None
     if any(layer.num_entries != longest or layer.hidden is not None for layer in layers):
         heads = max(1 if layer.hidden is None else layer.hidden.shape[1] for layer in layers)
-        hidden = torch.ones(batch, heads, longest, dtype=torch.bool, device=layers[0].keys.device)  # (B, 1 | H, T)
+        hidden = torch.ones(batch, heads, longest, dtype=torch.bool, device=like.device)  # (B, 1 | H, T)
     for layer, places in zip(layers, rows, strict=True):
-        buffers.put(places, layer.keys, layer.values)
+        index, start = torch.tensor(places), longest - layer.num_entries
+        keys[index, :, start:], values[index, :, start:] = layer.keys, layer.values
         if hidden is not None:
-            hidden[places, :, longest - layer.num_entries :] = False if layer.hidden is None else layer.hidden
-    return buffers.layer(hidden)
+            hidden[index, :, start:] = False if layer.hidden is None else layer.hidden
+    return LayerKV(keys, values, hidden)
 
 
 def attention_bias(
@@ -219,39 +172,18 @@ def attention_bias(
     return bias
 
 
-class FillingLayer(DynamicLayer):
-    """Takes what a prefill of some rows makes into the buffers of the whole batch."""
-
-    def __init__(self, buffers: LayerBuffers, rows: slice) -> None:
-        super().__init__()
-        self._buffers, self._rows = buffers, rows
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.get_seq_length() == 0, "a prefill is one forward"
-        self.keys, self.values = self._buffers.put(self._rows, key_states, value_states)
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self.keys, self.values
-
-
 class ReadingLayer(DynamicLayer):
     """Returns the kept entries followed by the new ones, and keeps nothing of the new ones."""
 
     def __init__(self, layer: LayerKV) -> None:
         super().__init__()
-        self.keys, self.values, self._buffers = layer.keys, layer.values, layer.buffers
+        self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self._buffers is None or end > self._buffers[0].shape[2] or torch.is_grad_enabled():
-            return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        keys, values = (buffer[:, :, :end] for buffer in self._buffers)
-        keys[:, :, start:], values[:, :, start:] = key_states, value_states
-        return keys, values
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
 
 
 class GrowingLayer(DynamicLayer):

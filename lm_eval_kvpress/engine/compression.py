@@ -101,13 +101,8 @@ class Compressor:
                     "them, short_context=shrink shrinks the press's window"
                 )
 
-    def compress(self, contexts: Sequence[Tokens], *, spare: int = 0) -> CompressedBatch:
-        """Prefills all but the held-back end of each context, under the press wherever it runs.
-
-        Args:
-            spare: tokens beyond the contexts that a forward is going to read a cache with; more may.
-        """
-        spare += self._query_tokens if spare else 0
+    def compress(self, contexts: Sequence[Tokens]) -> CompressedBatch:
+        """Prefills all but the held-back end of each context, under the press wherever it runs."""
         heads = self.heads(contexts)
         ends = [len(head) for head in heads]
         borrowed_sec = self._borrow(contexts, heads)
@@ -115,12 +110,12 @@ class Compressor:
         caches: list[CompressedCache] = []
         records: dict[int, ContextRecord] = {}
         with self._clock.phase("prefill", num_tokens=0 if self._shared else sum(ends)):
-            for rows, cache, pressed in self._prefilled(heads, spare):
+            for rows, cache, pressed in self._prefilled(heads):
                 for row, record in zip(rows, _context_records(cache, self.press, pressed), strict=True):
                     records[row] = record
                 order += rows
                 caches.append(cache)
-            cache = stack(caches, order, spare=spare)
+            cache = stack(caches, order)
         queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
         pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
         in_order = [records[row] for row in range(len(contexts))]
@@ -158,7 +153,7 @@ class Compressor:
             return False
         return length >= self.press.min_context() or self._short_context == "shrink"
 
-    def _prefilled(self, heads: Sequence[Tokens], spare: int) -> Iterator[tuple[list[int], CompressedCache, bool]]:
+    def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
         pressed = [row for row, head in enumerate(heads) if self._runs_on(len(head))]
         empty = [row for row, head in enumerate(heads) if not head]
@@ -169,7 +164,7 @@ class Compressor:
             for rows in _by_length(plain, heads):
                 yield rows, self._shared.compress([heads[row] for row in rows], None), False
         elif plain:
-            yield plain, self._prefill_plain([heads[row] for row in plain], spare), False
+            yield plain, self._prefill_plain([heads[row] for row in plain]), False
         for rows in _by_length(pressed, heads):
             for group in self._side_by_side(rows, heads) if self.press.batches else [[row] for row in rows]:
                 yield group, self._prefill([heads[row] for row in group]), True
@@ -187,9 +182,9 @@ class Compressor:
         if group:
             yield group
 
-    def _prefill_plain(self, heads: Sequence[Tokens], spare: int) -> CompressedCache:
+    def _prefill_plain(self, heads: Sequence[Tokens]) -> CompressedCache:
         groups = list(self._side_by_side(range(len(heads)), heads))
-        return prefill_padded(self._model, heads, side_by_side=groups, for_cache_only=self._for_cache_only, spare=spare)
+        return prefill_padded(self._model, heads, side_by_side=groups, for_cache_only=self._for_cache_only)
 
     def _prefill(self, heads: Sequence[Tokens]) -> CompressedCache:
         length = len(heads[0])

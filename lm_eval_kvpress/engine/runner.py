@@ -69,13 +69,8 @@ class Runner:
         """
         self.meter.start()
         split = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
-        longest = max(
-            sum(len(group.continuations[index]) for index in pack)
-            for group, packs in zip(groups, split, strict=True)
-            for pack in packs
-        )
         with self._autocast():
-            batch = self.compressor.compress([group.context for group in groups], spare=longest)
+            batch = self.compressor.compress([group.context for group in groups])
         scores: list[list[BranchScore]] = [[] for _ in groups]
         for turn in range(max(len(packs) for packs in split)):
             rows = [row for row, packs in enumerate(split) if turn < len(packs)]
@@ -103,7 +98,7 @@ class Runner:
         pressed = [False] * len(windows)
         if windows[0].pressed:
             with self._autocast():
-                batch = self.compressor.compress(contexts, spare=max(len(window.targets) for window in windows))
+                batch = self.compressor.compress(contexts)
             cache, queries, records, pressed = batch.cache, batch.queries, batch.records, batch.pressed
         else:  # the whole context is fed with the targets: one plain forward, in which no press can act
             cache, queries = self.model.empty_cache(len(windows)), contexts

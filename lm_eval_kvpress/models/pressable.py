@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, FillingLayer, LayerBuffers, LayerKV, empty_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, empty_cache, stack
 from lm_eval_kvpress.models.fast.onednn_linear import linear, quick_forwards
 
 
@@ -167,19 +167,15 @@ def run_prefill(
     *,
     for_cache_only: bool,
     reads_outputs: bool,
-    layers: Sequence[DynamicLayer] | None = None,
 ) -> tuple[Cache, torch.Tensor | None]:
     """Fills a new cache; with it the hidden states ``(B, T, E)``, or None for the cache only.
 
     What comes after the last layer's keys and values makes hidden states and no cache entry: a share of a prefill that
     a model of few layers feels. So for the cache only the forward ends there, once the hooks of the last attention have
     run, with nothing for its output; or, where hooks read that, the last feed-forward hands its input on.
-
-    Args:
-        layers: the empty layers to fill.
     """
     cache = DynamicCache()
-    cache.layers[:] = layers or [DynamicLayer() for _ in model.attentions]
+    cache.layers[:] = [DynamicLayer() for _ in model.attentions]
     if not for_cache_only:
         return cache, model.hidden_states(tokens, past_key_values=cache, use_cache=True)
     if reads_outputs:
@@ -283,7 +279,6 @@ def prefill_padded(
     *,
     side_by_side: Sequence[Sequence[int]] | None = None,
     for_cache_only: bool = False,
-    spare: int = 0,
 ) -> CompressedCache:
     """Runs contexts of any lengths through the model, without a press.
 
@@ -292,25 +287,28 @@ def prefill_padded(
     Args:
         side_by_side: rows that share a forward, in order; all by default.
         for_cache_only: as for `prefill`.
-        spare: as for `compressed.stack`.
     """
-    lengths = tuple(len(context) for context in contexts)
     groups = side_by_side or [range(len(contexts))]
-    longest, widths, last_hidden = max(lengths), list[int](), list[torch.Tensor]()
-    buffers = [LayerBuffers(len(contexts), longest, spare) for _ in model.attentions]
-    for group in groups:
-        tokens = _right_padded([contexts[row] for row in group]).to(model.device)
-        layers = [FillingLayer(of_layer, slice(group[0], group[-1] + 1)) for of_layer in buffers]
-        _, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False, layers=layers)
-        widths += [tokens.shape[1]] * len(group)
-        if hidden is not None:
-            last_hidden.append(hidden[torch.arange(len(group)), [lengths[row] - 1 for row in group]])
-    is_hidden = None
-    if min(lengths) != longest:
-        place = torch.arange(longest) - (longest - torch.tensor(widths))[:, None]  # (B, T): in the row's own forward
-        is_hidden = ((place < 0) | (place >= torch.tensor(lengths)[:, None]))[:, None].to(model.device)  # (B, 1, T)
-    layers_kv = tuple(of_layer.layer(is_hidden) for of_layer in buffers)
-    return CompressedCache(layers_kv, lengths, lengths, torch.cat(last_hidden) if last_hidden else None)
+    return stack(
+        [_prefill_padded(model, [contexts[row] for row in group], for_cache_only=for_cache_only) for group in groups]
+    )
+
+
+def _prefill_padded(
+    model: PressableModel, contexts: Sequence[Sequence[int]], *, for_cache_only: bool
+) -> CompressedCache:
+    lengths = tuple(len(context) for context in contexts)
+    tokens = _right_padded(contexts).to(model.device)
+    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False)
+    padding = None
+    if min(lengths) != max(lengths):
+        padding = (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])[:, None].to(model.device)  # (B, 1, T)
+    layers = tuple(
+        LayerKV(layer.keys, layer.values, None if padding is None else padding.to(layer.keys.device))
+        for layer in cache.layers
+    )
+    last_hidden = None if hidden is None else hidden[torch.arange(len(lengths)), [length - 1 for length in lengths]]
+    return CompressedCache(layers, lengths, lengths, last_hidden)
 
 
 def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:

@@ -78,7 +78,7 @@ def test_padding_is_zero_in_memory_that_held_something_else(monkeypatch: pytest.
     """Hidden entries have the weight zero, and zero times NaN would be NaN."""
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
     for case in ("ragged", "by head and whole", "with empty"):
-        stacked = stack(RAGGED[case], [*range(1, len(RAGGED[case])), 0], spare=1)
+        stacked = stack(RAGGED[case], [*range(1, len(RAGGED[case])), 0])
         assert all(torch.isfinite(part).all() for found in stacked.layers for part in (found.keys, found.values))
 
 
@@ -200,29 +200,6 @@ def test_reading_returns_kept_and_new_entries_and_forgets_the_new_ones() -> None
             assert torch.equal(found_values, torch.cat([old_values, values], dim=2))
             assert torch.equal(cache.layers[index].keys, old_keys)
     assert reader.get_seq_length() == 5
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize(
-    "spare, num_new, copies", [(0, 3, True), (3, 3, False), (4, 3, False), (3, 4, True), (6, 3, True)]
-)
-def test_new_entries_are_written_behind_the_kept_ones_where_there_is_cheap_room(
-    spare: int, num_new: int, copies: bool
-) -> None:
-    """Room of more than a quarter of the 20 entries is not made; what does not fit is read from a copy."""
-    cache = stack([one_row((20, 20), 1), one_row((17, 20), 2)], spare=spare)
-    kept = [(found.keys.clone(), found.values.clone()) for found in cache.layers]
-    reader = reading_cache(cache)
-    for turn in range(2):
-        for index, old in enumerate(kept):
-            new = torch.randn(2, 2, HEADS, num_new - turn, DIM, generator=torch.Generator().manual_seed(turn))
-            found = reader.update(new[0], new[1], index)
-            layer = cache.layers[index]
-            for part, before, kept_before, added in zip(found, (layer.keys, layer.values), old, new, strict=True):
-                assert torch.equal(part, torch.cat([kept_before, added], dim=2))
-                assert torch.equal(before, kept_before)
-                assert (part.data_ptr() == before.data_ptr()) == (not copies or num_new - turn <= spare <= 5)
-    assert reader.get_seq_length() == 20
 
 
 def test_growing_appends_to_a_copy() -> None:

@@ -14,8 +14,6 @@ from adapter_presses import PRESSES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress.cache import compressed
-from lm_eval_kvpress.cache.compressed import ReadingLayer
 from lm_eval_kvpress.engine import runner
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
@@ -345,24 +343,6 @@ def test_a_model_on_a_second_gpu_makes_it_the_current_one(
     monkeypatch.setattr(PressableModel, "device", torch.device("cuda:1"))
     lm._settle_on_device()
     assert calls == [torch.device("cuda:1")]
-
-
-@pytest.mark.parametrize("press, batch_size", [("none", 1), ("none", 2), ("knorm", 2)])
-def test_what_is_scored_is_written_behind_the_cache_not_beside_a_copy_of_it(
-    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, press: str, batch_size: int
-) -> None:
-    in_place, update = list[bool](), ReadingLayer.update
-
-    def watched(layer: ReadingLayer, *states: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        together, kept = update(layer, *states), (layer.keys, layer.values)
-        in_place.append(all(a.data_ptr() == b.data_ptr() for a, b in zip(together, kept, strict=True)))
-        return together
-
-    monkeypatch.setattr(ReadingLayer, "update", watched)
-    monkeypatch.setattr(compressed, "MOST_SPARE", 1.0)
-    lm = ours(checkpoint_dir, press=press, batch_size=batch_size)
-    lm.loglikelihood(loglikelihood_requests()[8:16], disable_tqdm=True)
-    assert in_place and all(in_place)
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(

@@ -215,7 +215,7 @@ def test_a_padded_prefill_equals_single_ones(
     model: PressableModel, lengths: tuple[int, ...], side_by_side: Sequence[list[int]] | None
 ) -> None:
     contexts = [distinct_tokens(length, 211, length) for length in lengths]
-    padded = pressable.prefill_padded(model, contexts, side_by_side=side_by_side, spare=9)
+    padded = pressable.prefill_padded(model, contexts, side_by_side=side_by_side)
     assert all((layer.hidden is None) == (len(set(lengths)) == 1) for layer in padded.layers)
     singles = [prefilled(model, [context], "none") for context in contexts]
     assert padded.kept() == [[float(length)] * 3 for length in lengths]

@@ -28,8 +28,8 @@ from lm_eval_kvpress.records.totals import ContextRecord
 Tokens = tuple[int, ...]
 
 FORWARD_TOKENS = {"cpu": 2_048}
-"""Tokens of contexts that one prefill runs side by side, at most: on a CPU more are no faster, and the widest tensors
-of more models grow beyond what the C library keeps for the next ones (`heap`)."""
+"""Tokens of contexts that one prefill runs side by side, at most: on a CPU more are no faster, and tensors
+of more than 32 MiB begin on pages that the kernel zeroes anew."""
 
 
 class ShortContextError(UsageError):

@@ -42,7 +42,7 @@ from lm_eval_kvpress.harness.requests import (
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models import gpt_neox, llama_like
-from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, heap, onednn_linear, trial
+from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, onednn_linear, trial
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.loss_files import LossFiles
@@ -106,11 +106,10 @@ class KVPress(CheckedHFLM):
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
-        On a CPU freed blocks are kept, and a slow dtype is named."""
+        On a CPU a slow dtype is named."""
         if self.press_model.device.type == "cuda":
             torch.cuda.set_device(self.press_model.device)
         elif self.press_model.device.type == "cpu":
-            heap.keep_freed_memory()
             onednn_linear.warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
 
     def _certificate(self, settings: Settings, stock: parity.Answers) -> parity.ParityCertificate:

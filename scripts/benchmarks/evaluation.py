@@ -10,6 +10,9 @@ fast" is the share of our time that these products and attentions take when call
     python -m scripts.benchmarks.evaluation --models pythia-70m --rows 'choice-800*' --repeats 9
     python -m scripts.benchmarks.evaluation --models pythia-2.8b --dtype bfloat16     on a GPU
 
+On a CPU set MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432, as the Makefile does: both sides of a
+row are then spared the zeroing of pages that they have just freed.
+
 The last line of stdout is one JSON document: that of --output (`document`), where a Markdown table is written as well,
 both after each row. Rows of an earlier run that were not measured again stay in both.
 """

@@ -1,13 +1,10 @@
-"""The compressed KV cache as a value: what each layer kept, which entries may be attended, how many bytes that is.
+"""The compressed KV cache as a value: what each layer kept, which entries may be attended, ragged batches of it.
 
-Knows tensors and transformers' cache classes. Does not know presses, models, text or lm-eval.
+Knows tensors only: no presses, no models, no text. A `CompressedCache` never changes once it is made; `layers` makes
+transformers caches that read it or continue from a copy of it, `masks` the attention masks that belong to it.
 
-A `CompressedCache` is never changed once made. Scoring reads it through `reading_cache`, whose layers return
-``[kept entries, new entries]`` and forget the new ones, so any number of continuations can be scored on one
-compressed context without a clone. Decoding appends, so it works on the private buffers of `growing_cache`.
-
-Letters in shape comments: B batch rows, H key-value heads, T cached entries of one layer, Q new tokens, D head_dim,
-E hidden size. T differs from layer to layer; within a layer, rows with fewer entries are padded on the left.
+Letters in shape comments: B rows, H key-value heads, T cached entries of one layer, D head_dim, E hidden size.
+T differs from layer to layer; within a layer, rows with fewer entries are padded on the left.
 """
 
 from __future__ import annotations
@@ -15,13 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
-
-ALIGNMENT = 16
-"""Entries by which the buffers of a growing cache are rounded up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,104 +131,3 @@ def _stack_layers(layers: Sequence[LayerKV], rows: Sequence[Sequence[int]]) -> L
         if hidden is not None:
             hidden[index, :, start:] = False if layer.hidden is None else layer.hidden
     return LayerKV(keys, values, hidden)
-
-
-def attention_bias(
-    layer: LayerKV | None, pack: torch.Tensor, dtype: torch.dtype, num_query_heads: int
-) -> torch.Tensor | None:
-    """The additive attention mask of one layer, from that layer's own length.
-
-    Args:
-        layer: what the layer kept, or None for an empty cache.
-        pack: ``(B, Q, Q)``, True where a new token may attend another new token.
-        dtype: of the attention scores.
-        num_query_heads: to repeat head-wise masks for grouped-query attention.
-
-    Returns:
-        ``(B, 1 or query heads, Q, T + Q)`` with 0 where attention is allowed and the lowest finite number elsewhere (an
-        infinite one would turn a padding row, which attends nothing but itself, into NaN in some kernels), or None
-        when nothing is hidden.
-    """
-    batch, num_new, _ = pack.shape
-    hidden = None if layer is None else layer.hidden
-    if num_new == 1 and hidden is None:
-        return None
-    num_cached = 0 if layer is None else layer.num_entries
-    heads = 1 if hidden is None or hidden.shape[1] == 1 else num_query_heads
-    lowest = torch.finfo(dtype).min
-    bias = torch.zeros(batch, heads, num_new, num_cached + num_new, dtype=dtype, device=pack.device)
-    if hidden is not None:
-        by_head = hidden.repeat_interleave(heads // hidden.shape[1], dim=1)
-        bias[..., :num_cached].masked_fill_(by_head[:, :, None, :], lowest)
-    bias[..., num_cached:].masked_fill_(~pack[:, None], lowest)
-    return bias
-
-
-class ReadingLayer(DynamicLayer):
-    """Returns the kept entries followed by the new ones, and keeps nothing of the new ones."""
-
-    def __init__(self, layer: LayerKV) -> None:
-        super().__init__()
-        self.keys, self.values = layer.keys, layer.values
-        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-
-
-class GrowingLayer(DynamicLayer):
-    """Appends in place to buffers of a fixed capacity, so that decoding never copies the cache.
-
-    Attention is given what is there, until `repeat_at` fixes the place: from then on it is given whole buffers, which
-    keep their address and shape, and a mask must hide what is not written.
-    """
-
-    def __init__(self, layer: LayerKV, num_new: int) -> None:
-        super().__init__()
-        batch, heads, self.length, dim = layer.keys.shape
-        capacity = -(-(self.length + num_new) // ALIGNMENT) * ALIGNMENT
-        shape = (batch, heads, capacity, dim)
-        self._keys, self._values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)  # 0 * NaN would be NaN
-        self._keys[:, :, : self.length], self._values[:, :, : self.length] = layer.keys, layer.values
-        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self._place: torch.Tensor | None = None
-        self._expose()
-
-    @property
-    def capacity(self) -> int:
-        """Entries that the buffers can hold: rows of a mask over them are aligned as attention kernels want them."""
-        return self._keys.shape[2]
-
-    def repeat_at(self, place: torch.Tensor) -> None:
-        """Makes every later update write one entry at ``place``, ``(1,)``, and return the whole buffers."""
-        self._place = place
-        self.keys, self.values = self._keys, self._values
-
-    def _expose(self) -> None:
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._place is not None:
-            self._keys.index_copy_(2, self._place, key_states)
-            self._values.index_copy_(2, self._place, value_states)
-            return self.keys, self.values
-        end = self.length + key_states.shape[2]
-        assert end <= self.capacity, f"{end} entries in a buffer of {self.capacity}"
-        self._keys[:, :, self.length : end], self._values[:, :, self.length : end] = key_states, value_states
-        self.length = end
-        self._expose()
-        return self.keys, self.values
-
-
-def reading_cache(cache: CompressedCache) -> Cache:
-    """A transformers cache over the compressed one; a forward reads it and leaves it as it was."""
-    return Cache(layers=[ReadingLayer(layer) for layer in cache.layers])
-
-
-def growing_cache(cache: CompressedCache, num_new: int) -> Cache:
-    """A transformers cache that starts from a copy of the compressed one and has room for ``num_new`` more entries."""
-    return Cache(layers=[GrowingLayer(layer, num_new) for layer in cache.layers])

@@ -69,7 +69,7 @@ class StaticStep:
         self._masks: list[tuple[torch.Tensor, int]] = []
         for index, layer in enumerate(steps.layers):
             steps.biases[index] = self._mask(index)
-            layer.repeat_at(self._places[layer.length])
+            layer.write_at(self._places[layer.length])
         self._forward: Callable[..., torch.Tensor] = steps.run
         if make_step is not None:
             places = [self._places[layer.length] for layer in steps.layers]

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, growing_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.layers import growing_cache
+from lm_eval_kvpress.cache.masks import attention_bias, decoding_bias
 from lm_eval_kvpress.models.pressable import PressableModel, placeholder_mask
 
 
@@ -39,7 +41,7 @@ class DecodeState:
         self.layers = self.reader.layers
         padding = torch.arange(width) < (width - torch.tensor(list(held)))[:, None]  # (B, Q)
         self.masks = [
-            _open_ended_mask(kept, padding, layer.capacity, model.num_query_heads)
+            decoding_bias(kept, padding, layer.capacity, model.num_query_heads)
             for kept, layer in zip(cache.layers, self.layers, strict=True)
         ]
         self.biases: list[torch.Tensor | None] = [None] * len(self.masks)
@@ -99,21 +101,3 @@ class DecodeState:
     def _hidden(self, index: int) -> torch.Tensor | None:
         mask = self.masks[index]
         return None if mask is None else mask[:, :, 0, : self.layers[index].length] < 0
-
-
-def _open_ended_mask(
-    layer: LayerKV, query_padding: torch.Tensor, capacity: int, num_query_heads: int
-) -> torch.Tensor | None:
-    """The additive mask of a layer for single-token steps, ``(B, 1 or heads, 1, C)``, or None if all is seen."""
-    if layer.hidden is None and not query_padding.any():
-        return None
-    batch, cached = layer.keys.shape[0], layer.num_entries
-    heads = 1 if layer.hidden is None or layer.hidden.shape[1] == 1 else num_query_heads
-    mask = layer.keys.new_zeros(batch, heads, 1, capacity)
-    lowest = torch.finfo(mask.dtype).min
-    if layer.hidden is not None:
-        by_head = layer.hidden.repeat_interleave(heads // layer.hidden.shape[1], dim=1)
-        mask[..., :cached].masked_fill_(by_head[:, :, None], lowest)
-    padding = query_padding.to(mask.device)[:, None, None]
-    mask[..., cached : cached + query_padding.shape[1]].masked_fill_(padding, lowest)
-    return mask

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, reading_cache
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.layers import reading_cache
+from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.engine.token_logprobs import token_scores
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask, prefill_hidden
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from lm_eval_kvpress.cache.compressed import attention_bias
+from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.cache.stream_layer import StreamLayer
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
 from lm_eval_kvpress.engine.outcomes import Streamed

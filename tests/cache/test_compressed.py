@@ -1,37 +1,13 @@
-"""The compressed cache as a value: ragged batches, masks entry by entry, what is read is not changed."""
+"""The compressed cache as a value: ragged batches, rows chosen, entries counted."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from small_caches import DIM, HEADS, layer, one_row
 from torch import Tensor
 
-from lm_eval_kvpress.cache.compressed import (
-    CompressedCache,
-    LayerKV,
-    attention_bias,
-    empty_cache,
-    growing_cache,
-    reading_cache,
-    stack,
-)
-
-HEADS, DIM = 4, 8
-
-
-def layer(batch: int, entries: int, seed: int, hidden_heads: int | None = None) -> LayerKV:
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = torch.randn(2, batch, HEADS, entries, DIM, generator=generator)
-    if hidden_heads is None:
-        return LayerKV(keys, values)
-    return LayerKV(keys, values, torch.rand(batch, hidden_heads, entries, generator=generator) < 0.4)
-
-
-def one_row(entries: tuple[int, ...], seed: int, hidden_heads: int | None = None, seen: int = 50) -> CompressedCache:
-    layers = tuple(layer(1, count, 10 * seed + index, hidden_heads) for index, count in enumerate(entries))
-    return CompressedCache(layers, (seen,), (seen,), torch.full((1, 3), float(seed)))
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, empty_cache, stack
 
 
 def visible_entries(found: LayerKV, row: int, head: int) -> Tensor:
@@ -143,77 +119,3 @@ def test_an_empty_cache_is_empty() -> None:
     assert cache.kept() == [[0.0, 0.0]] * 3
     assert cache.layers[1].keys.dtype is torch.bfloat16
     assert not stack(RAGGED["with empty"]).is_empty
-
-
-# ---------------------------------------------------------------------------------------------- masks
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("hidden_heads", [None, 1, HEADS])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("num_new", [1, 4])
-def test_attention_bias_entry_by_entry(dtype: torch.dtype, hidden_heads: int | None, groups: int, num_new: int) -> None:
-    found = layer(2, 5, 7, hidden_heads)
-    pack = (torch.rand(2, num_new, num_new, generator=torch.Generator().manual_seed(0)) < 0.5) | torch.eye(
-        num_new, dtype=torch.bool
-    )
-    bias = attention_bias(found, pack, dtype, HEADS * groups)
-    if hidden_heads is None and num_new == 1:
-        assert bias is None, "nothing is hidden"
-        return
-    assert bias is not None and bias.dtype is dtype
-    heads = HEADS * groups if hidden_heads == HEADS else 1
-    assert bias.shape == (2, heads, num_new, 5 + num_new)
-    assert bias.isfinite().all(), "an infinite entry makes NaN of a row that attends nothing else"
-    for row, head, query, key in itertools.product(*map(range, bias.shape)):
-        if key >= 5:
-            seen = bool(pack[row, query, key - 5])
-        else:  # query heads of one group stand next to each other
-            seen = found.hidden is None or not found.hidden[row, head // groups, key]
-        assert bias[row, head, query, key] == (0 if seen else torch.finfo(dtype).min)
-
-
-def test_attention_bias_without_a_cache() -> None:
-    pack = torch.ones(1, 3, 3, dtype=torch.bool).tril()
-    bias = attention_bias(None, pack, torch.float32, HEADS)
-    assert bias is not None
-    assert torch.equal(bias[0, 0] == 0, pack[0])
-
-
-# ---------------------------------------------------------------------------------------------- transformers caches
-
-
-def new_entries(num_new: int, seed: int) -> tuple[Tensor, Tensor]:
-    keys, values = torch.randn(2, 1, HEADS, num_new, DIM, generator=torch.Generator().manual_seed(seed))
-    return keys, values
-
-
-def test_reading_returns_kept_and_new_entries_and_forgets_the_new_ones() -> None:
-    cache = one_row((5, 3), 4)
-    before = [(found.keys.clone(), found.values.clone()) for found in cache.layers]
-    reader = reading_cache(cache)
-    for turn in range(2):
-        for index, (old_keys, old_values) in enumerate(before):
-            keys, values = new_entries(4, turn)
-            found_keys, found_values = reader.update(keys, values, index)
-            assert torch.equal(found_keys, torch.cat([old_keys, keys], dim=2))
-            assert torch.equal(found_values, torch.cat([old_values, values], dim=2))
-            assert torch.equal(cache.layers[index].keys, old_keys)
-    assert reader.get_seq_length() == 5
-
-
-def test_growing_appends_to_a_copy() -> None:
-    cache = one_row((5, 0), 4)
-    before = [(found.keys.clone(), found.values.clone()) for found in cache.layers]
-    grown = growing_cache(cache, 5)
-    expected = [list(pair) for pair in before]
-    for turn, num_new in enumerate([3, 1, 1]):
-        for index in range(2):
-            new = new_entries(num_new, turn)
-            found = grown.update(*new, index)
-            expected[index] = [torch.cat([old, more], dim=2) for old, more in zip(expected[index], new, strict=True)]
-            assert all(torch.equal(a, b) for a, b in zip(found, expected[index], strict=True))
-    with pytest.raises(AssertionError, match="buffer"):
-        grown.update(*new_entries(7, 9), 0)  # 5 + 5 entries, rounded up to 16
-    for found, (keys, values) in zip(cache.layers, before, strict=True):
-        assert torch.equal(found.keys, keys) and torch.equal(found.values, values)

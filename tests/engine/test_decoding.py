@@ -424,5 +424,5 @@ def test_fault_last_prompt_token_fed_twice(subject: Subject) -> None:
 def test_fault_padding_of_a_ragged_batch_attended(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [decoded(subject.model, [context], "snapkv")[0] for context in CONTEXTS]
     assert decoded(subject.model, CONTEXTS, "snapkv") == alone
-    monkeypatch.setattr(decode_state, "_open_ended_mask", lambda *_: None)
+    monkeypatch.setattr(decode_state, "decoding_bias", lambda *_: None)
     assert decoded(subject.model, CONTEXTS, "snapkv") != alone

@@ -29,7 +29,8 @@ from references import (
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, attention_bias, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.engine import scoring
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack
 from lm_eval_kvpress.models import pressable

@@ -29,7 +29,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXModel,
 )
 
-from lm_eval_kvpress.cache.compressed import GrowingLayer
+from lm_eval_kvpress.cache.layers import GrowingLayer
 from lm_eval_kvpress.models.fast.gpt_neox_forward import every_module_is_watched, has_plain_gelu
 from lm_eval_kvpress.models.fast.triton_support import why_not_on
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.cache.compressed import GrowingLayer
+from lm_eval_kvpress.cache.layers import GrowingLayer
 from lm_eval_kvpress.models.fast import triton_support
 from lm_eval_kvpress.models.fast.gpt_neox_step import NeoxStep, why_not
 

@@ -32,8 +32,7 @@ from torch import nn
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
-
-_ABSENT = object()
+from lm_eval_kvpress.models.lend import lend
 
 
 class ProjectionView:
@@ -165,8 +164,8 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     )
     with ExitStack() as stack:
         stack.enter_context(_without_untested_warning())
-        stack.enter_context(_lent(model, model=base))
-        stack.enter_context(_lent(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
+        stack.enter_context(lend(model, model=base))
+        stack.enter_context(lend(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
         for attention in attentions:
             stack.enter_context(_lent_to_attention(attention, head_dim, model.gpt_neox.rotary_emb))
         yield model
@@ -200,12 +199,10 @@ def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int, rotary_emb: n
         "rotary_emb": rotary_emb,
     }
     try:
-        with _lent(attention, **names):
+        with lend(attention, **names):
             yield
     finally:
         hook.remove()
-        # kvpress registers the shared rotary embedding on every attention and never takes it down.
-        attention._modules.pop("rotary_emb", None)
 
 
 def _llama_style_arguments(
@@ -214,18 +211,3 @@ def _llama_style_arguments(
     """GPTNeoX passes hidden states by position and the cache as ``layer_past``; presses read both by Llama's names."""
     (hidden_states,) = args
     return (), {**kwargs, "hidden_states": hidden_states, "past_key_values": kwargs.get("layer_past")}
-
-
-@contextmanager
-def _lent(owner: object, **names: object) -> Iterator[None]:
-    """Sets plain instance attributes (never registered as submodules or parameters) and restores what was there."""
-    before = {name: owner.__dict__.get(name, _ABSENT) for name in names}
-    owner.__dict__.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = value

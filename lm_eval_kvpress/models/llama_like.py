@@ -6,12 +6,13 @@ Nothing has to be rewritten here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.models.lend import lend
 
 MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
@@ -46,12 +47,7 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 @contextmanager
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model as it is, with the rotary embedding lent to every attention, as kvpress's presses expect it there."""
-    attentions = attention_modules(model)
-    for attention in attentions:
-        attention.__dict__["rotary_emb"] = model.model.rotary_emb
-    try:
+    with ExitStack() as loans:
+        for attention in attention_modules(model):
+            loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))
         yield model
-    finally:
-        for attention in attentions:
-            attention.__dict__.pop("rotary_emb", None)
-            attention._modules.pop("rotary_emb", None)  # kvpress registers it and never takes it down

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM, GPTNeoXMLP
+
+from lm_eval_kvpress.models.lend import lend
 
 ATTENTION_ARGUMENTS = [
     *("self", "hidden_states", "attention_mask", "layer_past", "cache_position", "position_embeddings", "kwargs")
@@ -38,24 +40,21 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
     A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
     autocast, which mixes dtypes; all keep theirs where a hook watches every module there is. Other hooks stay in force.
     """
-    lent = list[nn.Module]()
-
-    def lend(module: nn.Module, forward: Callable[..., Any]) -> None:
-        if "forward" not in module.__dict__:
-            module.__dict__["forward"] = forward
-            lent.append(module)
-
-    keep = torch.is_autocast_enabled(model.device.type) or every_module_is_watched()
-    try:
-        for layer in () if keep else model.gpt_neox.layers:
-            if _can_rotate(layer.attention):
-                lend(layer.attention, functools.partial(_attend, layer.attention))
-            if _can_overwrite(layer.mlp):
-                lend(layer.mlp, functools.partial(_feed_forward, layer.mlp))
+    with ExitStack() as loans:
+        if not (torch.is_autocast_enabled(model.device.type) or every_module_is_watched()):
+            for module, forward in _forwards(model):
+                if "forward" not in module.__dict__:
+                    loans.enter_context(lend(module, forward=forward))
         yield
-    finally:
-        for module in lent:
-            module.__dict__.pop("forward", None)
+
+
+def _forwards(model: GPTNeoXForCausalLM) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules that may be given another forward, and that forward."""
+    for layer in model.gpt_neox.layers:
+        if _can_rotate(layer.attention):
+            yield layer.attention, functools.partial(_attend, layer.attention)
+        if _can_overwrite(layer.mlp):
+            yield layer.mlp, functools.partial(_feed_forward, layer.mlp)
 
 
 def every_module_is_watched() -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from lm_eval_kvpress.models.fast.grouped_kernel import GroupedKernel
+from lm_eval_kvpress.models.lend import lend
 
 NAME = "kvpress_grouped"
 REPLACES = "sdpa"
@@ -35,16 +36,15 @@ def lent(attentions: Sequence[Any]) -> Iterator[None]:
 
     Modules that share no heads, or use other attention than PyTorch's, are left as they are.
     """
-    own = [(attention, attention.config) for attention in attentions if _shares_heads(attention)]
-    copies = {id(config): copy.copy(config) for _, config in own}  # in general one
-    try:
-        for attention, config in own:
-            copies[id(config)]._attn_implementation = NAME
-            attention.__dict__["config"] = copies[id(config)]
+    copies: dict[int, Any] = {}  # by the id of the config, which in general all modules share
+    with ExitStack() as loans:
+        for attention in filter(_shares_heads, attentions):
+            own = id(attention.config)
+            if own not in copies:
+                copies[own] = copy.copy(attention.config)
+                copies[own]._attn_implementation = NAME
+            loans.enter_context(lend(attention, config=copies[own]))
         yield
-    finally:
-        for attention, config in own:
-            attention.__dict__["config"] = config
 
 
 def _shares_heads(attention: Any) -> bool:

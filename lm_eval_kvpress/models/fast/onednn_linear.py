@@ -26,13 +26,15 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from lm_eval_kvpress.models.lend import lend
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -72,14 +74,11 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 @contextmanager
 def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
     """Makes layers compute as `linear` does. Their hooks stay in force; one whose ``forward`` was replaced is left."""
-    lent = [layer for layer in layers if "forward" not in layer.__dict__] if bounds_here() != NEVER else []
-    for layer in lent:
-        layer.__dict__["forward"] = functools.partial(_forward, layer)
-    try:
+    with ExitStack() as loans:
+        for layer in layers if bounds_here() != NEVER else ():
+            if "forward" not in layer.__dict__:
+                loans.enter_context(lend(layer, forward=functools.partial(_forward, layer)))
         yield
-    finally:
-        for layer in lent:
-            layer.__dict__.pop("forward", None)
 
 
 def _forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import cuda_graph, decoding
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length) for length in (50, 29, 41)]
@@ -37,9 +37,7 @@ def decoded(
 ) -> list[list[int]]:
     """The new tokens of the first ``rows`` prompts under a press of `PRESSES`."""
     caches = [
-        pressable.prefill(
-            model, torch.tensor([context[: len(context) - held]]), PRESSES[name](), rerotates=name in REROTATES
-        )
+        prefill(model, torch.tensor([context[: len(context) - held]]), PRESSES[name](), rerotates=name in REROTATES)
         for context, held in zip(CONTEXTS[:rows], HELD, strict=False)
     ]
     return decoding.decode(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.models.pressable import PressableModel, prefill
+from lm_eval_kvpress.engine.prefill import prefill
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 

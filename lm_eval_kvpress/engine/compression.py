@@ -18,9 +18,10 @@ from math import inf
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
+from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.models.pressable import PressableModel, prefill, prefill_padded
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.totals import ContextRecord

@@ -16,8 +16,9 @@ from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.cuda_graph import Recorder, Repeated, StaticStep
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
 from lm_eval_kvpress.engine.decode_state import DecodeState
+from lm_eval_kvpress.engine.prefill import prefill_hidden
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill_hidden
+from lm_eval_kvpress.models.pressable import PressableModel, masked
 
 
 @torch.inference_mode()

@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.cache.layers import reading_cache
 from lm_eval_kvpress.cache.masks import attention_bias
+from lm_eval_kvpress.engine.prefill import prefill_hidden
 from lm_eval_kvpress.engine.token_logprobs import token_scores
-from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask, prefill_hidden
+from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 
 @dataclass(frozen=True)

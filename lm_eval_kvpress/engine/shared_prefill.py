@@ -23,8 +23,9 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.engine.prefill import Press, compressed_cache, run_prefill, without_marks
 from lm_eval_kvpress.models.fast.onednn_linear import quick_forwards
-from lm_eval_kvpress.models.pressable import Press, PressableModel, compressed_cache, marks_taken_off, run_prefill
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
 
 Tokens = tuple[int, ...]
@@ -79,7 +80,7 @@ class SharedPrefills:
     def hold(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
         """Runs contexts in groups of equal length, unless all are held already, and forgets those held before.
 
-        For ``for_cache_only`` see `pressable.prefill`; it must be the same for all presses.
+        For ``for_cache_only`` see `prefill.prefill`; it must be the same for all presses.
         """
         wanted = [context for context in dict.fromkeys(contexts) if context]
         if all(context in self._places for context in wanted):
@@ -104,7 +105,7 @@ class SharedPrefills:
 
     @torch.inference_mode()
     def compress(self, contexts: Sequence[Tokens], press: Press | None, *, rerotates: bool = False) -> CompressedCache:
-        """`pressable.prefill` of held contexts of one length, without a forward."""
+        """`prefill.prefill` of held contexts of one length, without a forward."""
         prefill, _ = self._places[contexts[0]]
         places = [self._places[context][1] for context in contexts]
         everything = places == list(range(len(prefill.contexts)))
@@ -113,7 +114,7 @@ class SharedPrefills:
         last_hidden, model = prefill.last_hidden, self._model
         if last_hidden is not None:
             last_hidden = last_hidden.clone() if rows is None else last_hidden[rows]
-        with marks_taken_off(model.attentions):
+        with without_marks(model.attentions):
             if press is not None:
                 with model.presented(), quick_forwards(model.linear_layers), press(model.model):
                     for attention, call in zip(model.attentions, prefill.calls, strict=True):
@@ -146,6 +147,5 @@ def _clone(cache: Cache, rows: torch.Tensor | None) -> DynamicCache:
 
 
 def _replay(press: Any, attention: nn.Module, call: _Call, cache: Cache) -> None:
-    """Calls the press's hook as the attention's forward would have, after which no entry is masked yet."""
-    attention.__dict__["masked_key_indices"] = None
+    """Call the press's hook as the attention's forward would have."""
     press.forward_hook(attention, (), {**call.arguments, "past_key_values": cache}, call.output)

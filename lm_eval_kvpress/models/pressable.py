@@ -16,24 +16,17 @@ N positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, empty_cache, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, empty_cache
 from lm_eval_kvpress.models.fast.onednn_linear import linear, quick_forwards
-
-
-class Press(Protocol):
-    """What the engine needs of a press: a context manager over a model whose hooks compress during prefill."""
-
-    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,209 +123,6 @@ def _without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-@torch.inference_mode()
-def prefill(
-    model: PressableModel,
-    tokens: torch.Tensor,
-    press: Press | None,
-    *,
-    rerotates: bool = False,
-    for_cache_only: bool = False,
-    reads_outputs: bool = True,
-) -> CompressedCache:
-    """Runs contexts of equal length through the model under a press.
-
-    Args:
-        tokens: ``(B, T)``, T >= 1; no padding, since no press knows about padding.
-        press: a kvpress press built for this length, or None.
-        rerotates: whether the press moves its keys to positions ``0..kept-1``.
-        for_cache_only: leaves out what no cache entry depends on; ``last_hidden`` is None then.
-        reads_outputs: whether the press may look at what an attention returns, beyond the cache and what went in. Under
-            eager attention that is so in any case: it returns weights, and presses use them where they are given.
-    """
-    tokens, has_weights = tokens.to(model.device), model.model.config._attn_implementation == "eager"
-    reads_outputs = press is not None and (reads_outputs or has_weights)
-    with marks_taken_off(model.attentions):
-        with model.presented(), press(model.model) if press is not None else nullcontext():
-            cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=reads_outputs)
-        last_hidden = None if hidden is None else hidden[:, -1].clone()
-        return compressed_cache(model, cache, tokens.shape, last_hidden, rerotates=rerotates)
-
-
-def run_prefill(
-    model: PressableModel,
-    tokens: torch.Tensor,
-    *,
-    for_cache_only: bool,
-    reads_outputs: bool,
-) -> tuple[Cache, torch.Tensor | None]:
-    """Fills a new cache; with it the hidden states ``(B, T, E)``, or None for the cache only.
-
-    What comes after the last layer's keys and values makes hidden states and no cache entry: a share of a prefill that
-    a model of few layers feels. So for the cache only the forward ends there, once the hooks of the last attention have
-    run, with nothing for its output; or, where hooks read that, the last feed-forward hands its input on.
-    """
-    cache = DynamicCache()
-    cache.layers[:] = [DynamicLayer() for _ in model.attentions]
-    if not for_cache_only:
-        return cache, model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-    if reads_outputs:
-        with _replaced_forward(model.last_feed_forward, lambda _: lambda hidden: hidden):
-            model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-        return cache, None
-    last = model.attentions[-1]
-    with (
-        model.quickened(),  # first: a forward that was replaced is left as it is
-        _replaced_forward(last, _ended_by_its_cache),
-        _ends_attention(cache.layers[-1]),
-        last.register_forward_hook(_end),
-        suppress(_Filled),
-    ):
-        model.hidden_states(tokens, past_key_values=cache, use_cache=True)
-    return cache, None
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Gives a module another forward, made of the one it has."""
-    before = module.__dict__.get("forward")  # accelerate's hooks stand there
-    module.__dict__["forward"] = make(module.forward)
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
-
-
-class _Filled(Exception):
-    """The last layer's keys and values are cached."""
-
-
-@contextmanager
-def _ends_attention(layer: DynamicLayer) -> Iterator[None]:
-    """Has the layer of a cache end the attention that fills it."""
-    update = layer.update
-
-    def fill(*args: Any, **kwargs: Any) -> None:
-        update(*args, **kwargs)
-        raise _Filled
-
-    layer.__dict__["update"] = fill
-    try:
-        yield
-    finally:
-        del layer.__dict__["update"]
-
-
-def _ended_by_its_cache(attend: Callable[..., Any]) -> Callable[..., tuple[None, None]]:
-    def fill(*args: Any, **kwargs: Any) -> tuple[None, None]:
-        with suppress(_Filled):
-            attend(*args, **kwargs)
-        return None, None
-
-    return fill
-
-
-def _end(*_: Any) -> None:
-    """A hook that ends the forward; registered last, it runs after those of a press."""
-    raise _Filled
-
-
-def compressed_cache(
-    model: PressableModel,
-    cache: Cache,
-    shape: Sequence[int],
-    last_hidden: torch.Tensor | None,
-    *,
-    rerotates: bool,
-) -> CompressedCache:
-    """What a press left of ``(B, T)`` tokens: shortened layers, and marks on the modules where it only masks."""
-    layers = tuple(
-        LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
-        for attention, layer in zip(model.attentions, cache.layers, strict=True)
-    )
-    batch, length = shape
-    next_position = max(layer.num_entries for layer in layers) if rerotates else length
-    return CompressedCache(layers, (length,) * batch, (next_position,) * batch, last_hidden)
-
-
-@contextmanager
-def marks_taken_off(attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """Takes a masking press's marks off the modules at the end, also after an exception.
-
-    Left behind, kvpress would fake the marked keys in the next forward over any cache.
-    """
-    try:
-        yield
-    finally:
-        for attention in attentions:
-            attention.__dict__.pop("masked_key_indices", None)
-
-
-@torch.inference_mode()
-def prefill_padded(
-    model: PressableModel,
-    contexts: Sequence[Sequence[int]],
-    *,
-    side_by_side: Sequence[Sequence[int]] | None = None,
-    for_cache_only: bool = False,
-) -> CompressedCache:
-    """Runs contexts of any lengths through the model, without a press.
-
-    The padding of a forward stands on the right, where causal attention never sees it, and is hidden in the cache.
-
-    Args:
-        side_by_side: rows that share a forward, in order; all by default.
-        for_cache_only: as for `prefill`.
-    """
-    groups = side_by_side or [range(len(contexts))]
-    return stack(
-        [_prefill_padded(model, [contexts[row] for row in group], for_cache_only=for_cache_only) for group in groups]
-    )
-
-
-def _prefill_padded(
-    model: PressableModel, contexts: Sequence[Sequence[int]], *, for_cache_only: bool
-) -> CompressedCache:
-    lengths = tuple(len(context) for context in contexts)
-    tokens = _right_padded(contexts).to(model.device)
-    cache, hidden = run_prefill(model, tokens, for_cache_only=for_cache_only, reads_outputs=False)
-    padding = None
-    if min(lengths) != max(lengths):
-        padding = (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])[:, None].to(model.device)  # (B, 1, T)
-    layers = tuple(
-        LayerKV(layer.keys, layer.values, None if padding is None else padding.to(layer.keys.device))
-        for layer in cache.layers
-    )
-    last_hidden = None if hidden is None else hidden[torch.arange(len(lengths)), [length - 1 for length in lengths]]
-    return CompressedCache(layers, lengths, lengths, last_hidden)
-
-
-def _evicted_by_mask(attention: nn.Module, keys: torch.Tensor) -> torch.Tensor | None:
-    """The entries that a head-wise press evicted by masking, ``(B, H, T)``.
-
-    kvpress would overwrite these keys with fake ones at the next forward; here they go into the layer's own mask,
-    which is exact for any number of queries.
-    """
-    evicted = getattr(attention, "masked_key_indices", None)
-    if evicted is None:
-        return None
-    hidden = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
-    hidden[tuple(index.to(keys.device) for index in evicted)] = True
-    return hidden
-
-
-def _right_padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-
-
-def prefill_hidden(cache: CompressedCache) -> torch.Tensor:
-    assert cache.last_hidden is not None, "nothing was prefilled and nothing held back: no token predicts the first"
-    return cache.last_hidden
 
 
 @contextmanager

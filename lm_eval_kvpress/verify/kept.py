@@ -15,9 +15,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
-from lm_eval_kvpress.models.pressable import prefill
 from lm_eval_kvpress.verify import dense_reference, press_formulas
 from lm_eval_kvpress.verify.check import Check, Part, Subject, compress
 

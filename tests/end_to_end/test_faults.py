@@ -24,13 +24,14 @@ from repository import ROOT
 from lm_eval_kvpress.cache import compressed
 from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scoring, windows
+from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import _Layout
 from lm_eval_kvpress.harness import loading, requests
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.harness.session import Session
-from lm_eval_kvpress.models import gpt_neox, pressable
+from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records import totals
@@ -135,7 +136,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("masking press taken for a shrinking one", "nothing is evicted, the ratio is reported all the same", "kept")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(pressable, "_evicted_by_mask", lambda attention, keys: None)
+    patch.setattr(engine_prefill, "_evicted_by_mask", lambda attention, keys: None)
 
 
 @fault("layers skipped, the ratio quoted as global", "less is removed than the record says", "kept")

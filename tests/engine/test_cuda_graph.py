@@ -25,8 +25,8 @@ from transformers import (
 
 from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import cuda_graph, decoding
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -97,9 +97,7 @@ def tape(step: Callable[[], None]) -> Callable[[], None]:
 
 def decoded(model: PressableModel, name: str, held: list[int], sampler: Sampler = GREEDY, **options: Any) -> Any:
     caches = [
-        pressable.prefill(
-            model, torch.tensor([context[: len(context) - count]]), PRESSES[name](), rerotates=name in REROTATES
-        )
+        prefill(model, torch.tensor([context[: len(context) - count]]), PRESSES[name](), rerotates=name in REROTATES)
         for context, count in zip(CONTEXTS, held, strict=True)
     ]
     arguments = {"stop_ids": frozenset(), "stopped": lambda new: [False] * len(new), **options}

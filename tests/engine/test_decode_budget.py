@@ -13,9 +13,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import decoding
+from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import ratio_that_keeps
 
@@ -46,7 +46,7 @@ def decoded(
 ) -> tuple[list[list[int]], BudgetKeeper]:
     plan = DecodingPlan(INTERVAL, TARGET, 8, lambda length: BASES[base](ratio_that_keeps(TARGET, length)))
     keeper = BudgetKeeper(model, plan)
-    caches = [pressable.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
+    caches = [engine_prefill.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
     rows = decoding.decode(
         model,
         stack(caches),

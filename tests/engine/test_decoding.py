@@ -32,8 +32,8 @@ from transformers import (
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import decode_state, decoding
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
 LENGTHS = (50, 29, 64, 29, 41)
@@ -67,7 +67,7 @@ def subject(
 
 def cached(model: PressableModel, context: Sequence[int], held: int, name: str) -> CompressedCache:
     tokens = torch.tensor([context[: len(context) - held]])
-    return pressable.prefill(model, tokens, PRESSES[name](), rerotates=name in REROTATES)
+    return prefill(model, tokens, PRESSES[name](), rerotates=name in REROTATES)
 
 
 def decoded(

@@ -31,9 +31,10 @@ from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
 from lm_eval_kvpress.cache.masks import attention_bias
+from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine import scoring
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack
-from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
 TOLERANCE = 2e-5
@@ -76,7 +77,7 @@ def llama(make_pressable_llama: Callable[..., PressableModel]) -> Subject:
 
 
 def prefilled(model: PressableModel, context: Sequence[int], name: str) -> CompressedCache:
-    return pressable.prefill(model, torch.tensor([list(context)]), PRESSES[name](), rerotates=name in REROTATES)
+    return prefill(model, torch.tensor([list(context)]), PRESSES[name](), rerotates=name in REROTATES)
 
 
 def cached(
@@ -340,7 +341,7 @@ def test_fault_zero_mask(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_fault_masked_heads_ignored(sdpa: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pressable, "_evicted_by_mask", lambda *_: None)
+        patch.setattr(engine_prefill, "_evicted_by_mask", lambda *_: None)
         assert dense_difference(sdpa, "adakv:snapkv", 1) > WRONG
 
 

@@ -9,8 +9,9 @@ import torch
 from press_cases import PRESSES, fitting, spec_for, tokens
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
-from lm_eval_kvpress.models.pressable import PressableModel, prefill
+from lm_eval_kvpress.models.pressable import PressableModel
 
 
 def assert_same(shared: CompressedCache, alone: CompressedCache, atol: float) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from lm_eval_kvpress.models import gpt_neox, pressable
+from lm_eval_kvpress.engine.prefill import prefill
+from lm_eval_kvpress.models import gpt_neox
 from lm_eval_kvpress.models.pressable import PressableModel
 
 MakeNeox = Callable[..., GPTNeoXForCausalLM]
@@ -349,7 +350,7 @@ def test_a_prefill_leaves_no_trace(make_pressable: Callable[..., PressableModel]
         pytest.skip("kvpress masks heads in its patched attention functions, which eager attention does not use")
     model = make_pressable(attn)
     before = snapshot(model.model)
-    pressable.prefill(model, tokens(1), PRESSES[name]())
+    prefill(model, tokens(1), PRESSES[name]())
     assert snapshot(model.model) == before
 
 
@@ -364,7 +365,7 @@ def test_a_prefill_that_fails_leaves_no_trace(make_pressable: Callable[..., Pres
     model = make_pressable()
     before = snapshot(model.model)
     with pytest.raises(RuntimeError, match="stumbled"):
-        pressable.prefill(model, tokens(1), STUMBLING[kind]())
+        prefill(model, tokens(1), STUMBLING[kind]())
     assert snapshot(model.model) == before
 
 
@@ -389,7 +390,7 @@ def test_presented_restores_what_was_there(make_pressable: Callable[..., Pressab
 def test_kvpress_does_not_warn_of_an_untested_model(
     make_pressable: Callable[..., PressableModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    pressable.prefill(make_pressable(), tokens(1), kvpress.KnormPress(0.5))
+    prefill(make_pressable(), tokens(1), kvpress.KnormPress(0.5))
     assert not [record for record in caplog.records if "not tested" in record.getMessage()]
     with make_pressable().presented():
         logging.getLogger("kvpress.presses.base_press").warning("something else")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from lm_eval_kvpress.models import llama_like, pressable
+from lm_eval_kvpress.engine.prefill import prefill
+from lm_eval_kvpress.models import llama_like
 from lm_eval_kvpress.models.pressable import PressableModel
 
 REFUSED = {
@@ -64,7 +65,7 @@ def test_a_prefill_leaves_nothing_on_the_attention_modules(
 
     before = left()
     try:
-        pressable.prefill(model, torch.arange(30)[None], Stumbles(0.5))
+        prefill(model, torch.arange(30)[None], Stumbles(0.5))
     except RuntimeError:
         assert fails
     assert left() == before

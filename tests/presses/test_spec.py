@@ -20,7 +20,8 @@ from press_cases import (
     tokens,
 )
 
-from lm_eval_kvpress.models.pressable import PressableModel, prefill
+from lm_eval_kvpress.engine.prefill import prefill
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.build import build_press
 from lm_eval_kvpress.presses.names import parse_name
 from lm_eval_kvpress.presses.parse import parse_press

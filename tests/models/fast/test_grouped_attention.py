@@ -24,9 +24,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine.decode_state import DecodeState
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.models import llama_like
 from lm_eval_kvpress.models.fast import grouped_attention
-from lm_eval_kvpress.models.pressable import PressableModel, masked, prefill
+from lm_eval_kvpress.models.pressable import PressableModel, masked
 
 ROWS, HEADS, SHARED, ENTRIES, DIM = 2, 6, 2, 21, 16
 MASKS = {"none": None, "of all": (1, 1), "of rows": (ROWS, 1), "of heads": (ROWS, HEADS), "of heads alone": (1, HEADS)}

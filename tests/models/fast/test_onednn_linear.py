@@ -14,11 +14,12 @@ from references import largest_difference
 from torch import Tensor, nn
 
 from lm_eval_kvpress.engine import token_logprobs
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, score
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.fast import onednn_linear
 from lm_eval_kvpress.models.fast.onednn_linear import AMD_BOUNDS, NEVER, Bounds, linear, quick_forwards
-from lm_eval_kvpress.models.pressable import PressableModel, prefill
+from lm_eval_kvpress.models.pressable import PressableModel
 
 TOLERANCE = 1e-5  # 40 products of normal numbers are rounded to 1e-6
 

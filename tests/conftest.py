@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress.models import gpt_neox, llama_like
-from lm_eval_kvpress.models.fast import gpt_neox_forward, gpt_neox_step, grouped_attention, trial, triton_support
+from lm_eval_kvpress.models.fast import gpt_neox_step, trial, triton_support
+from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
@@ -134,20 +133,6 @@ def tiny_llama(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: 
     return randomized(model, seed + 1).to(dtype)
 
 
-def pressable_neox(model: GPTNeoXForCausalLM) -> PressableModel:
-    gpt_neox.prepare(model)
-    attentions = gpt_neox.attention_modules(model)
-    presented, quickened = (functools.partial(lend, model) for lend in (gpt_neox.presented, gpt_neox_forward.in_place))
-    return PressableModel(model, attentions, presented, quickened, trial.StepMaker(model))
-
-
-def pressable_llama(model: LlamaForCausalLM) -> PressableModel:
-    attentions = llama_like.attention_modules(model)
-    grouped = functools.partial(grouped_attention.lent, attentions)
-    presented = functools.partial(llama_like.presented, model)
-    return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
-
-
 @pytest.fixture(scope="session")
 def make_neox() -> Callable[..., GPTNeoXForCausalLM]:
     """`tiny_neox`: the untouched transformers model."""
@@ -156,14 +141,14 @@ def make_neox() -> Callable[..., GPTNeoXForCausalLM]:
 
 @pytest.fixture(scope="session")
 def make_pressable() -> Callable[..., PressableModel]:
-    """Builds a tiny GPTNeoX, prepared for kvpress; arguments as for ``make_neox``."""
-    return lambda *args, **kwargs: pressable_neox(tiny_neox(*args, **kwargs))
+    """Presents a tiny GPTNeoX; arguments as for ``make_neox``, and ``fast``."""
+    return lambda *args, fast=True, **kwargs: present(tiny_neox(*args, **kwargs), fast=fast)
 
 
 @pytest.fixture(scope="session")
 def make_pressable_llama() -> Callable[..., PressableModel]:
-    """Builds a tiny Llama with grouped-query attention, ready for kvpress."""
-    return lambda *args, **kwargs: pressable_llama(tiny_llama(*args, **kwargs))
+    """Presents a tiny Llama with grouped-query attention; arguments as for `tiny_llama`, and ``fast``."""
+    return lambda *args, fast=True, **kwargs: present(tiny_llama(*args, **kwargs), fast=fast)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -49,7 +49,7 @@ class StaticStep:
         ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and room for those to come.
         column: where the newest tokens stand.
         step: how many tokens have been chosen.
-        make_step: of `PressableModel.step_maker`; None for the model's modules.
+        make_step: of `FastPaths.step_maker`; None for the model's modules.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StaticStep:
     @property
     def kernels(self) -> str:
         """What the step is made of, once it has run."""
-        return getattr(self._forward, "kernels", None) or self._steps.model.made_of()
+        return getattr(self._forward, "kernels", None) or self._steps.model.fast.step_kind()
 
     def _mask(self, index: int) -> torch.Tensor:
         """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
@@ -136,7 +136,7 @@ class GraphRecorder:
 
     def _can_record(self, num_steps: int) -> bool:
         on_gpu = self._model.device.type == "cuda"
-        if not on_gpu or self._has_failed or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
+        if not self._model.is_fast or not on_gpu or self._has_failed or num_steps < NUM_WARM_UP + LEAST_REPLAYS:
             return False
         reason = why_not_recorded(self._model)
         if reason:

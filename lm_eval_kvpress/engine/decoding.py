@@ -55,7 +55,7 @@ def decode(
     )
     prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
     sampler, record = sampler.on(model.device), record if keeper is None else None
-    make_step = model.step_maker() if record else None  # before the masks' hooks
+    make_step = model.fast.step_maker() if record else None  # before the masks' hooks
     steps = DecodeState(model, cache, num_held_back, max_new_tokens)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)

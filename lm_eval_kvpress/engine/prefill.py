@@ -125,7 +125,7 @@ def run_prefill(
         return cache, None
     last, last_layer = model.attentions[-1], cache.layers[-1]
     with (
-        model.quickened(),  # first: it leaves a forward alone that was replaced before
+        model.fast.forwards(),  # first: it leaves a forward alone that was replaced before
         lend(last, forward=_end_after_filling(last.forward)),
         lend(last_layer, update=_fill_and_end(last_layer.update)),
         last.register_forward_hook(_end),

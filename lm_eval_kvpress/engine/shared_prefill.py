@@ -24,7 +24,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.prefill import Press, compressed_cache, run_prefill, without_marks
-from lm_eval_kvpress.models.fast.onednn_linear import quick_forwards
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
 
@@ -116,7 +115,7 @@ class SharedPrefills:
             last_hidden = last_hidden.clone() if rows is None else last_hidden[rows]
         with without_marks(model.attentions):
             if press is not None:
-                with model.presented(), quick_forwards(model.linear_layers), press(model.model):
+                with model.presented(), model.fast.forwards(), press(model.model):
                     for attention, call in zip(model.attentions, prefill.calls, strict=True):
                         _replay(press, attention, call if rows is None else call.of_rows(rows), cache)
             return compressed_cache(model, cache, (len(contexts), len(contexts[0])), last_hidden, rerotates=rerotates)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.models import llama_like
+from lm_eval_kvpress.models.present import check_config as check_presentable
 from lm_eval_kvpress.records.files import make_writable
 
 
@@ -76,7 +76,7 @@ class CheckedHFLM(HFLM):
             )
 
     def _check_config(self, config: PretrainedConfig) -> None:
-        check_architecture(config)
+        check_presentable(config)
         check_settings(self._settings_at_load, config, self._asked_max_length)
 
     def _check_device(self) -> None:
@@ -122,21 +122,6 @@ class CheckedHFLM(HFLM):
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
-
-
-def check_architecture(config: PretrainedConfig) -> None:
-    """Refuse an architecture that can be presented to no press.
-
-    Raises:
-        UsageError: in one line.
-    """
-    if config.model_type in llama_like.MODEL_TYPES:
-        llama_like.check_config(config)
-    elif config.model_type != "gpt_neox":
-        raise UsageError(
-            f"architecture '{config.model_type}' is neither GPTNeoX nor one that kvpress supports "
-            f"({', '.join(llama_like.MODEL_TYPES)})"
-        )
 
 
 def check_settings(settings: Settings, config: PretrainedConfig, max_length: int | None) -> None:

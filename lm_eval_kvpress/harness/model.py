@@ -8,7 +8,6 @@ are the checkpoint's own again. Does not know attention, caches, or how they are
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,8 +40,8 @@ from lm_eval_kvpress.harness.requests import (
 )
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.models import gpt_neox, llama_like
-from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, onednn_linear, trial
+from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
+from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.loss_files import LossFiles
@@ -78,7 +77,7 @@ class KVPress(CheckedHFLM):
         self._arguments_of_answers = identity.arguments_of_answers(hflm_arguments)
         super().__init__(self.DEFAULT_PRETRAINED if pretrained is None else pretrained, settings, **hflm_arguments)
         stock = parity.stock_answers(self) if settings.parity else None  # before the change of basis
-        self.press_model = self._presentable()
+        self.press_model = self._present(fast=settings.fast)
         self._settle_on_device()
         self._graphs = GraphRecorder(self.press_model)
         self._parity = None if stock is None else self._certificate(settings, stock)
@@ -89,20 +88,11 @@ class KVPress(CheckedHFLM):
 
     # -------------------------------------------------------------------------------------------------- loading
 
-    def _presentable(self) -> PressableModel:
-        """The loaded model, its basis changed if it is a GPTNeoX, with the way kvpress can hook it."""
+    def _present(self, *, fast: bool) -> PressableModel:
+        """The loaded model as the engine takes it."""
         if hasattr(self.model, "merge_and_unload"):  # an adapter's rows would not follow the change of basis
             self._model = self.model.merge_and_unload()
-        model = self.model
-        if model.config.model_type != "gpt_neox":
-            attentions, presented = llama_like.attention_modules(model), functools.partial(llama_like.presented, model)
-            grouped = functools.partial(grouped_attention.lent, attentions)
-            return PressableModel(model, attentions, presented, grouped, made_of=grouped_attention.made_of)
-        gpt_neox.prepare(model)
-        presented, quickened = (
-            functools.partial(lend, model) for lend in (gpt_neox.presented, gpt_neox_forward.in_place)
-        )
-        return PressableModel(model, gpt_neox.attention_modules(model), presented, quickened, trial.StepMaker(model))
+        return present(self.model, fast=fast)
 
     def _settle_on_device(self) -> None:
         """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
@@ -110,14 +100,15 @@ class KVPress(CheckedHFLM):
         if self.press_model.device.type == "cuda":
             torch.cuda.set_device(self.press_model.device)
         elif self.press_model.device.type == "cpu":
-            onednn_linear.warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
+            warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
 
     def _certificate(self, settings: Settings, stock: parity.Answers) -> parity.ParityCertificate:
         """Our answers at ratio 0 against stock's: under this run's press, or without one if it takes no ratio."""
         press = parity.at_ratio_zero(settings.press.name, settings.press.arguments)
         shared = parity.shared_arguments(self, parity.certificate_length(self))
         with parity.quiet_loader():
-            ours = KVPress(pretrained=self.model, rolling="one_pass", batch_size=3, **press, **shared)
+            asked = {"rolling": "one_pass", "batch_size": 3, "fast": settings.fast}
+            ours = KVPress(pretrained=self.model, **asked, **press, **shared)
         certificate = parity.compare(stock, ours, press["press"])
         if not certificate.passed:
             logger.warning("parity with stock HFLM at ratio 0 is off: %s", certificate)
@@ -258,13 +249,13 @@ class KVPress(CheckedHFLM):
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
-        head = self.model.get_output_embeddings().weight
         return {
             "pretrained": self.pretrained_name,
             **run_record.asked(self.session.settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
-            "linear_layers": "oneDNN" if onednn_linear.uses_onednn(head) else "torch",
+            "fast": self.press_model.is_fast,
+            "linear_layers": self.press_model.linear_library,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "parity": None if self._parity is None else self._parity.summary(),

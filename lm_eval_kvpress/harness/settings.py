@@ -33,6 +33,8 @@ class Settings:
         allow_extrapolation: whether positions may exceed those that the model was trained on.
         parity: whether the record gets the parity certificate (`parity`): our answers at ratio 0 against stock
             ``HFLM``'s, on the same weights.
+        fast: whether forwards may be made quicker (`models.fast`); if not, transformers' modules and PyTorch compute
+            everything.
         stream_budget: entries that every layer keeps under ``rolling=stream``.
         stream_chunk: tokens scored per step of a stream; 1 is the strict protocol of the papers.
         stream_positions: ``cache`` rotates kept keys by their place in the cache, ``original`` by their place in the
@@ -53,6 +55,7 @@ class Settings:
     short_context: Literal["keep", "shrink", "error"] = "keep"
     allow_extrapolation: bool = False
     parity: bool = False
+    fast: bool = True
     stream_budget: int | None = field(default=None, metadata=POSITIVE)
     stream_chunk: int = field(default=64, metadata=POSITIVE)
     stream_positions: Literal["cache", "original"] = "cache"

@@ -21,6 +21,7 @@ Letters in shape comments: H heads, D head_dim, E hidden size, R rotated dims (R
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPT
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.lend import lend
+from lm_eval_kvpress.models.pressable import PressableModel
 
 
 class ProjectionView:
@@ -68,6 +70,16 @@ class ProjectionView:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., E)`` to ``(..., H * D)``, before RoPE."""
         return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+def present(model: GPTNeoXForCausalLM) -> PressableModel:
+    """Prepare a model and present it.
+
+    Raises:
+        UsageError: if `prepare` refuses its weights or its rotary embedding.
+    """
+    prepare(model)
+    return PressableModel(model, attention_modules(model), functools.partial(presented, model))
 
 
 def attention_modules(model: GPTNeoXForCausalLM) -> tuple[GPTNeoXAttention, ...]:
@@ -155,7 +167,7 @@ def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> 
 def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     """Lends a prepared model the names and hook arguments that kvpress presses use; takes them back on exit."""
     if not is_prepared(model):
-        raise ValueError("the model is not prepared: call neox.prepare(model) first")
+        raise ValueError("the model is not prepared: call gpt_neox.prepare(model) first")
     config, attentions = model.config, attention_modules(model)
     head_dim = config.hidden_size // config.num_attention_heads
     base = SimpleNamespace(

@@ -1,10 +1,12 @@
-"""The architectures that kvpress supports by itself (Llama, Mistral, Phi-3, Qwen2, Qwen3): sibling of `neox`.
+"""Presents the architectures that kvpress supports by itself: Llama, Mistral, Phi-3, Qwen2, Qwen3.
 
-Nothing has to be rewritten here.
+Their modules have the names that presses look for, so weights stay as they are; only the rotary embedding is lent to
+every attention.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -13,12 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.lend import lend
-
-MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+from lm_eval_kvpress.models.pressable import PressableModel
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuses what one full-attention mask per layer, or a press that rotates whole heads, cannot express.
+    """Refuse what one full-attention mask per layer, or a press that rotates whole heads, cannot express.
 
     Raises:
         UsageError: if a layer uses sliding-window attention, or RoPE covers a part of each head (Phi-4-mini).
@@ -39,6 +40,11 @@ def check_config(config: PretrainedConfig) -> None:
         )
 
 
+def present(model: PreTrainedModel) -> PressableModel:
+    """Present a model as it is."""
+    return PressableModel(model, attention_modules(model), functools.partial(presented, model))
+
+
 def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The attention modules, in layer order."""
     return tuple(layer.self_attn for layer in model.model.layers)
@@ -46,7 +52,7 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 @contextmanager
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as it is, with the rotary embedding lent to every attention, as kvpress's presses expect it there."""
+    """Lend the rotary embedding to every attention, where presses expect it."""
     with ExitStack() as loans:
         for attention in attention_modules(model):
             loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))

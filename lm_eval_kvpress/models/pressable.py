@@ -1,16 +1,15 @@
-"""A model that presses can act on: prefill under a press, and forwards with one attention mask per layer.
+"""A model as presses and the engine see it: hidden states, logits, its shape, and one attention mask per layer.
 
-Knows torch and the shape of a causal language model. Does not know text, lm-eval, or any press by name. `scoring` and
-`decoding` build on it; token ids go in, tensors come out.
+Knows torch and the shape of a causal language model. Does not know text, lm-eval, any press by name, or how a forward
+is made quicker: `present` brings that along as `FastPaths`.
 
-Two laws hold here, whatever the press:
+Two laws hold for all that is built on it, whatever the press:
 
 - **One mask per layer**, made from that layer's own length. A press such as PyramidKV leaves a different length in
   every layer, and transformers builds a single mask from the first (transformers issue 35168).
 - **Logical positions.** New tokens go on counting where the context ended, not where the shortened cache ends.
 
-Letters in shape comments: B rows, T prefilled tokens, Q new tokens, H key-value heads, E hidden size, V logits,
-N positions.
+Letters in shape comments: B rows, Q new tokens, E hidden size, V logits, N positions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,29 +24,51 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, empty_cache
-from lm_eval_kvpress.models.fast.onednn_linear import linear, quick_forwards
+
+
+@dataclass(frozen=True, eq=False)
+class FastPaths:
+    """Quicker ways to the same numbers, up to rounding; the defaults are transformers' and PyTorch's own.
+
+    Attributes:
+        forwards: makes a context in which the model's modules compute faster.
+        linear: a product like `torch.nn.functional.linear`.
+        linear_library: the name of the library that multiplies by a weight, for the record.
+        step_maker: returns what makes decoding steps that stand for the modules, as long as no hook watches them
+            (`fast.trial.StepMaker`); None where there is no such step.
+        step_kind: the name of what the newest step by modules was computed with, for the record.
+    """
+
+    forwards: Callable[[], AbstractContextManager[Any]] = nullcontext
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] = nn.functional.linear
+    linear_library: Callable[[torch.Tensor], str] = lambda weight: "torch"
+    step_maker: Callable[[], Callable[..., Any] | None] = lambda: None
+    step_kind: Callable[[], str] = lambda: "modules"
+
+
+NO_FAST_PATHS = FastPaths()
 
 
 @dataclass(frozen=True, eq=False)
 class PressableModel:
-    """A causal language model together with how it is presented to kvpress.
+    """A causal language model together with how it is presented to kvpress; `present` makes one.
 
     Attributes:
         model: the model, in evaluation mode.
         attentions: its attention modules in layer order.
         presented: makes the context in which kvpress presses can hook the model.
-        quickened: makes a context in which the model's own layers compute the same numbers faster.
-        step_maker: what makes decoding steps that stand for the modules, for as long as no hook watches them
-            (`trial.StepMaker`); None where there is no such step.
-        made_of: what the newest step by modules was made of, for the record.
+        fast: what makes its forwards quicker.
     """
 
     model: PreTrainedModel
     attentions: tuple[nn.Module, ...]
     presented: Callable[[], AbstractContextManager[Any]]
-    quickened: Callable[[], AbstractContextManager[Any]] = nullcontext
-    step_maker: Callable[[], Callable[..., Any] | None] = lambda: None
-    made_of: Callable[[], str] = lambda: "modules"
+    fast: FastPaths = NO_FAST_PATHS
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether anything but transformers' modules and PyTorch's operators may compute the numbers."""
+        return self.fast is not NO_FAST_PATHS
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +99,8 @@ class PressableModel:
 
     def hidden_states(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last hidden states, ``(B, Q, E)``, without the head."""
-        with _without_cudnn_attention(), self.quickened(), quick_forwards(self.linear_layers):
+        with self.fast.forwards():
             return self.model.base_model(tokens, **kwargs).last_hidden_state
-
-    @cached_property
-    def linear_layers(self) -> tuple[nn.Linear, ...]:
-        """The plain ones of the body; quantised layers have classes of their own."""
-        return tuple(module for module in self.model.base_model.modules() if type(module) is nn.Linear)
 
     @property
     def head_device(self) -> torch.device:
@@ -93,41 +108,35 @@ class PressableModel:
 
     @property
     def num_logits(self) -> int:
-        """V, what the head makes of a hidden state; a checkpoint may pad it above the tokenizer's vocabulary."""
+        """V, the outputs of the head; a checkpoint may pad it above the tokenizer's vocabulary."""
         return self.model.get_output_embeddings().out_features  # packed weights have another shape
 
     @property
     def head_can_be_cut(self) -> bool:
-        """Whether columns of the logits can be made alone: the head is a plain layer on which nobody has a hook."""
+        """Whether columns of the logits can be computed alone: the head is a plain layer on which nobody has a hook."""
         head = self.model.get_output_embeddings()
         hooks = (head._forward_hooks, head._forward_pre_hooks, head.__dict__.get("forward"))  # accelerate's the last
         return type(head) is nn.Linear and not any(hooks)
+
+    @property
+    def linear_library(self) -> str:
+        """The library that multiplies by the head's weight, for the record."""
+        return self.fast.linear_library(self.model.get_output_embeddings().weight)
 
     def logits(self, hidden: torch.Tensor, start: int = 0, end: int | None = None) -> torch.Tensor:
         """fp32 logits, ``(N, V)``, of hidden states ``(N, E)``; of some columns, where the head can be cut."""
         head = self.model.get_output_embeddings()
         hidden = hidden.to(head.weight.device)
-        if start == 0 and end in (None, self.num_logits):
-            with quick_forwards([head] if type(head) is nn.Linear else []):
-                return head(hidden).float()
+        if not self.head_can_be_cut:
+            assert start == 0 and end in (None, self.num_logits), "this head cannot be cut"
+            return head(hidden).float()
         bias = None if head.bias is None else head.bias[start:end]
-        return linear(hidden, head.weight[start:end], bias).float()
-
-
-@contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """cuDNN's attention, PyTorch's first choice on Hopper in 16 bit, makes a plan for every new length of a cache."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        return self.fast.linear(hidden, head.weight[start:end], bias).float()
 
 
 @contextmanager
 def masked(attentions: Sequence[nn.Module], biases: Sequence[torch.Tensor | None]) -> Iterator[None]:
-    """Gives each attention module its own mask, whatever the model passes. ``biases`` is read at every forward."""
+    """Give each attention module its own mask, whatever the model passes; ``biases`` is read at every forward."""
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def set_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -147,5 +156,5 @@ def masked(attentions: Sequence[nn.Module], biases: Sequence[torch.Tensor | None
 
 
 def placeholder_mask(model: PressableModel) -> torch.Tensor:
-    """A 4-D mask is passed on by transformers as it is, which spares building the one that `masked` replaces."""
+    """A mask that transformers passes on as it is, since it has 4 dimensions; `masked` replaces it in each layer."""
     return torch.zeros(1, 1, 1, 1, device=model.device)

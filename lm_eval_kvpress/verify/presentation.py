@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.harness.parity import rounding, worst
-from lm_eval_kvpress.models import gpt_neox
+from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.verify import dense_reference
 from lm_eval_kvpress.verify.check import Check, Part, Subject, load_untouched
 
@@ -28,8 +28,7 @@ def check_basis(subject: Subject) -> Check:
     for dtype in sorted({torch.float32, half} - {subject.lm.model.dtype}, key=str):
         model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
         before = dense_reference.logits(model, tokens)
-        if model.config.model_type == "gpt_neox":
-            gpt_neox.prepare(model)
+        present(model)  # changes the basis, where the architecture needs it
         parts.append(_basis_part(before, dense_reference.logits(model, tokens), dtype))
     return Check("basis", "the change of basis leaves the logits alone", tuple(parts))
 

@@ -346,7 +346,7 @@ def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
     for sampler in (GREEDY, SAMPLING):
         found = decoded(model, name, [1] * 5, sampler, record=cuda_graph.cuda_graph)
         assert found == decoded(model, name, [1] * 5, sampler)
-    assert model.step_maker() is not None, "the few kernels agreed"
+    assert model.fast.step_maker() is not None, "the few kernels agreed"
 
 
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=needs_gpu)], ids=["static", "recorded"])
@@ -365,9 +365,9 @@ def test_heads_that_share_keys_are_attended_by_the_kernel(
     model, held = make_pressable_llama(), [1, 3, 2, 1, 3]
     model.model.to("cuda" if on_gpu else "cpu")
     expected = decoded(model, name, held)
-    assert model.made_of() == "modules", "of a cache that grows"
+    assert model.fast.step_kind() == "modules", "of a cache that grows"
     assert decoded(model, name, held, record=cuda_graph.cuda_graph if on_gpu else run_as_it_is) == expected
-    assert model.made_of() == "modules, grouped kernel"
+    assert model.fast.step_kind() == "modules, grouped kernel"
 
 
 @needs_gpu

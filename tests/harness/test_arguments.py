@@ -49,6 +49,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapkv", "rolling": "stream", "stream_budget": 256, "window_size": 32}, "set stream_chunk"),
     ({"short_context": "pad"}, "shrink"),
     ({"allow_extrapolation": "perhaps"}, "true or false"),
+    ({"fast": "very"}, "true or false"),
     ({"attn_implementation": "flash_attention_2"}, "sdpa or eager"),
     ({"press": "observed_attention", "attn_implementation": "sdpa"}, "eager"),
     ({"press": "adakv:snapkv", "attn_implementation": "eager"}, "sdpa"),
@@ -129,7 +130,7 @@ def test_a_loaded_model_with_the_wrong_attention_is_refused(
 
 def test_an_unknown_architecture_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UsageError, match="'gpt2' is neither"):
+    with pytest.raises(UsageError, match="'gpt2' cannot be presented"):
         KVPress(pretrained=str(tmp_path), device="cpu")
 
 

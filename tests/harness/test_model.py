@@ -195,6 +195,15 @@ def test_the_record_names_the_library_of_linear_layers(
     assert ours(checkpoint_dir, press="none", dtype=dtype).describe()["linear_layers"] == library
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_record_says_whether_fast_paths_were_allowed(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(onednn_linear, "bounds_here", lambda: onednn_linear.AMD_BOUNDS["AVX512"])
+    facts = ours(checkpoint_dir, press="none", fast=fast).describe()
+    assert (facts["fast"], facts["linear_layers"]) == (fast, "oneDNN" if fast else "torch")
+
+
 @pytest.mark.parametrize(
     ("arguments", "computes_in"),
     [
@@ -208,7 +217,7 @@ def test_a_slow_dtype_is_asked_for_on_a_cpu(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], computes_in: torch.dtype
 ) -> None:
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(onednn_linear, "warn_of_slow_dtype", asked.append)
+    monkeypatch.setattr("lm_eval_kvpress.harness.model.warn_of_slow_dtype", asked.append)
     ours(checkpoint_dir, press="none", **arguments)
     assert asked == [computes_in]
 

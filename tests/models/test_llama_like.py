@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfi
 
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.models import llama_like
+from lm_eval_kvpress.models.present import ARCHITECTURES, check_config
 from lm_eval_kvpress.models.pressable import PressableModel
 
 REFUSED = {
@@ -35,14 +36,14 @@ ACCEPTED = {
 def test_what_presses_cannot_express_is_refused_in_one_line(case: str) -> None:
     config, says = REFUSED[case]
     with pytest.raises(ValueError, match=says) as caught:
-        llama_like.check_config(config)
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("config", ACCEPTED.values(), ids=ACCEPTED)
 def test_full_attention_over_whole_heads_is_accepted(config: PretrainedConfig) -> None:
-    assert config.model_type in llama_like.MODEL_TYPES
-    llama_like.check_config(config)
+    assert ARCHITECTURES[config.model_type].check_config is llama_like.check_config
+    check_config(config)
 
 
 @pytest.mark.parametrize("fails", [False, True])

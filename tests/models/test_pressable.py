@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.models import pressable
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -52,14 +52,3 @@ def test_an_empty_cache_has_the_shape_of_a_prefilled_one(
         for nothing, found in zip(empty.layers, full.layers, strict=True):
             assert nothing.keys.shape == (*found.keys.shape[:2], 0, found.keys.shape[3])
             assert nothing.keys.dtype is found.keys.dtype
-
-
-def test_cudnns_attention_is_off_in_forwards_alone(make_pressable: Callable[..., PressableModel]) -> None:
-    model, seen = make_pressable(), list[bool]()
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    assert before, "PyTorch has it on"
-    with model.attentions[0].register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())):
-        for for_cache_only in (False, True):  # the second forward is left by an exception
-            prefill_padded(model, [[1, 2, 3]], for_cache_only=for_cache_only)
-            assert torch.backends.cuda.cudnn_sdp_enabled()
-    assert seen == [False, False]

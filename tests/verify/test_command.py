@@ -17,7 +17,7 @@ from conftest import tiny_llama, tiny_neox, tiny_tokenizer
 from repository import ROOT
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.models.fast.onednn_linear import multiplies_quickly
+from lm_eval_kvpress.models.cpu_dtypes import multiplies_quickly
 from lm_eval_kvpress.verify import dense_reference, press_formulas
 from lm_eval_kvpress.verify.check import Check, Part, Subject
 from lm_eval_kvpress.verify.command import CHECKS, line, main, verdict

@@ -105,8 +105,8 @@ def _of_one_token(
     return KERNEL(query[:, :, 0], key, value, mask, scale, as_rows_of_one_query)[:, None]
 
 
-def made_of() -> str:
-    """What a step by modules is made of, for the record."""
+def step_kind() -> str:
+    """The name of what the newest step by modules was computed with, for the record."""
     return "modules, grouped kernel" if KERNEL.ran_last else "modules"
 
 

@@ -13,17 +13,12 @@ most seen). That pays where numbers of rows recur, which those of decoding do, a
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 No release promises it, so it is used only once it has multiplied small matrices correctly.
 
-In 16 bits PyTorch takes oneDNN by itself where the processor has instructions for them, and else loops that are ten
-times slower than fp32: a checkpoint in 16 bits is often loaded unawares, so `warn_of_slow_dtype` says so.
-
 Knows torch. Does not know presses, caches or text.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import os
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,10 +31,6 @@ from torch import nn
 
 from lm_eval_kvpress.models.lend import lend
 
-logger = logging.getLogger("lm_eval_kvpress")
-
-SWITCH = "LM_EVAL_KVPRESS_ONEDNN"
-"""Environment variable; 0 leaves all products to PyTorch."""
 FEW_ROWS = 32
 
 
@@ -97,36 +88,17 @@ def uses_onednn(weight: torch.Tensor) -> bool:
     )
 
 
+def library_of(weight: torch.Tensor) -> str:
+    """The name of the library that `linear` multiplies by a weight with, for the record."""
+    return "oneDNN" if uses_onednn(weight) else "torch"
+
+
 @functools.cache
 def bounds_here() -> Bounds:
-    """Those of this processor; `NEVER` where oneDNN was not found faster, does not work or is switched off."""
-    wanted = os.environ.get(SWITCH) != "0" and torch.backends.mkl.is_available() and "AuthenticAMD" in _processor()
+    """Those of this processor; `NEVER` where oneDNN was not found faster, or does not work."""
+    wanted = torch.backends.mkl.is_available() and "AuthenticAMD" in _processor()
     bounds = AMD_BOUNDS.get(torch.backends.cpu.get_cpu_capability(), NEVER) if wanted else NEVER
     return bounds if bounds != NEVER and _operator_works() else NEVER
-
-
-@functools.cache
-def warn_of_slow_dtype(dtype: torch.dtype) -> None:
-    """One line, once per process, if this processor has no instructions for products in a 16-bit dtype."""
-    if not multiplies_quickly(dtype):
-        name = str(dtype).removeprefix("torch.")
-        logger.warning(
-            "this CPU has no instructions for %s: prefill and scoring take several times as long as in float32; pass "
-            "dtype=float32, and no mixed_precision_dtype, if memory allows (4 bytes per weight)",
-            name,
-        )
-
-
-def multiplies_quickly(dtype: torch.dtype) -> bool:
-    """Whether products in a dtype are no slower than in fp32 by an order: in 16 bits what PyTorch asks before it gives
-    one to oneDNN, and true where that cannot be asked."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if dtype not in names:
-        return True
-    try:
-        return bool(getattr(torch.ops.mkldnn, names[dtype])())
-    except (AttributeError, RuntimeError):  # a build without oneDNN, or another release
-        return True
 
 
 def _processor() -> str:

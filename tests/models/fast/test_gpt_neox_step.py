@@ -53,7 +53,7 @@ def test_without_triton_the_modules_run_and_it_is_said_once(
     monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
     model = make_for_gpu(num_layers=2)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert model.step_maker() is None and model.step_maker() is None
+        assert model.fast.step_maker() is None and model.fast.step_maker() is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith("Triton is not installed")
 
@@ -67,7 +67,7 @@ def test_on_a_cpu_there_is_no_such_step_and_triton_is_not_imported(
 
     imported = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
-    assert make_pressable().step_maker() is None
+    assert make_pressable().fast.step_maker() is None
 
 
 class OtherLinear(nn.Linear):
@@ -130,11 +130,11 @@ def test_the_step_does_not_stand_for_modules_that_are_not_plain(
     make_for_gpu: Callable[..., PressableModel], change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_for_gpu()
-    assert model.step_maker() is not None
+    assert model.fast.step_maker() is not None
     alter, told = CHANGES[change]
     alter(model.model)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert model.step_maker() is None and model.step_maker() is None
+        assert model.fast.step_maker() is None and model.fast.step_maker() is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert told in line
 
@@ -147,7 +147,7 @@ def test_nor_for_other_kinds_of_model(
     make_for_gpu: Callable[..., PressableModel], setting: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert make_for_gpu(**setting).step_maker() is None
+        assert make_for_gpu(**setting).fast.step_maker() is None
     assert told in caplog.text
 
 
@@ -156,10 +156,10 @@ def test_nor_while_every_module_there_is_is_watched(make_for_gpu: Callable[..., 
     model = make_for_gpu()
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert model.step_maker() is None
+        assert model.fast.step_maker() is None
     finally:
         handle.remove()
-    assert model.step_maker() is not None
+    assert model.fast.step_maker() is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a real CUDA graph")

@@ -197,11 +197,11 @@ def test_another_device_is_told_once_and_does_not_end_the_kernel_here(
 
 def test_the_record_says_what_attended(monkeypatch: pytest.MonkeyPatch) -> None:
     attended(GroupedKernel(), arguments(), monkeypatch)
-    assert grouped_attention.made_of() == "modules"
+    assert grouped_attention.step_kind() == "modules"
     attended(grouped_attention.KERNEL, arguments(), monkeypatch)
-    assert grouped_attention.made_of() == "modules, grouped kernel"
+    assert grouped_attention.step_kind() == "modules, grouped kernel"
     attended(grouped_attention.KERNEL, arguments(dtype=torch.float32), monkeypatch)
-    assert grouped_attention.made_of() == "modules"
+    assert grouped_attention.step_kind() == "modules"
 
 
 @pytest.mark.parametrize("wrong", [1.05, torch.nan])

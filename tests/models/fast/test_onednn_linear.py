@@ -224,18 +224,16 @@ def test_an_operator_that_is_absent_or_wrong_is_not_used(
         ({"processor": "GenuineIntel"}, NEVER),
         ({"works": False}, NEVER),
         ({"mkl": False}, NEVER),
-        ({"switch": "0"}, NEVER),
     ],
 )
-def test_a_known_processor_a_working_operator_and_the_user_decide(
+def test_a_known_processor_and_a_working_operator_decide(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], bounds: Bounds
 ) -> None:
-    here = {"capability": "AVX512", "processor": "AuthenticAMD", "works": True, "mkl": True, "switch": "1", **changed}
+    here = {"capability": "AVX512", "processor": "AuthenticAMD", "works": True, "mkl": True, **changed}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here["capability"])
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: here["mkl"])
     monkeypatch.setattr(onednn_linear, "_processor", lambda: f"vendor_id\t: {here['processor']}")
     monkeypatch.setattr(onednn_linear, "_operator_works", lambda: here["works"])
-    monkeypatch.setenv(onednn_linear.SWITCH, here["switch"])
     assert onednn_linear.bounds_here.__wrapped__() == bounds
 
 
@@ -243,43 +241,3 @@ def test_without_a_list_of_processors_their_name_is_asked(monkeypatch: pytest.Mo
     monkeypatch.setattr(onednn_linear, "Path", lambda _: Path("/no/such/file"))
     monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
     assert "AuthenticAMD" in onednn_linear._processor()
-
-
-SLOW, QUICK = (lambda: False), (lambda: True)
-
-
-def refuses() -> bool:
-    raise RuntimeError("no kernel")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bf16", "fp16", "named"),
-    [
-        (torch.bfloat16, SLOW, QUICK, "bfloat16"),
-        (torch.float16, QUICK, SLOW, "float16"),
-        (torch.bfloat16, QUICK, SLOW, None),
-        (torch.float16, SLOW, QUICK, None),
-        (torch.float32, SLOW, SLOW, None),
-        (torch.bfloat16, refuses, SLOW, None),
-    ],
-)
-def test_a_dtype_without_instructions_is_named_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    dtype: torch.dtype,
-    bf16: Callable[[], bool],
-    fp16: Callable[[], bool],
-    named: str | None,
-) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bf16, raising=False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", fp16, raising=False)
-    onednn_linear.warn_of_slow_dtype.__wrapped__(dtype)
-    assert len(caplog.messages) == (named is not None)
-    assert named is None or f"no instructions for {named}:" in caplog.text and "dtype=float32" in caplog.text
-
-
-def test_pytorch_still_tells_which_dtypes_are_quick() -> None:
-    if not (torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
-        pytest.skip("this PyTorch has no oneDNN for x86")
-    for dtype in ("bf16", "fp16"):
-        assert getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")() in (True, False), "renamed: follow"

@@ -1,0 +1,81 @@
+"""Present a loaded model to presses and the engine: the one registry of architectures, and the one switch for speed.
+
+A new architecture is one new file in this package and one row of `ARCHITECTURES`. Knows models and their configs. Does
+not know lm-eval, adapters on top of a model, or how weights are loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models.fast.paths import fast_paths
+from lm_eval_kvpress.models.pressable import PressableModel
+
+SWITCH = "LM_EVAL_KVPRESS_FAST"
+"""Environment variable; 0 leaves every forward to transformers and PyTorch, whatever is asked for."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model type needs to be presented.
+
+    Attributes:
+        present: makes a `PressableModel` of a loaded model, and may change its weights in memory once; raises
+            `UsageError` for weights that cannot be presented.
+        check_config: raises `UsageError` for a config that cannot be presented, before weights are read.
+    """
+
+    present: Callable[[PreTrainedModel], PressableModel]
+    check_config: Callable[[PretrainedConfig], None] = lambda config: None
+
+
+_LLAMA_LIKE = Architecture(llama_like.present, llama_like.check_config)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt_neox": Architecture(gpt_neox.present),
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+}
+"""By ``config.model_type``."""
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse a config whose model cannot be presented, before weights are read.
+
+    Raises:
+        UsageError: in one line.
+    """
+    _architecture(config).check_config(config)
+
+
+def present(model: PreTrainedModel, *, fast: bool = True) -> PressableModel:
+    """Present a loaded model.
+
+    Args:
+        model: it may be changed in memory once, so do not save it afterwards (`gpt_neox.prepare`).
+        fast: whether its forwards may be made quicker by `models.fast`.
+
+    Raises:
+        UsageError: if the model cannot be presented.
+    """
+    pressable = _architecture(model.config).present(model)
+    if not fast or os.environ.get(SWITCH) == "0":
+        return pressable
+    return replace(pressable, fast=fast_paths(pressable))
+
+
+def _architecture(config: PretrainedConfig) -> Architecture:
+    if config.model_type not in ARCHITECTURES:
+        raise UsageError(
+            f"architecture '{config.model_type}' cannot be presented to kvpress, only {', '.join(ARCHITECTURES)} can"
+        )
+    return ARCHITECTURES[config.model_type]

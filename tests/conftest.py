@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lm_eval_kvpress.models.fast import gpt_neox_step, trial, triton_support
+from lm_eval_kvpress.models.fast import gpt_neox_step, triton_support
 from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -180,7 +180,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has GPTNeoX's step in few kernels asked for on a CPU, too."""
-    monkeypatch.setattr(trial, "DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr(gpt_neox_step, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 
 

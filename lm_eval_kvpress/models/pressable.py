@@ -35,7 +35,7 @@ class FastPaths:
         linear: a product like `torch.nn.functional.linear`.
         linear_library: the name of the library that multiplies by a weight, for the record.
         step_maker: returns what makes decoding steps that stand for the modules, as long as no hook watches them
-            (`fast.trial.StepMaker`); None where there is no such step.
+            (`fast.gpt_neox_step.StepMaker`); None where there is no such step.
         step_kind: the name of what the newest step by modules was computed with, for the record.
     """
 

@@ -27,7 +27,7 @@ from lm_eval_kvpress.cache.compressed import stack
 from lm_eval_kvpress.engine import cuda_graph, decoding
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.sampling import Sampler
-from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_support
+from lm_eval_kvpress.models.fast import grouped_attention, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
 CONTEXTS = [distinct_tokens(length, 211, length + place) for place, length in enumerate((50, 29, 64, 29, 41))]
@@ -357,11 +357,11 @@ def test_heads_that_share_keys_are_attended_by_the_kernel(
     """Whole buffers, as a GPU attends to them: the growing cache's tokens, which are PyTorch's."""
     pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
     if not on_gpu:
-        monkeypatch.setattr(grouped_kernel, "DEVICE_TYPES", {"cpu", "cuda"})
+        monkeypatch.setattr(grouped_attention, "DEVICE_TYPES", {"cpu", "cuda"})
         monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
         monkeypatch.setattr(sys.modules[__name__], "NUM_NEW", 4)  # Triton's interpreter takes its time
-    monkeypatch.setattr(grouped_kernel, "DTYPES", (torch.float32,))  # in 16 bits rounding decides between tokens
-    monkeypatch.setattr(grouped_attention, "KERNEL", grouped_kernel.GroupedKernel())
+    monkeypatch.setattr(grouped_attention, "DTYPES", (torch.float32,))  # in 16 bits rounding decides between tokens
+    monkeypatch.setattr(grouped_attention, "KERNEL", grouped_attention.GroupedKernel())
     model, held = make_pressable_llama(), [1, 3, 2, 1, 3]
     model.model.to("cuda" if on_gpu else "cpu")
     expected = decoded(model, name, held)

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM, GPTNeoXMLP
 
+from lm_eval_kvpress.models.fast.gpt_neox_modules import every_module_is_watched, has_plain_gelu
 from lm_eval_kvpress.models.lend import lend
 
 ATTENTION_ARGUMENTS = [
@@ -57,12 +57,6 @@ def _forwards(model: GPTNeoXForCausalLM) -> Iterator[tuple[nn.Module, Callable[.
             yield layer.mlp, functools.partial(_feed_forward, layer.mlp)
 
 
-def every_module_is_watched() -> bool:
-    """Whether a hook is registered for all modules there are."""
-    hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-
-
 def _can_rotate(attention: Any) -> bool:
     if type(attention) is not GPTNeoXAttention or attention.training or not _has_known_arguments():
         return False
@@ -81,11 +75,6 @@ def _can_overwrite(mlp: Any) -> bool:
     wide, act = mlp.dense_h_to_4h, mlp.act
     is_watched = wide._forward_hooks or act._forward_hooks or act._forward_pre_hooks
     return not is_watched and "forward" not in act.__dict__
-
-
-def has_plain_gelu(mlp: Any) -> bool:
-    """Whether the activation is the exact GELU, with nothing around it."""
-    return type(mlp.act) is GELUActivation and mlp.act.act is nn.functional.gelu
 
 
 def _feed_forward(mlp: GPTNeoXMLP, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """GPTNeoX's decoding step on a GPU in few kernels; the numbers are those of its modules, up to rounding.
 
 Between two products of a layer transformers runs kernel after kernel of two microseconds; these, and an attention that
-leaves a GPU idle at few rows, were two thirds of a step of Pythia-2.8B
-(docs/experiments/h200_decoding_step.md). Here a layer is its four
-products and four kernels (and GELU, for more than one row), and attention and feed-forward, which Pythia has beside
-each other, run on two streams: each fills the gaps of the other.
+leaves a GPU idle at few rows, were two thirds of a step of Pythia-2.8B (docs/experiments/h200_decoding_step.md). Here a
+layer is its four products and four kernels (and GELU, for more than one row), and attention and feed-forward, which
+Pythia has beside each other, run on two streams: each fills the gaps of the other.
 
-It stands for models whose modules are the ones it was written from (`why_not`); `step_trial` holds it to their numbers.
+It stands for models whose modules are the ones it was written from (`gpt_neox_modules`), once a `trial` has compared
+the results of both.
 
 Knows transformers' GPTNeoX modules and, once asked for a step, Triton. Does not know presses, text or how tokens are
 chosen.
@@ -16,7 +16,8 @@ Letters in shape comments: B rows, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -26,71 +27,111 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXForCausalLM,
     GPTNeoXLayer,
     GPTNeoXMLP,
-    GPTNeoXModel,
 )
 
 from lm_eval_kvpress.cache.layers import GrowingLayer
-from lm_eval_kvpress.models.fast.gpt_neox_forward import every_module_is_watched, has_plain_gelu
-from lm_eval_kvpress.models.fast.triton_support import why_not_on
+from lm_eval_kvpress.models.fast.gpt_neox_modules import why_no_step
+from lm_eval_kvpress.models.fast.trial import Trial
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
+"""The largest relative difference of a row's last hidden state from that of the modules: above what rounding makes of
+32 layers (0.02 of the largest number in bfloat16), also under TF32, and far below what a wrong kernel makes."""
 
+DEVICE_TYPES = {"cuda"}
+"""Where a step is worth asking for, and its absence worth a line."""
 
-def why_not(model: GPTNeoXForCausalLM) -> str:
-    """Why a step may not stand for the modules, or nothing: they have to be those of transformers with Pythia's
-    settings, on a GPU that the kernels are for, and nobody watches or replaces any of them."""
-    body = model.gpt_neox
-    tensors = list(body.parameters())
-    checks = {
-        f"attn_implementation is {model.config._attn_implementation}, not sdpa": (
-            model.config._attn_implementation == "sdpa"
-        ),
-        "the weights are of several devices or dtypes, or of a dtype other than float32 and 16 bits": (
-            len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 and tensors[0].dtype in DTYPES
-        ),
-        "a hook watches a module, or its forward was replaced": not _is_watched(body),
-        "the modules are not plain ones of transformers, with parallel residuals and GELU": (
-            not body.training
-            and [type(part) for part in (body, body.embed_in)] == [GPTNeoXModel, nn.Embedding]
-            and _is_plain_norm(body.final_layer_norm)
-            and all(map(_is_plain_layer, body.layers))
-        ),
-    }
-    return why_not_on(tensors[0].device) or next((reason for reason, holds in checks.items() if not holds), "")
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""One token per row and its position, ``(B, 1)`` each, to last hidden states, ``(B, E)``."""
 
 
-def _is_watched(body: nn.Module) -> bool:
-    watched = (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in body.modules())
-    return any(watched) or every_module_is_watched()
+class StepMaker:
+    """Makes the decoding steps of one model, one for each batch.
+
+    Args:
+        model: on any device.
+    """
+
+    def __init__(self, model: GPTNeoXForCausalLM) -> None:
+        self._model = model
+        self._trial = Trial("the model's modules", "decoding steps run module by module, at less than half the speed")
+
+    def __call__(self) -> Callable[..., TriedStep] | None:
+        """What makes a step over buffers, or None where the modules must run; ask while no hook of ours is set."""
+        if self._trial.is_refused or self._model.device.type not in DEVICE_TYPES:
+            return None
+        reason = why_no_step(self._model)
+        if reason:
+            self._trial.warn(reason)
+            return None
+        return functools.partial(TriedStep, self._model, self._trial)
 
 
-def _is_plain_layer(layer: Any) -> bool:
-    if type(layer) is not GPTNeoXLayer or not layer.use_parallel_residual:
-        return False
-    attention, mlp = layer.attention, layer.mlp
-    if type(attention) is not GPTNeoXAttention or type(mlp) is not GPTNeoXMLP or not has_plain_gelu(mlp):
-        return False
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    products = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
-    return (
-        all(map(_is_plain_norm, norms))
-        and norms[0].eps == norms[1].eps
-        and all(map(_is_plain_product, products))
-        and attention.rotary_ndims % 2 == 0
-    )
+class TriedStep:
+    """The forward of one batch: a step in few kernels, or the modules where that was refused.
+
+    The first call tries the step, and compares it with the modules if none of its kind has agreed with them yet.
+
+    Args:
+        layers: the buffers of each layer.
+        masks: per layer, ``(1 or B, 1 or heads, 1, capacity)``, to be added to its scores.
+        places: per layer, ``(1,)``, where the token is written; all before it is attended.
+        modules: the forward that the step stands for.
+    """
+
+    def __init__(
+        self,
+        model: GPTNeoXForCausalLM,
+        trial: Trial,
+        layers: Sequence[GrowingLayer],
+        masks: Sequence[torch.Tensor],
+        places: Sequence[torch.Tensor],
+        modules: Forward,
+    ) -> None:
+        self._model, self._trial, self._buffers, self._modules = model, trial, (layers, masks, places), modules
+        self._forward: Forward | None = None
+
+    @property
+    def kernels(self) -> str:
+        """What its steps are computed with, for the record."""
+        return "few kernels" if isinstance(self._forward, NeoxStep) else "modules"
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``(B, E)``, in a buffer that the next call may overwrite."""
+        if self._forward is None:
+            return self._first(tokens, positions)
+        return self._forward(tokens, positions)
+
+    def _first(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self._forward = self._modules
+        step = self._trial.attempt(self._step)
+        if step is None:
+            return self._modules(tokens, positions)
+        hidden, _ = self._trial.run(
+            step.kind,
+            lambda: step(tokens, positions).clone(),
+            lambda: self._modules(tokens, positions),
+            TOLERANCE[self._model.dtype],
+        )
+        if self._trial.believes(step.kind):
+            self._forward = step
+        return hidden
+
+    def _step(self) -> NeoxStep:
+        return NeoxStep(self._model, *self._buffers, _side_stream(self._buffers[0][0].keys.device))
 
 
-def _is_plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and type(norm.weight) is type(norm.bias) is nn.Parameter
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for the attention of a GPU's steps, one for all models and batches.
 
-
-def _is_plain_product(product: nn.Module) -> bool:
-    """Quantisation may leave the class and change that of the weight, which then has no address."""
-    return type(product) is nn.Linear and type(product.weight) is nn.Parameter and product.weight.is_contiguous()
+    Libraries keep a workspace for every stream that they meet. It has priority: attention is made of more and smaller
+    kernels, and the feed-forward would wait for it.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
 class NeoxStep:
-    """One token per row through the model, over whole buffers; for the arguments see `trial.Batch`.
+    """One token per row through the model, over whole buffers; for the arguments see `TriedStep`.
 
     What it returns is in a buffer that the next call overwrites.
     """

@@ -5,6 +5,10 @@ recorded step: with four query heads per key-value head a step then moves the ca
 a cache that no press has shortened, and a press looks faster than it is. Here the query heads that share a key-value
 head are rows of one query.
 
+On a GPU in 16 bits a Triton kernel (`triton_attention`) stands for that, once a `trial` has compared the two: PyTorch's
+kernel for masks has one block per row and key-value head, which leaves a GPU idle at few rows and few such heads (on an
+H200 one row of 1,900 entries, 32 heads over 8, takes 87 us; ours 8).
+
 Knows transformers' registry of attention functions. Does not know presses, caches or text.
 
 Letters in shape comments: B rows, Q new tokens, H query heads, G query heads per key-value head, T entries, D head_dim.
@@ -14,27 +18,40 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from lm_eval_kvpress.models.fast.grouped_kernel import GroupedKernel
+from lm_eval_kvpress.models.fast import triton_support
+from lm_eval_kvpress.models.fast.trial import Trial
 from lm_eval_kvpress.models.lend import lend
+
+if TYPE_CHECKING:
+    from lm_eval_kvpress.models.fast.triton_attention import Attention
 
 NAME = "kvpress_grouped"
 REPLACES = "sdpa"
-KERNEL = GroupedKernel()
+
+DEVICE_TYPES = {"cuda"}
+"""Where the kernel is worth asking for, and its absence worth a line."""
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""In float32, 32 rows take more than twice PyTorch's time."""
+
+TOLERANCE = 0.03
+"""The largest relative difference of a head's result from PyTorch's: above rounding in 16 bits, below a wrong head,
+order or span. One entry too many among thousands is within it; the tests of `triton_attention` are finer."""
 
 
 @contextmanager
 def lent(attentions: Sequence[Any]) -> Iterator[None]:
-    """Has attention modules look up `attend` instead of transformers' function; they read its name in their config.
+    """Let attention modules look up `attend` instead of transformers' function: they read its name in their config.
 
-    Modules that share no heads, or use other attention than PyTorch's, are left as they are.
+    Modules whose heads share nothing, or that use other attention than PyTorch's, keep what they have.
     """
     copies: dict[int, Any] = {}  # by the id of the config, which in general all modules share
     with ExitStack() as loans:
@@ -103,6 +120,87 @@ def _of_one_token(
         return as_rows_of_one_query()[:, None]
     scale = by_pytorch.keywords["scale"] or dim**-0.5
     return KERNEL(query[:, :, 0], key, value, mask, scale, as_rows_of_one_query)[:, None]
+
+
+class GroupedKernel:
+    """Our kernel for one token per row, where it may stand for PyTorch's attention; one for all models of a process.
+
+    Attributes:
+        ran_last: whether the kernel computed the newest result.
+    """
+
+    def __init__(self) -> None:
+        self._trial = Trial("PyTorch's", "attention to shared key-value heads is PyTorch's, which is slow at few rows")
+        self.ran_last = False
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        by_pytorch: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """``(B, H, D)``, by the kernel if it can.
+
+        Args:
+            query: ``(B, H, D)``.
+            keys, values: ``(B, H / G, T, D)``.
+            mask: ``(1 or B, 1 or H, 1, T)``, finite, is added to the scores.
+            by_pytorch: computes what the kernel stands for.
+        """
+        self.ran_last = False
+        if mask is None or not self._is_for(keys, values, mask):
+            return by_pytorch()
+        attention = self._trial.attempt(lambda: _attention(query, keys))
+        if attention is None:
+            return by_pytorch()
+        kind = (keys.dtype, *query.shape[1:], keys.shape[1], mask.shape[1] > 1, attention.block_spans)
+        if _is_recording(keys.device) and not self._trial.believes(kind):  # nothing can be compared then
+            return by_pytorch()
+        mixed, self.ran_last = self._trial.run(
+            kind, lambda: _run(attention, query, keys, values, mask, scale), by_pytorch, TOLERANCE
+        )
+        return mixed
+
+    def _is_for(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether a call reads whole buffers: slices, as of a cache that grows, come in calls not worth a kernel."""
+        if self._trial.is_refused or keys.device.type not in DEVICE_TYPES or keys.dtype not in DTYPES:
+            return False
+        if not (keys.is_contiguous() and values.is_contiguous() and mask.stride(-1) == 1 and mask.is_floating_point()):
+            return False
+        reason = triton_support.why_not_on(keys.device)
+        if reason:  # other devices may do
+            self._trial.warn(reason)
+        return not reason
+
+
+def _is_recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made of what is called."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _attention(query: torch.Tensor, keys: torch.Tensor) -> Attention:
+    from lm_eval_kvpress.models.fast.triton_attention import Attention
+
+    rows, heads, dim = query.shape
+    return Attention(rows, heads, dim, keys.shape[2], query, per_key_head=heads // keys.shape[1])
+
+
+def _run(
+    attention: Attention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    last = keys.new_full((1,), keys.shape[2] - 1, dtype=torch.long)  # the mask hides what is not written
+    return attention(query.contiguous(), keys, values, mask, last, scale).view(query.shape)
+
+
+KERNEL = GroupedKernel()
 
 
 def step_kind() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.models.fast import gpt_neox_forward, grouped_attention, onednn_linear, trial
+from lm_eval_kvpress.models.fast import gpt_neox_forward, gpt_neox_step, grouped_attention, onednn_linear
 from lm_eval_kvpress.models.pressable import FastPaths, PressableModel
 
 
@@ -21,7 +21,7 @@ def fast_paths(model: PressableModel) -> FastPaths:
     linear: dict[str, Any] = {"linear": onednn_linear.linear, "linear_library": onednn_linear.library_of}
     if isinstance(model.model, GPTNeoXForCausalLM):
         forwards = functools.partial(_forwards, functools.partial(gpt_neox_forward.in_place, model.model), layers)
-        return FastPaths(forwards, **linear, step_maker=trial.StepMaker(model.model))
+        return FastPaths(forwards, **linear, step_maker=gpt_neox_step.StepMaker(model.model))
     forwards = functools.partial(_forwards, functools.partial(grouped_attention.lent, model.attentions), layers)
     return FastPaths(forwards, **linear, step_kind=grouped_attention.step_kind)
 

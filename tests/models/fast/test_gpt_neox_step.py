@@ -13,7 +13,7 @@ from neox_steps import NUM_NEW, decoded, kernels_after_trial
 from torch import nn
 
 from lm_eval_kvpress.engine import cuda_graph
-from lm_eval_kvpress.models.fast import trial, triton_support
+from lm_eval_kvpress.models.fast import gpt_neox_step, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
@@ -40,8 +40,8 @@ def test_tokens_are_those_of_the_growing_cache(
 def test_other_settings_agree_too(
     make_for_gpu: Callable[..., PressableModel], setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(trial.TOLERANCE, torch.float32, 1e-5)
-    monkeypatch.setitem(trial.TOLERANCE, torch.float16, 1e-2)
+    monkeypatch.setitem(gpt_neox_step.TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setitem(gpt_neox_step.TOLERANCE, torch.float16, 1e-2)
     model = make_for_gpu(num_layers=2, **setting)
     assert kernels_after_trial(model) == "few kernels"
 
@@ -172,7 +172,7 @@ def test_a_cuda_graph_of_few_kernels(  # pragma: no cover
     step_calls: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(trial.TOLERANCE, torch.float32, 1e-4)
+    monkeypatch.setitem(gpt_neox_step.TOLERANCE, torch.float32, 1e-4)
     model = make_for_gpu(dtype=dtype)
     for _ in range(3):
         eager = decoded(model, rows=rows, num_new=20)

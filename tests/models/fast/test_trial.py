@@ -1,127 +1,122 @@
-"""A step in few kernels is believed once it has agreed with the modules; whatever speaks against it leaves these."""
+"""Kernels are compared once; whatever speaks against them leaves the known way, and is said once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from neox_steps import NUM_NEW, decoded
+from torch import Tensor
 from triton_failures import REFUSALS
 
-from lm_eval_kvpress.models.fast import gpt_neox_step, trial
-from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.models.fast.trial import Trial
 
-pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
+KNOWN = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+TOLERANCE = 0.01
 
 
-@pytest.mark.usefixtures("few_kernels_anywhere")
-def test_a_step_that_has_agreed_is_not_compared_again(
-    make_for_gpu: Callable[..., PressableModel], step_calls: list[str]
+@pytest.fixture
+def trial() -> Trial:
+    return Trial("the known way", "the known way runs")
+
+
+def by(result: Tensor, log: list[str], name: str) -> Callable[[], Tensor]:
+    def compute() -> Tensor:
+        log.append(name)
+        return result.clone()
+
+    return compute
+
+
+def run(trial: Trial, found: Tensor, expected: Tensor = KNOWN, kind: str = "a") -> tuple[Tensor, bool, list[str]]:
+    log: list[str] = []
+    result, is_kernels = trial.run(kind, by(found, log, "kernels"), by(expected, log, "known"), TOLERANCE)
+    return result, is_kernels, log
+
+
+def test_kernels_that_agree_run_alone_from_the_second_call_on(trial: Trial) -> None:
+    near = KNOWN * 1.005
+    result, is_kernels, log = run(trial, near)
+    assert torch.equal(result, KNOWN) and not is_kernels and log == ["kernels", "known"]
+    result, is_kernels, log = run(trial, near)
+    assert torch.equal(result, near) and is_kernels and log == ["kernels"]
+
+
+def test_every_kind_is_compared(trial: Trial) -> None:
+    run(trial, KNOWN, kind="a")
+    assert trial.believes("a") and not trial.believes("b")
+    assert run(trial, KNOWN, kind="b")[2] == ["kernels", "known"]
+    assert trial.believes("b")
+
+
+@pytest.mark.parametrize("wrong", [1.02, torch.nan])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_one_wrong_vector_among_many_refuses_all_kinds(
+    trial: Trial, caplog: pytest.LogCaptureFixture, rows: int, wrong: float
 ) -> None:
-    model = make_for_gpu(num_layers=1)
-    expected = decoded(model)
-    step_calls.clear()
-    assert decoded(model) == expected
-    assert step_calls == ["few"] * (NUM_NEW - 1)
-    step_calls.clear()
-    decoded(model, rows=1)
-    assert step_calls[1:4] == ["few", "modules", "few"], "a single row has kernels of its own, which are compared"
-
-
-@pytest.mark.usefixtures("few_kernels_anywhere")
-@pytest.mark.parametrize("kernel", ["add_and_norm", "rotate_and_store"])
-def test_a_kernel_that_does_nothing_is_found_out_and_the_modules_run(
-    make_for_gpu: Callable[..., PressableModel],
-    kernel: str,
-    step_calls: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    from lm_eval_kvpress.models.fast import triton_ops
-
-    model = make_for_gpu(num_layers=2)
-    expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(triton_ops, kernel, lambda *args: None)
-    step_calls.clear()
+    run(trial, KNOWN, kind="another")
+    expected = torch.randn(rows, 64)
+    found = expected.clone()
+    found[1] *= wrong
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert decoded(model) == expected
-        assert decoded(model) == expected
-    assert step_calls.count("few") == 1
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "run module by module" in line and "differ from those of the model's modules by" in line
+        assert torch.equal(run(trial, found, expected)[0], expected)
+    assert trial.is_refused and not trial.believes("a") and not trial.believes("another")
+    (line,) = caplog.messages
+    assert line.startswith("the known way runs: results of our kernels differ from those of the known way by")
 
 
-@pytest.mark.usefixtures("few_kernels_anywhere")
-@pytest.mark.parametrize("where", ["__init__", "__call__"])
+def test_a_vector_of_zeros_is_no_difference(trial: Trial) -> None:
+    expected = KNOWN.clone()
+    expected[1] = 0
+    run(trial, expected, expected)
+    assert trial.believes("a")
+
+
+def test_where_the_known_way_overflows_nothing_is_settled(trial: Trial) -> None:
+    expected = KNOWN.clone()
+    expected[0, 3] = torch.inf
+    assert run(trial, expected, expected)[2] == ["kernels", "known"]
+    assert not trial.is_refused and not trial.believes("a")
+
+
 @pytest.mark.parametrize("what", REFUSALS)
-def test_where_kernels_cannot_be_made_the_modules_run(
-    make_for_gpu: Callable[..., PressableModel],
-    where: str,
-    what: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("is_believed", [False, True])
+def test_kernels_that_cannot_be_made_are_refused_and_it_is_said_once(
+    trial: Trial, what: str, is_believed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if what == "Triton's own":
+        pytest.importorskip("triton", reason="makes an error of Triton's")
     error, told = REFUSALS[what]
 
-    def fails(self: Any, *args: Any) -> Any:
+    def fails() -> Tensor:
         raise error()
 
-    model = make_for_gpu(num_layers=1)
-    expected = decoded(model, few_kernels=False)
-    monkeypatch.setattr(gpt_neox_step.NeoxStep, where, fails)
+    if is_believed:
+        run(trial, KNOWN)
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
-        assert decoded(model) == expected
-        assert decoded(model) == expected
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(told)
+        for _ in range(2):
+            result, is_kernels = trial.run("a", fails, KNOWN.clone, TOLERANCE)
+            assert torch.equal(result, KNOWN) and not is_kernels
+    (line,) = caplog.messages
+    assert line.endswith(told) and trial.is_refused and not trial.believes("a")
 
 
-@pytest.mark.usefixtures("few_kernels_anywhere")
-def test_a_later_batch_whose_kernels_cannot_be_made_is_decoded_by_modules(
-    make_for_gpu: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(self: Any, *args: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    model = make_for_gpu(num_layers=1)
-    expected = decoded(model)
-    assert model.fast.step_maker() is not None
-    monkeypatch.setattr(gpt_neox_step.NeoxStep, "__call__", fails)
-    assert decoded(model) == expected
-    assert model.fast.step_maker() is None
-
-
-@pytest.mark.usefixtures("few_kernels_anywhere")
-@pytest.mark.parametrize("rows", [2, 300])
-def test_one_wrong_row_among_many_is_found(make_for_gpu: Callable[..., PressableModel], rows: int) -> None:
-    maker, expected = trial.StepMaker(make_for_gpu().model), torch.randn(rows, 64)
-    found = expected.clone()
-    found[1] *= 0.98
-    maker.compare("some kind", found, expected)
-    assert maker() is None and maker.needs_comparison("some kind")
-
-
-@pytest.mark.usefixtures("few_kernels_anywhere")
-def test_where_the_modules_overflow_nothing_is_settled(make_for_gpu: Callable[..., PressableModel]) -> None:
-    maker, expected = trial.StepMaker(make_for_gpu().model), torch.randn(2, 64)
-    expected[0, 3] = torch.inf
-    maker.compare("some kind", expected, expected)
-    assert maker() is not None and maker.needs_comparison("some kind")
-
-
-@pytest.mark.usefixtures("few_kernels_anywhere")
-def test_out_of_memory_is_left_to_the_caller_and_proves_nothing(
-    make_for_gpu: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Any, *args: Any) -> torch.Tensor:
+def test_out_of_memory_is_left_to_the_caller_and_proves_nothing(trial: Trial) -> None:
+    def full() -> Tensor:
         raise torch.OutOfMemoryError("full")
 
-    model = make_for_gpu(num_layers=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(gpt_neox_step.NeoxStep, "__call__", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            decoded(model)
-    assert decoded(model) == decoded(model, few_kernels=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        trial.run("a", full, KNOWN.clone, TOLERANCE)
+    assert not trial.is_refused
+
+
+def test_other_errors_are_not_hidden(trial: Trial) -> None:
+    class Fault(Exception):
+        pass
+
+    def faulty() -> Tensor:
+        raise Fault
+
+    with pytest.raises(Fault):
+        trial.attempt(faulty)

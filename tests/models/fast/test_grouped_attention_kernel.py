@@ -11,8 +11,8 @@ from triton_failures import REFUSALS
 
 pytest.importorskip("triton", reason="needs Triton: kernels are compiled, or interpreted, by it")
 
-from lm_eval_kvpress.models.fast import grouped_attention, grouped_kernel, triton_attention, triton_support  # noqa: E402
-from lm_eval_kvpress.models.fast.grouped_kernel import GroupedKernel  # noqa: E402
+from lm_eval_kvpress.models.fast import grouped_attention, triton_attention, triton_support  # noqa: E402
+from lm_eval_kvpress.models.fast.grouped_attention import GroupedKernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, HEADS, SHARED, CAPACITY, DIM = 2, 6, 2, 48, 16
@@ -22,7 +22,7 @@ PYTORCHS = torch.full((ROWS, HEADS, DIM), 7.0)
 
 @pytest.fixture(autouse=True)
 def _asked_for_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_kernel, "DEVICE_TYPES", {"cpu", "cuda"})
+    monkeypatch.setattr(grouped_attention, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 
 
@@ -78,7 +78,7 @@ def test_after_the_first_call_the_kernel_runs_with_pytorchs_results(
 
 def never() -> GroupedKernel:
     kernel = GroupedKernel()
-    kernel._was_refused = True
+    kernel._trial.is_refused = True
     return kernel
 
 
@@ -96,7 +96,7 @@ def test_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, values in enumerate(kinds):
         for is_known in (False, True):
             attended(kernel, values, monkeypatch)
-            assert (len(kernel._agreed), kernel.ran_last) == (known + 1, is_known)
+            assert (len(kernel._trial._agreed), kernel.ran_last) == (known + 1, is_known)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_other_calls_are_pytorchs(
 def test_nor_is_a_kernel_compared_while_a_graph_is_recorded(
     ran: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped_kernel, "_is_recording", lambda device: True)
+    monkeypatch.setattr(grouped_attention, "_is_recording", lambda device: True)
     kernel = GroupedKernel()
     attended(kernel, arguments(), monkeypatch)
-    assert not ran and not kernel._agreed
+    assert not ran and not kernel._trial._agreed
 
 
 @pytest.mark.parametrize("what", REFUSALS)
@@ -181,7 +181,7 @@ def test_a_head_of_zeros_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> No
     kernel, values = GroupedKernel(), arguments()
     values[2][:, 1] = 0
     attended(kernel, values, monkeypatch)
-    assert len(kernel._agreed) == 1
+    assert len(kernel._trial._agreed) == 1
 
 
 def test_another_device_is_told_once_and_does_not_end_the_kernel_here(
@@ -220,7 +220,7 @@ def test_one_wrong_head_is_found(
     with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
         for _ in range(2):
             assert torch.equal(attended(kernel, arguments(), monkeypatch), expected)
-    assert "its results differ from those of PyTorch's" in caplog.text
+    assert "differ from those of PyTorch's" in caplog.text
 
 
 def test_where_pytorchs_overflows_nothing_is_settled(
@@ -230,9 +230,9 @@ def test_where_pytorchs_overflows_nothing_is_settled(
     values[2][0, 0, 3] = torch.inf
     values[3][0, 0, 0, 3] = 0
     attended(kernel, values, monkeypatch)
-    assert not kernel._agreed and not caplog.records
+    assert not kernel._trial._agreed and not caplog.records
     attended(kernel, arguments(), monkeypatch)
-    assert len(kernel._agreed) == 1
+    assert len(kernel._trial._agreed) == 1
 
 
 def test_out_of_memory_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,4 +243,4 @@ def test_out_of_memory_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(triton_attention.Attention, "__call__", full)
     with pytest.raises(torch.OutOfMemoryError):
         attended(kernel, arguments(), monkeypatch)
-    assert not kernel._was_refused
+    assert not kernel._trial.is_refused

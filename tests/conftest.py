@@ -65,7 +65,7 @@ SENTENCES = [
 
 
 def randomized(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Gives biases and norms values other than 0 and 1: a forgotten bias or norm must show."""
+    """Give biases and norms values other than 0 and 1: a forgotten bias or norm must show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -141,13 +141,13 @@ def make_neox() -> Callable[..., GPTNeoXForCausalLM]:
 
 @pytest.fixture(scope="session")
 def make_pressable() -> Callable[..., PressableModel]:
-    """Presents a tiny GPTNeoX; arguments as for ``make_neox``, and ``fast``."""
+    """Present a tiny GPTNeoX; arguments as for ``make_neox``, and ``fast``."""
     return lambda *args, fast=True, **kwargs: present(tiny_neox(*args, **kwargs), fast=fast)
 
 
 @pytest.fixture(scope="session")
 def make_pressable_llama() -> Callable[..., PressableModel]:
-    """Presents a tiny Llama with grouped-query attention; arguments as for `tiny_llama`, and ``fast``."""
+    """Present a tiny Llama with grouped-query attention; arguments as for `tiny_llama`, and ``fast``."""
     return lambda *args, fast=True, **kwargs: present(tiny_llama(*args, **kwargs), fast=fast)
 
 
@@ -179,7 +179,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has GPTNeoX's step in few kernels asked for on a CPU, too."""
+    """Try GPTNeoX's step in few kernels on a CPU, too."""
     monkeypatch.setattr(gpt_neox_step, "DEVICE_TYPES", {"cpu", "cuda"})
     monkeypatch.setattr(triton_support, "is_new_enough", lambda device: True)
 

@@ -54,7 +54,7 @@ def decoded(
 
 
 def kernels_after_trial(model: PressableModel, rows: int = 3) -> str:
-    """What the steps of a batch are made of once the first one has been tried."""
+    """What the steps of a batch are computed with once the first one has been tried."""
     made: list[str] = []
 
     def note(step: Callable[[], None]) -> Callable[[], None]:

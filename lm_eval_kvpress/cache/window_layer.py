@@ -2,12 +2,12 @@
 
 Knows tensors and transformers' cache classes. Does not know presses, models or text.
 
-A general press may evict any entry, so all keys are rotated, joined and gathered at every step (`streaming`). Here the
-kept set is known, and attention depends on *distances* only: when the window slides, its own distances to the newest
-token stay, and only the sinks have to move along. So the window lies in a buffer with its rotations, new entries are
-written behind it, and the sinks, kept unrotated, are rotated and written again just before it, onto entries that have
-been evicted. Where the buffer ends, the window is moved to its front and turned back by as many places, which keeps
-the angles small: no place exceeds the buffer, however long the document is.
+A general press may evict any entry, so a stream rotates, joins and gathers all keys at every step
+(`engine.streaming`). Here the kept set is known, and attention depends on distances only: when the window slides, the
+distances within it stay, and only the sinks have to move along. So the window lies rotated in a buffer, new entries are
+written behind it, and the sinks, kept unrotated, are rotated and written again just before it, over evicted entries. At
+the end of the buffer the window is moved to its front and rotated back by as many places. No place exceeds the buffer,
+however long the document is.
 
 Letters in shape comments: B rows, H key-value heads, T cached entries, C new tokens, S sinks, D head_dim.
 """
@@ -22,20 +22,23 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 
 def window_places(budget: int, chunk: int) -> int:
-    """Entries of the buffer: the cache, a chunk, and room to slide.
+    """Entries of the buffer: the cache, a chunk, and places to slide over.
 
-    A quarter of the budget at least: an entry is then turned back at most four times before it leaves, which bounds
-    the rounding of 16-bit keys, and moving costs little per token.
+    These are a quarter of the budget at least. An entry is then rotated back at most four times before it is evicted,
+    which bounds the rounding of 16-bit keys, and moving costs little per token.
     """
     return budget + chunk + max(budget // 4, 4 * chunk)
 
 
 class WindowLayer(DynamicLayer):
-    """``num_sinks`` first and ``budget - num_sinks`` newest entries of one layer.
+    """The ``num_sinks`` first and ``budget - num_sinks`` newest entries of one layer.
 
     Args:
         rotations: cos and sin of the buffer's places, ``(1, 1, places, D)`` each; None leaves keys at the position of
             their token in the document.
+
+    Attributes:
+        begin: the place of the first entry; new tokens are rotated as ``begin + T`` and further.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class WindowLayer(DynamicLayer):
         super().__init__()
         self._num_sinks, self._budget, self._chunk, self._rotations = num_sinks, budget, chunk, rotations
         self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # unrotated keys, and values
-        self.begin = 0  # the place of the first entry; new tokens are rotated as ``begin + T`` and further
+        self.begin = 0
         self._end = 0
 
     def update(
@@ -62,7 +65,7 @@ class WindowLayer(DynamicLayer):
         return self.keys, self.values
 
     def evict(self) -> None:
-        """Slides the window on, so that at most ``budget`` entries are left and the next chunk has room."""
+        """Slide the window on, so that at most ``budget`` entries are left and the next chunk fits."""
         num_evicted = self._end - self.begin - self._budget
         if num_evicted > 0:
             if self._sinks is None:
@@ -74,6 +77,7 @@ class WindowLayer(DynamicLayer):
         self._show()
 
     def select(self, rows: torch.Tensor) -> None:
+        """Keep the rows at the given indices, ``(B',)``."""
         self._key_buffer, self._value_buffer = self._key_buffer[rows], self._value_buffer[rows]
         if self._sinks is not None:
             self._sinks = self._sinks[0][rows], self._sinks[1][rows]
@@ -81,7 +85,7 @@ class WindowLayer(DynamicLayer):
 
     @property
     def num_bytes(self) -> int:
-        """Allocated bytes of keys and values, the room to slide included."""
+        """Allocated bytes of keys and values, places to slide over included."""
         buffers = (self._key_buffer, self._value_buffer)
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
@@ -113,13 +117,13 @@ class WindowLayer(DynamicLayer):
             self._write_sinks()
 
     def _turned(self, keys: torch.Tensor, first: int, back: bool = False) -> torch.Tensor:
-        """The keys rotated by places ``first`` and further, or turned back by them."""
+        """The keys rotated by places ``first`` and further, or rotated back by them."""
         assert self._rotations is not None
         cos, sin = (angle[:, :, first : first + keys.shape[2]] for angle in self._rotations)
         return _rotated(keys, cos, -sin if back else sin)
 
 
 def _rotated(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """In fp32, whatever the keys are: one rounding per rotation."""
+    """Rotate in fp32, whatever the dtype of the keys: one rounding per rotation."""
     full = keys.float()
     return (full * cos + rotate_half(full) * sin).to(keys.dtype)

@@ -11,7 +11,6 @@ Two things stand between GPTNeoX and kvpress, which was written for Llama-like m
    the identity, so attention logits are unchanged while every head now rotates over its full width.
 2. **Names.** `presented` lends the model, for the duration of a ``with`` block, the attributes and hook arguments
    that kvpress expects (``model.model.layers[i].self_attn``, ``q_proj``, ``head_dim``, ``past_key_values`` ...).
-   Leaving the block, also by an exception, removes every one of them.
 
 The fused weight is head-major: ``(heads, 3, head_dim, hidden)``. Cutting it into contiguous thirds runs, and is wrong.
 
@@ -107,7 +106,7 @@ def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:
 
 @torch.no_grad()
 def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
-    """Changes the basis of Q and K in memory so that RoPE covers whole heads. Idempotent; returns the model.
+    """Change the basis of Q and K in memory so that RoPE covers whole heads. Idempotent; returns the model.
 
     Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
 
@@ -143,7 +142,7 @@ def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: i
 
 
 def _check_weights(model: GPTNeoXForCausalLM) -> None:
-    """Rows of quantised weights cannot be reordered, nor read by a `ProjectionView` (float8 has scales beside them)."""
+    """Refuse quantised weights: their rows cannot be reordered, nor read by a `ProjectionView` (float8 has scales)."""
     for attention in attention_modules(model):
         weight = getattr(attention.query_key_value, "weight", None)  # absent from GPTQ's and AWQ's modules
         if weight is None or weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
@@ -165,7 +164,7 @@ def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> 
 
 @contextmanager
 def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
-    """Lends a prepared model the names and hook arguments that kvpress presses use; takes them back on exit."""
+    """Lend a prepared model the names and hook arguments that kvpress presses use; take them back on exit."""
     if not is_prepared(model):
         raise ValueError("the model is not prepared: call gpt_neox.prepare(model) first")
     config, attentions = model.config, attention_modules(model)
@@ -185,7 +184,7 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
 
 @contextmanager
 def _without_untested_warning() -> Iterator[None]:
-    """kvpress warns at every prefill that it has not tested the model class; here this project's tests have."""
+    """Drop kvpress's warning, at every prefill, that it has not tested the model class: this project's tests have."""
     logger = logging.getLogger("kvpress.presses.base_press")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -220,6 +219,6 @@ def _lent_to_attention(attention: GPTNeoXAttention, head_dim: int, rotary_emb: n
 def _llama_style_arguments(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """GPTNeoX passes hidden states by position and the cache as ``layer_past``; presses read both by Llama's names."""
+    """Pass hidden states and cache by Llama's names; GPTNeoX passes them by position and as ``layer_past``."""
     (hidden_states,) = args
     return (), {**kwargs, "hidden_states": hidden_states, "past_key_values": kwargs.get("layer_past")}

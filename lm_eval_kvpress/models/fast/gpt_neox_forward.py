@@ -1,10 +1,9 @@
 """GPTNeoX's attention and feed-forward with less work, in inference; the numbers are transformers'.
 
 transformers rotates queries and keys by whole heads, in six new tensors each, though only `rotary_ndims` of a head's
-dims turn (a quarter of Pythia's); and its GELU makes a second tensor as wide as the feed-forward. On a CPU that is some
-per cent of a prefill, much of it the zeroing of fresh pages
-(docs/experiments/fresh_pages.md). Here both happen in place, in what the
-linear layer before has just made and nobody else holds.
+dims turn (a quarter in Pythia); and its GELU makes a second tensor as wide as the feed-forward. On a CPU that is some
+per cent of a prefill, much of it the zeroing of fresh pages (docs/experiments/fresh_pages.md). Here both happen in
+place, in the output of the linear layer before, which nobody else holds.
 
 Knows transformers' GPTNeoX module. Does not know presses, caches or text.
 
@@ -30,15 +29,15 @@ from lm_eval_kvpress.models.lend import lend
 ATTENTION_ARGUMENTS = [
     *("self", "hidden_states", "attention_mask", "layer_past", "cache_position", "position_embeddings", "kwargs")
 ]
-"""Of the forward that `_attend` stands in for; a transformers with another one keeps its own."""
+"""Arguments of the forward that `_attend` stands for; a transformers with other arguments keeps its own forward."""
 
 
 @contextmanager
 def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
-    """Lends the layers forwards that overwrite what they alone hold.
+    """Lend the layers forwards that overwrite tensors which nobody else holds.
 
-    A layer keeps its own where that was replaced, where a hook sees what would be overwritten, in training, and under
-    autocast, which mixes dtypes; all keep theirs where a hook watches every module there is. Other hooks stay in force.
+    A layer keeps its own forward if it was replaced before, if a hook sees what would be overwritten, in training, and
+    under autocast, which mixes dtypes. All keep theirs if a hook watches every module. Other hooks stay in force.
     """
     with ExitStack() as loans:
         if not (torch.is_autocast_enabled(model.device.type) or every_module_is_watched()):
@@ -49,7 +48,7 @@ def in_place(model: GPTNeoXForCausalLM) -> Iterator[None]:
 
 
 def _forwards(model: GPTNeoXForCausalLM) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The modules that may be given another forward, and that forward."""
+    """The modules that may be given another forward, with that forward."""
     for layer in model.gpt_neox.layers:
         if _can_rotate(layer.attention):
             yield layer.attention, functools.partial(_attend, layer.attention)
@@ -114,7 +113,7 @@ def _attend(
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> None:
-    """Rotary position embedding in place.
+    """Apply the rotary position embedding in place.
 
     Rotation pairs dim ``i`` with ``i + width / 2`` of the first ``width`` dims of a head. In the full-width order of
     `gpt_neox.prepare` the width is D and the pairs beyond the first R / 2 have the angle zero; before it is R.

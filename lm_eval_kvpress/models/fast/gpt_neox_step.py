@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 32 layers (0.02 of the largest number in bfloat16), also under TF32, and far below what a wrong kernel makes."""
 
 DEVICE_TYPES = {"cuda"}
-"""Where a step is worth asking for, and its absence worth a line."""
+"""Devices on which a step is tried, and its absence is worth a line."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """One token per row and its position, ``(B, 1)`` each, to last hidden states, ``(B, E)``."""
@@ -153,7 +153,7 @@ class NeoxStep:
         capacity = max(layer.capacity for layer in layers)
         self._attention = triton_attention.Attention(rows, heads, dim, capacity, keys)
         self.kind: Hashable = (rows == 1, self._attention.block_spans)
-        """Steps of one kind are made of the same kernels."""
+        """Steps of one kind run the same kernels."""
         self._query = keys.new_empty(rows, heads, dim)
         self._normed = (keys.new_empty(rows, heads * dim), keys.new_empty(rows, heads * dim))
 
@@ -169,8 +169,11 @@ class NeoxStep:
         return self._normed[0]
 
     def _both(self, index: int, layer: GPTNeoXLayer, angles: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        """Attention and feed-forward. What one stream has made the other reads only after it has waited, and it is let
-        go only after that: so none of it is overwritten while it is read."""
+        """Attention and feed-forward of a layer, on two streams.
+
+        A stream reads what the other has made only after it has waited for it, and only after that is it let go, so
+        nothing is overwritten while it is read.
+        """
         if self._side is None:
             return self._attend(index, layer.attention, angles), self._feed_forward(layer.mlp)
         main = torch.cuda.current_stream()
@@ -195,7 +198,7 @@ class NeoxStep:
         return self._linear(mlp.dense_4h_to_h, self._linear(mlp.dense_h_to_4h, self._normed[1], gelu=True))
 
     def _linear(self, layer: nn.Linear, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
-        """For a single row by our kernel, which has less to set up; for more by the library's."""
+        """A product by our kernel for a single row, since it has less to set up; by the library's for more."""
         if len(x) == 1 and self._kernels.can_multiply(layer):
             return self._kernels.vector_product(x, layer, x.new_empty(1, layer.out_features), gelu=gelu)
         product = nn.functional.linear(x, layer.weight, layer.bias)

@@ -37,7 +37,7 @@ NAME = "kvpress_grouped"
 REPLACES = "sdpa"
 
 DEVICE_TYPES = {"cuda"}
-"""Where the kernel is worth asking for, and its absence worth a line."""
+"""Devices on which the kernel is tried, and its absence is worth a line."""
 
 DTYPES = (torch.float16, torch.bfloat16)
 """In float32, 32 rows take more than twice PyTorch's time."""

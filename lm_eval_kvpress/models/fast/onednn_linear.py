@@ -1,19 +1,20 @@
-"""Linear layers on a CPU: by oneDNN where PyTorch would take MKL and be slow.
+"""Linear layers on a CPU by oneDNN, where PyTorch would use MKL and be slow.
 
 In fp32 PyTorch multiplies by Intel's MKL, on AMD's processors too, where it is slow for the few rows of a decoding
-step: on Zen 4 one, two and sixteen rows by a head of 50,304 x 512 take 9.3, 20.4 and 17.7 ms, and by oneDNN, which
-PyTorch brings along, 4.0, 5.2 and 8.4; large products gain a tenth
-(docs/experiments/onednn_linear.md). Both are fp32 and differ by rounding.
-On Zen 3, which has no AVX-512, only few rows by large weights gain. So the bounds are by instruction set, and for AMD's
-processors: on others the two were not compared and nothing changes.
+step: on Zen 4, products of 1, 2 and 16 rows with a head of 50,304 x 512 take 9.3, 20.4 and 17.7 ms, and by oneDNN,
+which comes with PyTorch, 4.0, 5.2 and 8.4; large products gain a tenth (docs/experiments/onednn_linear.md). Both are
+fp32 and differ by rounding. On Zen 3, which has no AVX-512, only few rows with large weights gain. So the thresholds
+depend on the instruction set. On other processors the two were not compared, and nothing changes.
 
 For every new number of rows oneDNN generates code, 0.3 to 1 ms and 0.3 to 0.6 MB each, and keeps it (0.45 GB was the
-most seen). That pays where numbers of rows recur, which those of decoding do, and where the product is large.
+most seen). That pays where numbers of rows recur, as in decoding, and where the product is large.
 
 The operator is the one that ``torch.compile`` makes of a linear layer (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
 No release promises it, so it is used only once it has multiplied small matrices correctly.
 
 Knows torch. Does not know presses, caches or text.
+
+Letters in shape comments: I inputs and O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from torch import nn
 from lm_eval_kvpress.models.lend import lend
 
 FEW_ROWS = 32
+"""Rows up to which a product uses oneDNN however small it is, if its weight is large enough."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """From where on oneDNN is worth its code: weights of so many entries, with few rows or in a large product.
+    """Size thresholds from which oneDNN is used.
 
     Attributes:
-        weight: entries.
-        product: multiplications; 2^27 take one to two milliseconds.
+        weight: entries of a weight.
+        product: multiplications of a product of many rows; 2^27 take one to two milliseconds.
     """
 
     weight: float
@@ -48,12 +50,12 @@ class Bounds:
 
 
 AMD_BOUNDS = {"AVX512": Bounds(weight=0, product=2**27), "AVX2": Bounds(weight=2**20, product=inf)}
-"""By PyTorch's name for what the processor can do."""
+"""By PyTorch's name for the instruction set."""
 NEVER = Bounds(weight=inf, product=inf)
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``(..., E)`` by ``(V, E)`` to ``(..., V)``, as `torch.nn.functional.linear` by the faster library."""
+    """Multiply ``(..., I)`` by ``(O, I)``, as `torch.nn.functional.linear` does, with the faster library."""
     # The operator has no gradient, and autocast, which would cast the factors, does not know it.
     if uses_onednn(weight) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         num_rows = hidden.numel() // weight.shape[1]
@@ -64,7 +66,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 @contextmanager
 def quick_forwards(layers: Iterable[nn.Linear]) -> Iterator[None]:
-    """Makes layers compute as `linear` does. Their hooks stay in force; one whose ``forward`` was replaced is left."""
+    """Let layers compute by `linear`. Their hooks stay in force; a layer whose ``forward`` was replaced keeps it."""
     with ExitStack() as loans:
         for layer in layers if bounds_here() != NEVER else ():
             if "forward" not in layer.__dict__:
@@ -77,8 +79,10 @@ def _forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def uses_onednn(weight: torch.Tensor) -> bool:
-    """Whether oneDNN takes part in products by a weight: a plain fp32 tensor, for subclasses multiply in ways of their
-    own, of a size for which that is faster here."""
+    """Whether oneDNN may multiply by a weight: a plain fp32 tensor of a size for which it is faster here.
+
+    Subclasses of tensors, as quantisation makes them, multiply in ways of their own.
+    """
     return (
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
@@ -95,7 +99,7 @@ def library_of(weight: torch.Tensor) -> str:
 
 @functools.cache
 def bounds_here() -> Bounds:
-    """Those of this processor; `NEVER` where oneDNN was not found faster, or does not work."""
+    """The thresholds of this processor; `NEVER` where oneDNN was not found faster or does not work."""
     wanted = torch.backends.mkl.is_available() and "AuthenticAMD" in _processor()
     bounds = AMD_BOUNDS.get(torch.backends.cpu.get_cpu_capability(), NEVER) if wanted else NEVER
     return bounds if bounds != NEVER and _operator_works() else NEVER

@@ -1,10 +1,10 @@
 """Attention of one token per row to buffers of keys and values that are not full yet, in Triton.
 
-PyTorch's attention has one block per row and head, which leaves a GPU idle at few rows, and goes through the whole
-buffer. Here a head's entries are cut into spans, which blocks of their own attend to and a second kernel merges (flash
-decoding, Dao et al. 2023, over the online softmax of Milakov and Gimelshein, arXiv:1805.02867), up to the newest entry.
-On an H200 one row of 1,900 entries takes 12.6 us for 85, 32 rows 173 for 489, at nine tenths of the memory's bandwidth;
-where four query heads share a key-value head, 8 us for 87 and 69 for 133 (docs/experiments/shared_kv_heads.md).
+PyTorch's attention runs one block per row and head, which leaves a GPU idle at few rows, and reads the whole buffer.
+Here the entries of a head, up to the newest one, are cut into spans; a block attends to each span, and a second kernel
+merges them (flash decoding, Dao et al. 2023, over the online softmax of Milakov and Gimelshein, arXiv:1805.02867). On
+an H200, 1,900 entries take 12.6 us instead of 85 for one row and 173 instead of 489 for 32 rows; where four query heads
+share a key-value head, 8 instead of 87 and 69 instead of 133 (docs/experiments/shared_kv_heads.md).
 
 Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device.
 
@@ -20,11 +20,11 @@ import triton.language as tl
 
 BLOCK_TOKENS = 32
 QUERY_ROWS = 16
-"""What a tensor core multiplies at least; the queries of a key-value head fill one of them each."""
+"""Rows of a query tile, the least that a tensor core multiplies; each query of a key-value head fills one."""
 WANTED_BLOCKS = 512
 LEAST_SPANS = 4
-"""Of a head: blocks that are shorter leave less to wait for at the end. With these two, of 512 to 8,192 blocks, each of
-1, 8 and 32 rows was within 2 % of its best."""
+"""Spans of a head, at least: shorter blocks end closer together. With this and 512 wanted blocks (512 to 8,192 were
+tried) 1, 8 and 32 rows were each within 2 % of their best time."""
 
 
 @triton.jit(do_not_specialize=["capacity", "span", "mask_row", "mask_head"])
@@ -113,13 +113,13 @@ def _merge_spans(
 
 
 class Attention:
-    """Attends from one token per row to what is written of the buffers, `place` included.
+    """Attend from one token per row to the written entries of the buffers, the one at ``place`` included.
 
     Args:
-        rows, heads, dim: of the queries, ``(B, H, D)``.
+        rows, heads, dim: shape of the queries, ``(B, H, D)``.
         capacity: the largest C.
+        like: has the dtype and device of the result.
         per_key_head: G.
-        like: dtype and device of the result.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Attention:
         self._span = -(-num_blocks // num_spans) * BLOCK_TOKENS
         parts = (rows, heads, -(-capacity // self._span))
         self.block_spans = triton.next_power_of_2(parts[2])
-        """What the merging kernel is compiled for."""
+        """The number of spans that the merging kernel is compiled for."""
         self._mixed = like.new_empty(*parts, dim, dtype=torch.float32)
         self._highest, self._total = (like.new_empty(parts, dtype=torch.float32) for _ in range(2))
         self._out = like.new_empty(rows, heads * dim)
@@ -154,7 +154,7 @@ class Attention:
         Args:
             query: ``(B, H, D)``.
             keys, values: ``(B, H / G, C, D)``, of which entries up to ``place``, ``(1,)``, are written.
-            mask: ``(1 or B, 1 or H, 1, C)``, is added to the scores.
+            mask: ``(1 or B, 1 or H, 1, C)``; is added to the scores.
         """
         rows, heads, num_spans, _ = self._mixed.shape
         parts = (self._mixed, self._highest, self._total)
@@ -182,5 +182,5 @@ class Attention:
 
 
 def _stride(mask: torch.Tensor, dim: int) -> int:
-    """0 where one mask serves all rows, or all heads."""
+    """A mask's stride; 0 where one mask serves all rows, or all heads."""
     return mask.stride(dim) if mask.shape[dim] > 1 else 0

@@ -1,16 +1,14 @@
-"""Triton kernels of one decoding step, but for its attention (`decode_attention`).
+"""Triton kernels for one decoding step of GPTNeoX, except its attention (`triton_attention`).
 
-A step reads every weight once and computes little, so on a GPU its time is that of its kernels beyond those bytes: of
-Pythia-2.8B's 5.7 ms on an H200 1.1 were small kernels between its products
-(docs/experiments/h200_decoding_step.md). Here what stands between two
-products of a layer is one kernel, and for a single row a product is one too, at whose end its GELU is.
+A step reads every weight once and computes little. Of the 5.7 ms of Pythia-2.8B on an H200, 1.1 ms went to small
+kernels between its products (docs/experiments/h200_decoding_step.md). Here the operations between two products of a
+layer are one kernel, and for a single row a product is one kernel as well, with GELU at its end.
 
-Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device; sums are
-fp32, and each result is rounded once. With ``TRITON_INTERPRET=1`` the kernels run on a CPU, which is
-how they are tested there.
+Knows Triton and tensors. Does not know models, presses or text. All tensors are contiguous and on one device. Sums are
+fp32, and each result is rounded once. With ``TRITON_INTERPRET=1`` the kernels run on a CPU, where they are tested.
 
 Letters in shape comments: B rows, E hidden size, H heads, D head_dim, C capacity of the buffers, W width of the
-rotation, I and O what goes into a linear layer and what comes out.
+rotation, I inputs and O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ import triton.language as tl
 from torch import nn
 
 MOST_COLUMNS = 1_024
-"""Of a weight's row in one piece: a warp has as much under way as a multiprocessor needs of each of its warps."""
+"""Columns of a weight's row that a warp reads at a time: enough to keep a multiprocessor's memory requests busy."""
 MOST_PIECES = 32
-"""They are written out one by one: with hundreds, of a width that no large power of two divides, Triton compiles for
-minutes."""
+"""Pieces of a row, at most. The loop over them is unrolled: with hundreds, as for a width that no large power of two
+divides, Triton compiles for minutes."""
 
 
 @triton.jit
@@ -71,13 +69,13 @@ def add_and_norm(
     norms: tuple[nn.LayerNorm, ...],
     out: tuple[torch.Tensor, ...],
 ) -> None:
-    """Adds what a layer made to the residual stream, in place, and normalises that by one or two layer norms.
+    """Add a layer's outputs to the residual stream, in place, and normalise the sum by one or two layer norms.
 
     Args:
         x: ``(B, E)``, the residual stream.
-        added: two of ``(B, E)``, or None for the first layer.
-        norms: of one eps.
-        out: ``(B, E)`` for each norm, is written.
+        added: outputs of attention and feed-forward, ``(B, E)`` each; None before the first layer.
+        norms: one or two, with the same eps.
+        out: ``(B, E)`` for each norm; is written.
     """
     first, second = norms[0], norms[-1]
     attended, fed = added or (x, x)
@@ -147,15 +145,15 @@ def rotate_and_store(
     values: torch.Tensor,
     place: torch.Tensor,
 ) -> None:
-    """Rotates queries and keys and writes keys and values into the buffers.
+    """Rotate queries and keys, and write keys and values into the buffers.
 
     Args:
         qkv: ``(B, H * 3 * D)``, head by head query, key and value.
         angles: cosines and sines, ``(B, 1, W)`` each.
         num_pairs: dim ``i`` below it turns with dim ``i + W / 2``, all others stay.
-        query: ``(B, H, D)``, is written.
-        keys, values: ``(B, H, C, D)``, of which one entry is written.
-        place: ``(1,)``, which.
+        query: ``(B, H, D)``; is written.
+        keys, values: ``(B, H, C, D)``; the entry at ``place`` is written.
+        place: ``(1,)``.
     """
     rows, heads, dim = query.shape
     _rotate_and_store[(heads, rows)](
@@ -205,12 +203,12 @@ def _block(size: int) -> int:
 
 
 def can_multiply(layer: nn.Linear) -> bool:
-    """Whether `vector_product` is for a layer of this width."""
+    """Whether `vector_product` can serve a layer of this width."""
     return layer.in_features // _block(layer.in_features) <= MOST_PIECES
 
 
 def vector_product(x: torch.Tensor, layer: nn.Linear, out: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
-    """A linear layer of a single row, one warp per number that comes out; ``out`` is written and returned.
+    """Multiply a single row by a linear layer, one warp per output; ``out`` is written and returned.
 
     Args:
         x: ``(1, I)``.

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run on a device, and what it raises where they cannot be made after all.
+"""Whether Triton's kernels can run on a device, and what Triton raises where they cannot be compiled after all.
 
 Knows torch. Does not know models or kernels, and loads Triton only to ask for its errors.
 """
@@ -11,11 +11,12 @@ from subprocess import SubprocessError
 import torch
 
 LEAST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU. Older ones have no tensor cores for bfloat16, and Triton 3.1 aborts the process on some."""
+"""Compute capability of an NVIDIA GPU, at least: older ones have no tensor cores for bfloat16, and on some of them
+Triton 3.1 aborts the process."""
 
 
 def why_not_on(device: torch.device) -> str:
-    """Why kernels cannot run on a device, or nothing: Triton launches on the current one."""
+    """The reason why kernels cannot run on a device, or an empty text. Triton launches on the current device."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not is_new_enough(device):
@@ -33,8 +34,11 @@ def is_new_enough(device: torch.device) -> bool:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What Triton raises where it cannot be loaded or cannot make a kernel: another glibc, no C compiler or headers, no
-    libcuda to link with, no room for files, too little shared memory, a GPU or an argument that it does not know."""
+    """The errors of a Triton that cannot be loaded or cannot compile a kernel.
+
+    Causes that were seen: another glibc, no C compiler or headers, no libcuda to link with, a full disk, too little
+    shared memory, a GPU or an argument that Triton does not know.
+    """
     errors = (RuntimeError, OSError, ImportError, SubprocessError, AssertionError, LookupError, ValueError, TypeError)
     try:
         from triton.errors import TritonError
@@ -44,7 +48,7 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def cause(error: Exception) -> str:
-    """One line of what was raised."""
+    """The line of an error's text that names its cause."""
     lines = str(error).strip().splitlines() or [repr(error)]
-    is_tritons = type(error).__module__.startswith("triton")  # which says first where, and last what
+    is_tritons = type(error).__module__.startswith("triton")  # its first line says where, its last one what
     return lines[-1 if is_tritons else 0].strip()

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from real_data import DATA
 from repository import ROOT
-from test_layering import MAY_IMPORT
+from test_layering import MAY_IMPORT, PACKAGE
 
 from lm_eval_kvpress.cli import COMMANDS
 from lm_eval_kvpress.harness import plugin
@@ -143,6 +143,15 @@ def test_files_that_the_docs_name_exist(page: Path) -> None:
     assert [name for name in runnable if not (ROOT / name).is_file()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_modules_that_the_docs_name_exist(page: Path) -> None:
+    """``harness/plugin`` is a module of the package, or mirrors one in the tests."""
+    packages = "|".join(name for name in MAY_IMPORT if (PACKAGE / name).is_dir())
+    named = re.findall(rf"(?<![\w/.])((?:{packages})/[\w/]*\w)", page.read_text(encoding="utf-8"))
+    modules = [name for name in named if not (PACKAGE / name).is_dir()]
+    assert [name for name in modules if not (PACKAGE / f"{name}.py").is_file()] == []
+
+
 def test_packages_of_the_architecture_are_those_that_may_be_imported() -> None:
     """Each arrow of the first picture is an import that the layering allows, and every package is a row."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -151,7 +160,7 @@ def test_packages_of_the_architecture_are_those_that_may_be_imported() -> None:
     for users, used in arrows:
         for user in re.findall(r"\w+", users):
             assert set(re.findall(r"\w+", used)) <= MAY_IMPORT[user], (user, used)
-    packages = [name for name in MAY_IMPORT if (ROOT / "lm_eval_kvpress" / name).is_dir()]
+    packages = [name for name in MAY_IMPORT if (PACKAGE / name).is_dir()]
     assert [name for name in packages if f"| `{name}/` |" not in text] == []
 
 

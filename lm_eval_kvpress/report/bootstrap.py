@@ -1,8 +1,9 @@
-"""Paired bootstrap over documents: by how much could a difference to the baseline change with other documents?
+"""Percentile bootstrap: the one bootstrap of reports, benchmarks and studies.
 
-Both runs answered the same documents, so a resample draws documents and takes both runs' answers to each. A document
-that is hard is hard for both, which cancels. Percentile intervals, the same as ``scipy.stats.bootstrap(paired=True,
-method="percentile")``, for all runs of a table at once: one matrix of resample counts times their scores.
+Differences to a baseline are paired over documents. Both runs answered the same documents, so a resample draws
+documents and takes both runs' answers to each. A document that is hard is hard for both, which cancels. The intervals
+are those of ``scipy.stats.bootstrap(paired=True, method="percentile")``, for all runs of a table at once: one matrix of
+resample counts times their scores.
 
 Knows arrays only.
 """
@@ -18,11 +19,12 @@ Array = npt.NDArray[np.float64]
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
+TAILS = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
 SEED = 20260
 MAX_COUNTS = 4_000_000  # held at once
 
 
-def intervals(
+def paired_intervals(
     numerators: Array, denominators: Array, baseline: int, aggregate: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
     """95 % intervals of ``aggregate(run) - aggregate(baseline)`` for every run.
@@ -42,25 +44,24 @@ def intervals(
         ]
         figures = np.concatenate(blocks)
         differences = figures - figures[:, baseline : baseline + 1]  # (resamples, runs)
-    tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     if np.isnan(differences).any():
-        low, high = (_nan_quantile(differences, tail) for tail in tails)
+        low, high = (_nan_quantile(differences, tail) for tail in TAILS)
     else:
-        low, high = np.quantile(differences, tails, axis=0)
+        low, high = np.quantile(differences, TAILS, axis=0)
     return low, high
 
 
 def interval(
     values: Array, statistic: Callable[..., Array], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The bounds of a statistic of one sample.
+    """The 95 % interval of a statistic of one sample.
 
     Args:
-        values: (n,)
+        values: (n,).
         statistic: such as ``np.median``; takes (resamples, n) and ``axis=1``.
     """
     drawn = np.random.default_rng(seed).choice(values, size=(num_resamples, len(values)))
-    low, high = np.quantile(statistic(drawn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(statistic(drawn, axis=1), TAILS)
     return float(low), float(high)
 
 

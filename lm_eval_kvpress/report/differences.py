@@ -14,7 +14,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lm_eval_kvpress.report.bootstrap import intervals
+from lm_eval_kvpress.report.bootstrap import paired_intervals
 from lm_eval_kvpress.report.cell import Cell, Task
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.samples import Aggregation, Samples, Scores, aggregation, read_samples
@@ -81,7 +81,7 @@ class Comparison:
         scores = [base.scores[key.name], *compared.values()]
         numerators = np.stack([score.numerators for score in scores], 1)  # (documents, runs)
         denominators = np.stack([score.denominators for score in scores], 1)
-        low, high = intervals(numerators, denominators, 0, aggregate)
+        low, high = paired_intervals(numerators, denominators, 0, aggregate)
         return {
             index: (float(low[column]), float(high[column]), len(base.documents))
             for column, index in enumerate(compared, start=1)

@@ -1,17 +1,17 @@
-"""The paired bootstrap: its intervals are those of scipy."""
+"""The bootstrap: its intervals are those of scipy."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from lm_eval_kvpress.report.bootstrap import NUM_RESAMPLES, intervals
+from lm_eval_kvpress.report.bootstrap import NUM_RESAMPLES, interval, paired_intervals
 
 
 def test_interval_equals_scipys_paired_bootstrap() -> None:
     draws = np.random.default_rng(0)
     base, other = draws.random(60), draws.random(60)
-    ours = intervals(np.stack([base, other], 1), np.ones((60, 2)), 0, lambda ratio: ratio)
+    ours = paired_intervals(np.stack([base, other], 1), np.ones((60, 2)), 0, lambda ratio: ratio)
     theirs = bootstrap(
         (other, base),
         lambda x, y, axis: x.mean(axis) - y.mean(axis),
@@ -28,5 +28,15 @@ def test_interval_equals_scipys_paired_bootstrap() -> None:
 
 def test_a_run_without_a_document_of_the_metric_has_no_interval() -> None:
     numerators, denominators = np.ones((4, 2)), np.stack([np.ones(4), np.zeros(4)], 1)
-    low, high = intervals(numerators * denominators, denominators, 0, lambda ratio: ratio)
+    low, high = paired_intervals(numerators * denominators, denominators, 0, lambda ratio: ratio)
     assert low[0] == high[0] == 0 and np.isnan(low[1]) and np.isnan(high[1])
+
+
+def test_the_interval_of_one_sample_equals_scipys() -> None:
+    values = np.random.default_rng(0).random(40)
+    ours = interval(values, np.mean, num_resamples=20_000)
+    theirs = bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(ours[0] - theirs.low) < 0.06 * width and abs(ours[1] - theirs.high) < 0.06 * width

@@ -122,7 +122,7 @@ function draw() {
     const { plot: kind, table } = element.dataset, metric = all[table].metrics[chosen("metric", table)];
     return { element, kind, metric, made: metric ? traces(kind, all[table], Number(chosen("metric", table)), chosen("amount", table)) : [] };
   });
-  // All are shown or hidden before any is drawn: the others share the room of a hidden one.
+  // All are shown or hidden before any is drawn: the others take the space of a hidden one.
   for (const { element, made } of plots) element.parentElement.hidden = !made.length;
   for (const select of document.querySelectorAll("select[data-choice='amount']"))
     select.parentElement.hidden = select.options.length < 3 || !plots.some(one => one.element.dataset.table === select.dataset.table && LINES.includes(one.kind) && one.made.length);

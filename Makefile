@@ -1,5 +1,5 @@
 # Every target makes its own .venv first; on a fresh machine `make demo` or `make test` is the only command.
-.PHONY: demo test test-slow lint check clean
+.PHONY: demo test test-rest test-slow lint check clean
 
 # On a shared machine, threads that spin at each other's barriers are several times slower than threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -18,8 +18,14 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 pyth
 demo: $(VENV)/.installed
 	$(BIN)/python -m scripts.demo
 
+REST := end_to_end or kernels or benchmarks
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow and not ($(REST))"
+
+test-rest: $(VENV)/.installed
+	$(PYTEST) -m "not slow and ($(REST))"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
@@ -28,7 +34,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test test-rest
 
 # The stamp comes last, so that an installation that broke off is done again.
 $(VENV)/.installed: pyproject.toml constraints.txt lm_eval_kvpress/_startup.pth

@@ -39,6 +39,23 @@ torch.set_num_threads(1)  # the models are too small for more, and figures then 
 
 VOCAB_SIZE = 211
 
+TESTS = Path(__file__).resolve().parent
+FOLDER_MARKS = {
+    "end_to_end": "end_to_end",
+    "kernels": "kernels",
+    "benchmarks": "benchmarks",
+    "studies": "benchmarks",
+    "training": "benchmarks",
+}
+"""Folder below tests/ -> the mark of its tests; `make test` leaves them out, and continuous integration runs them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = FOLDER_MARKS.get(item.path.relative_to(TESTS).parts[0])
+        if mark:
+            item.add_marker(mark)
+
 
 @pytest.fixture(autouse=True)
 def _masks_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,6 +349,7 @@ def test_a_cuda_graph_gives_the_tokens_of_the_growing_cache(  # pragma: no cover
     assert model.fast.step_maker() is not None, "the few kernels agreed"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=needs_gpu)], ids=["static", "recorded"])
 @pytest.mark.parametrize("name", ["pyramidkv", "adakv:snapkv"])
 def test_heads_that_share_keys_are_attended_by_the_kernel(

@@ -29,6 +29,8 @@ WORDS = (
 ).split()
 NUM_POSITIONS = 512
 
+pytestmark = pytest.mark.xdist_group("logged run")  # one evaluation for all
+
 
 def words(start: int, count: int) -> str:
     return " ".join(WORDS[start : start + count])

@@ -19,6 +19,7 @@ from lm_eval_kvpress.report.html import html, safe_json
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = ROOT / "build" / "screenshots"
 EVIL = "<script>alert(1)</script>"
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("browser")]  # one browser for all
 
 
 def test_json_stays_in_its_script_element() -> None:

@@ -60,6 +60,7 @@ def test_the_change_of_basis_is_checked_in_16_bits_too(subject: Subject) -> None
     assert whats == ["float32 logits, relative", "bfloat16 logits, relative"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_verify_passes_in_every_dtype_and_attention(checkpoint_dir: Path, dtype: str, attention: str) -> None:
@@ -68,6 +69,7 @@ def test_verify_passes_in_every_dtype_and_attention(checkpoint_dir: Path, dtype:
     assert main(["--model_args", arguments, "--checks", checks]) == 0
 
 
+@pytest.mark.end_to_end
 def test_verify_passes_on_grouped_query_attention(llama_dir: Path) -> None:
     assert main(["--model_args", f"pretrained={llama_dir},device=cpu"]) == 0
 
@@ -95,6 +97,7 @@ def test_verify_passes_on_smollm2(tmp_path: Path) -> None:
     assert main(["--model_args", json.dumps(arguments), "--json", str(report)]) == 0
 
 
+@pytest.mark.end_to_end
 def test_command_prints_a_line_per_check_and_writes_json(checkpoint_dir: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "lm_eval_kvpress", "verify"]

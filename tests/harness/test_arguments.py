@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import parse_arguments
-from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
-from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapvk"}, "snapkv"),
@@ -93,55 +88,3 @@ def test_press_arguments_and_hflm_arguments_are_told_apart() -> None:
     assert settings.query_tokens == 3
     assert rest == {"batch_size": 4, "attn_implementation": "sdpa"}
     assert parse_arguments({"press": "observed_attention"})[1]["attn_implementation"] == "eager"
-
-
-@pytest.mark.parametrize(
-    ("given", "window"),
-    [
-        ({}, (256, 256)),
-        ({"rolling_context": 384}, (384, 128)),
-        ({"rolling_score": 500}, (12, 500)),
-        ({"rolling_context": 100, "rolling_score": 30}, (100, 30)),
-    ],
-)
-def test_rolling_windows_default_to_halves(given: dict[str, int], window: tuple[int, int]) -> None:
-    assert parse_arguments(given)[0].rolling_window(512) == window
-
-
-@pytest.mark.parametrize("given", [{"rolling_context": 400, "rolling_score": 200}, {"rolling_context": 512}])
-def test_rolling_windows_over_max_length_are_refused(given: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="max_length=512"):
-        parse_arguments(given)[0].rolling_window(512)
-
-
-def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir: Path) -> None:
-    with pytest.raises(UsageError, match="allow_extrapolation=true"):
-        KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)
-    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000, allow_extrapolation=True)
-    assert lm.max_length == 1_000_000
-
-
-def test_a_loaded_model_with_the_wrong_attention_is_refused(
-    checkpoint_dir: Path, make_neox: Callable[..., GPTNeoXForCausalLM]
-) -> None:
-    with pytest.raises(UsageError, match="needs eager attention and the loaded model has sdpa"):
-        KVPress(pretrained=make_neox("sdpa"), tokenizer=str(checkpoint_dir), press="observed_attention")
-
-
-def test_an_unknown_architecture_is_refused_before_weights_are_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UsageError, match="'gpt2' cannot be presented"):
-        KVPress(pretrained=str(tmp_path), device="cpu")
-
-
-def test_a_path_that_is_not_there_and_no_path_at_all() -> None:
-    with pytest.raises(UsageError, match="no such folder"):
-        resolve_pretrained("./nowhere/at/all")
-    with pytest.raises(UsageError, match="pretrained is required"):
-        KVPress()
-
-
-def test_a_hub_out_of_reach_says_how_to_run_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable was read at import
-    with pytest.raises(UsageError, match="pretrained=builtin"):
-        PythiaKVPress()

@@ -1,14 +1,21 @@
-"""Runs whose answers may differ are told apart."""
+"""Runs whose answers may differ are told apart, and lm-eval's ``--use_cache`` never mixes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.identity import arguments_of_answers, weights_fingerprint
+from lm_eval_kvpress.harness.model import KVPress
 
 
 def test_any_weight_that_differs_is_another_checkpoint(make_neox: Callable[..., GPTNeoXForCausalLM]) -> None:
@@ -48,3 +55,54 @@ def test_a_tokenizer_is_the_same_before_and_after_it_was_given_a_padding_token()
     before = arguments_of_answers({"tokenizer": tokenizer})
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert arguments_of_answers({"tokenizer": tokenizer}) == before
+
+
+TEXT = "the cold river ran past an old mill where seven grey geese slept " * 6
+
+
+def cached_requests() -> list[Instance]:
+    return [Instance("loglikelihood", {}, (TEXT, f" {word}"), 0, ("t", i, 1)) for i, word in enumerate(["a", "geese"])]
+
+
+def cached(checkpoint_dir: Path, file: Path, **arguments: Any) -> CachingLM:
+    return CachingLM(KVPress(pretrained=str(checkpoint_dir), device="cpu", **arguments), str(file))
+
+
+def test_the_same_setting_is_answered_from_the_cache(checkpoint_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.db"
+    first = cached(checkpoint_dir, file, press="knorm")
+    answers = first.loglikelihood(cached_requests())
+    first.dbdict.close()
+    again = cached(checkpoint_dir, file, press="knorm", batch_size=2)
+    assert again.loglikelihood(cached_requests()) == answers
+    assert again.lm.describe()["tasks"] == {}, "nothing was computed"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"press": "none"},
+        {"press": "knorm", "compression_ratio": 0.75},
+        {"press": "knorm", "query_tokens": 0},
+        {"press": "knorm", "add_bos_token": True},
+        {"press": "knorm", "mixed_precision_dtype": "bfloat16"},
+        {"press": "knorm", "think_end_token": " the"},
+    ],
+)
+def test_another_setting_is_refused(checkpoint_dir: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    first = cached(checkpoint_dir, tmp_path / "answers.db", press="knorm")
+    first.loglikelihood(cached_requests())
+    first.dbdict.close()
+    with pytest.raises(UsageError, match="answers under another setting .*choose another file") as caught:
+        cached(checkpoint_dir, tmp_path / "answers.db", **other)
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_of_unknown_origin_are_refused(checkpoint_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown origin"):
+        lm = cached(checkpoint_dir, tmp_path / "answers.db")
+        del lm.dbdict["lm_eval_kvpress.owner"]
+        lm.dbdict["hash of a request"] = (-1.0, True)
+        lm.dbdict.commit()
+        lm.dbdict.close()
+        cached(checkpoint_dir, tmp_path / "answers.db")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval_requests import ours
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 
 @pytest.fixture
@@ -79,3 +80,41 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_found_out_by_its_ids(
     ):
         with pytest.raises(UsageError, match=f"beyond the {num_tokens // 2} embeddings"):
             getattr(lm, type)([Instance(type, {}, arguments, 0, ("t", 0, 1))], disable_tqdm=True)
+
+
+def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir: Path) -> None:
+    with pytest.raises(UsageError, match="allow_extrapolation=true"):
+        KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000, allow_extrapolation=True)
+    assert lm.max_length == 1_000_000
+
+
+def test_a_loaded_model_with_the_wrong_attention_is_refused(
+    checkpoint_dir: Path, make_neox: Callable[..., GPTNeoXForCausalLM]
+) -> None:
+    with pytest.raises(UsageError, match="needs eager attention and the loaded model has sdpa"):
+        KVPress(pretrained=make_neox("sdpa"), tokenizer=str(checkpoint_dir), press="observed_attention")
+
+
+def test_an_unknown_architecture_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UsageError, match="'gpt2' cannot be presented"):
+        KVPress(pretrained=str(tmp_path), device="cpu")
+
+
+def test_a_hub_out_of_reach_says_how_to_run_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable was read at import
+    with pytest.raises(UsageError, match="pretrained=builtin"):
+        PythiaKVPress()
+
+
+def test_no_checkpoint_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="pretrained is required"):
+        KVPress()
+
+
+def test_a_folder_for_streams_that_cannot_be_written_is_found_out_at_once(checkpoint_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"stream_output={place} cannot be written"):
+            ours(checkpoint_dir, press="knorm", rolling="stream", stream_budget=64, stream_output=str(place))

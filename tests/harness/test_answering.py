@@ -1,0 +1,77 @@
+"""Batches are answered once, in halves where memory is short; what cannot be answered is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests, text
+
+from lm_eval_kvpress.engine import runner
+from lm_eval_kvpress.errors import UsageError
+
+
+@pytest.mark.parametrize("policy", ["keep", "shrink", "error"])
+def test_contexts_too_short_for_the_press_follow_the_policy(checkpoint_dir: Path, policy: str) -> None:
+    lm = ours(checkpoint_dir, press="snapkv", window_size=64, short_context=policy)
+    short = [Instance("loglikelihood", {}, (text(0, 20), " geese"), 0, ("short", 0, 1))]
+    if policy == "error":
+        with pytest.raises(ValueError, match="short_context=keep"):
+            lm.loglikelihood(short, disable_tqdm=True)
+        return
+    lm.loglikelihood(short, disable_tqdm=True)
+    record = lm.describe()["tasks"]["short"]
+    assert record["num_short_contexts"] == (1 if policy == "keep" else 0)
+    assert record["num_shrunk_contexts"] == (1 if policy == "shrink" else 0)
+
+
+def test_too_short_contexts_are_one_line(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="snapkv", window_size=32, short_context="error")
+    with pytest.raises(UsageError, match="shorter than"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("a few", " words"), 0, ("t", 0, 1))], disable_tqdm=True)
+
+
+def test_a_batch_that_ran_out_of_memory_was_not_decoded(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_above_one(model: Any, cache: Any, contexts: Any, **options: Any) -> Any:
+        if len(contexts) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return decode(model, cache, contexts, **options)
+
+    decode = runner.decode
+    monkeypatch.setattr(runner, "decode", fails_above_one)
+    model, requests = ours(checkpoint_dir, batch_size=4), generation_requests(until=[], max_gen_toks=3)
+    model.generate_until(requests, disable_tqdm=True)
+    assert model.describe()["decoding_steps"] == {"modules": len(requests)}
+
+
+def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = ours(checkpoint_dir, press="knorm", batch_size=4)
+    expected = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    compress = lm.session.runner.compressor.compress
+
+    def fails_above_one(contexts: Any, **kwargs: Any) -> Any:
+        if len(contexts) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return compress(contexts, **kwargs)
+
+    monkeypatch.setattr(lm.session.runner.compressor, "compress", fails_above_one)
+    scores = lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    torch.testing.assert_close([s for s, _ in scores], [s for s, _ in expected], atol=1e-4, rtol=0)
+    totals = lm.describe()["tasks"]["choice"]
+    contexts = totals["contexts_pressed"]["num_contexts"] + totals["contexts_unpressed"]["num_contexts"]
+    assert contexts == 2 * 6, "a batch that failed is booked once, not again for its halves"
+
+
+def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir)
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[:] = torch.nan
+    with pytest.raises(ValueError, match="request .* of task 'choice'.*not finite"):
+        lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
+    with pytest.raises(ValueError, match="document .* of task 'rolling'.*not finite"):
+        lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)

@@ -1,0 +1,67 @@
+"""Requests become token ids that fit, with a seed per prompt and a count per document."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval_requests import generation_requests, ours, rolling_requests, text
+
+from lm_eval_kvpress.records.rolling_score import RollingScore
+
+
+def test_rolling_scores_count_their_tokens(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="knorm", rolling_context=64, rolling_score=32)
+    scores = lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)
+    for request, score in zip(rolling_requests(), scores, strict=True):
+        assert isinstance(score, RollingScore)
+        num_tokens = len(lm.tok_encode(request.args[0]))
+        assert score.num_tokens == num_tokens
+        assert score.num_tokens_pressed == max(0, num_tokens - 64)
+    record = lm.describe()["tasks"]["rolling"]
+    assert record["tokens_scored"] == sum(score.num_tokens for score in scores)  # type: ignore[attr-defined]
+    total = math.fsum(scores)
+    assert record["token_perplexity"] == pytest.approx(math.exp(-total / record["tokens_scored"]))
+
+
+def test_what_is_cut_to_fit_is_said(checkpoint_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lm, long = ours(checkpoint_dir, max_length=64), text(0, 400)
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        choices = [Instance("loglikelihood", {}, (long, f" {word}"), i, ("t", 0, 1)) for i, word in enumerate("ab")]
+        lm.loglikelihood(choices, disable_tqdm=True)
+        prompt = Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 4}), 0, ("t", 0, 0))
+        lm.generate_until([prompt], disable_tqdm=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 contexts were cut from the left to fit max_length=64",
+        "1 prompts were cut from the left to 60 tokens: max_length=64 less max_gen_toks=4",
+    ]
+    assert lm.describe()["tasks"]["t"]["num_cut_contexts"] == 2
+
+
+def test_sampling_repeats_with_the_seed_and_does_not_depend_on_the_batch(checkpoint_dir: Path) -> None:
+    requests = generation_requests(until=[], max_gen_toks=10, do_sample=True, temperature=1.3, top_p=0.95, top_k=40)
+    texts = []
+    for seed, batch_size in [(1, 1), (1, 5), (2, 5)]:
+        torch.manual_seed(seed)
+        lm = ours(checkpoint_dir, press="snapkv", window_size=8, batch_size=batch_size)
+        texts.append(lm.generate_until(requests, disable_tqdm=True))
+    assert texts[0] == texts[1]
+    assert texts[1] != texts[2]
+
+
+def test_an_empty_document_scores_nothing(checkpoint_dir: Path) -> None:
+    requests = [Instance("loglikelihood_rolling", {}, ("",), 0, ("rolling", 0, 1))]
+    (score,) = ours(checkpoint_dir).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert isinstance(score, RollingScore)
+    assert (float(score), score.num_tokens) == (0.0, 0)
+
+
+def test_one_token_and_no_sinks_leave_nothing_to_shrink(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir, press="streaming_llm", n_sink=0, short_context="shrink")
+    ids = lm.tok_encode(text(0, 60))
+    lm._loglikelihood_tokens([(("", ""), ids[:2], ids[2:4])], disable_tqdm=True)
+    assert lm.describe()["tasks"][""]["tokens_scored"] == 2

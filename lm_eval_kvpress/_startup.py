@@ -1,4 +1,4 @@
-"""Tells lm-eval of this package when, and only when, somebody imports lm-eval.
+"""Tell lm-eval of this package when, and only when, somebody imports lm-eval.
 
 lm-eval 0.4.13 finds models only in its own table and tasks only in its own folder; it scans no entry points
 (a later one does, for models: lm-evaluation-harness pull request 4013). So a start-up file,
@@ -43,7 +43,7 @@ class LmEvalHook:
 
 
 def install() -> None:
-    """Puts the hook in place, once, and catches up on modules that were imported before it."""
+    """Put the hook in place, once, and catch up on modules that were imported before it."""
     if LmEvalHook not in sys.meta_path:
         sys.meta_path.insert(0, LmEvalHook)
     for fullname in AFTER_IMPORT:
@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def _announce_after(spec: "ModuleSpec") -> None:
-    """Makes the loader of `spec` call `_announce` when it has executed that module, and then forget it.
+    """Have the loader of `spec` call `_announce` when it has executed that module, and then forget it.
 
     A loader without `exec_module` (of a namespace package) or without a `__dict__` is left as it is.
     """
@@ -71,7 +71,7 @@ def _announce_after(spec: "ModuleSpec") -> None:
 
 
 def _announce(fullname: str) -> None:
-    """Lets `plugin` do its part. An lm-eval that has changed is reported and goes on without us."""
+    """Let `plugin` do its part. An lm-eval that has changed is reported and goes on without us."""
     try:
         from lm_eval_kvpress.harness import plugin
 

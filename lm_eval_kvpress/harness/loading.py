@@ -18,7 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
 from lm_eval_kvpress.models.present import check_config as check_presentable
+from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.files import make_writable
 
 
@@ -122,6 +124,17 @@ class CheckedHFLM(HFLM):
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
+
+
+def settle_on_device(model: PressableModel, computes_in: torch.dtype) -> None:
+    """Make the model's GPU the current device, to which CUDA's events and graphs belong; on a CPU warn of a slow dtype.
+
+    Without this, ``device=cuda:1`` leaves the first GPU the current one.
+    """
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    elif model.device.type == "cpu":
+        warn_of_slow_dtype(computes_in)
 
 
 def check_settings(settings: Settings, config: PretrainedConfig, max_length: int | None) -> None:

@@ -8,6 +8,7 @@ are the checkpoint's own again. Does not know attention, caches, or how they are
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +30,7 @@ from lm_eval_kvpress.harness import identity, messages, parity, ranks, run_recor
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers
-from lm_eval_kvpress.harness.loading import CheckedHFLM
+from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.requests import (
     answer_padding,
     generation_batches,
@@ -40,7 +41,6 @@ from lm_eval_kvpress.harness.requests import (
 )
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
 from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -78,9 +78,10 @@ class KVPress(CheckedHFLM):
         super().__init__(self.DEFAULT_PRETRAINED if pretrained is None else pretrained, settings, **hflm_arguments)
         stock = parity.stock_answers(self) if settings.parity else None  # before the change of basis
         self.press_model = self._present(fast=settings.fast)
-        self._settle_on_device()
+        settle_on_device(self.press_model, self.mixed_precision_dtype or self.model.dtype)
         self._graphs = GraphRecorder(self.press_model)
-        self._parity = None if stock is None else self._certificate(settings, stock)
+        build = functools.partial(KVPress, fast=settings.fast)
+        self._parity = None if stock is None else parity.certify(self, stock, settings.press, build)
         log = None if settings.throughput_log is None else Path(settings.throughput_log)
         self.use(self.open_session(settings, list(open_recorders(log, settings.metrics_port, self.rank))))
         if settings.press.attn_implementation:
@@ -93,26 +94,6 @@ class KVPress(CheckedHFLM):
         if hasattr(self.model, "merge_and_unload"):  # an adapter's rows would not follow the change of basis
             self._model = self.model.merge_and_unload()
         return present(self.model, fast=fast)
-
-    def _settle_on_device(self) -> None:
-        """CUDA's events and graphs belong to the current device, which stays the first one under ``device=cuda:1``.
-        On a CPU a slow dtype is named."""
-        if self.press_model.device.type == "cuda":
-            torch.cuda.set_device(self.press_model.device)
-        elif self.press_model.device.type == "cpu":
-            warn_of_slow_dtype(self.mixed_precision_dtype or self.model.dtype)
-
-    def _certificate(self, settings: Settings, stock: parity.Answers) -> parity.ParityCertificate:
-        """Our answers at ratio 0 against stock's: under this run's press, or without one if it takes no ratio."""
-        press = parity.at_ratio_zero(settings.press.name, settings.press.arguments)
-        shared = parity.shared_arguments(self, parity.certificate_length(self))
-        with parity.quiet_loader():
-            asked = {"rolling": "one_pass", "batch_size": 3, "fast": settings.fast}
-            ours = KVPress(pretrained=self.model, **asked, **press, **shared)
-        certificate = parity.compare(stock, ours, press["press"])
-        if not certificate.passed:
-            logger.warning("parity with stock HFLM at ratio 0 is off: %s", certificate)
-        return certificate
 
     # ------------------------------------------------------------------------------------------------- sessions
 
@@ -163,7 +144,7 @@ class KVPress(CheckedHFLM):
 
     @answer_padding
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._refuse_decoding_alone()
+        self.session.settings.check_likelihoods()
         if self.enable_thinking:
             raise UsageError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
         return self._answer([likelihood_batches(self, self.session, requests)], disable_tqdm, requests)
@@ -180,7 +161,7 @@ class KVPress(CheckedHFLM):
 
     @answer_padding
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        self._refuse_decoding_alone()
+        self.session.settings.check_likelihoods()
         if self.session.settings.rolling == "stream":
             batches = stream_batches(self, self.session, requests, self._loss_files())
             return self._answer([batches], disable_tqdm, requests)
@@ -189,15 +170,6 @@ class KVPress(CheckedHFLM):
     @answer_padding
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._answer(generation_batches(self, self.session, requests), disable_tqdm, requests)
-
-    def _refuse_decoding_alone(self) -> None:
-        """A press that acts while text is generated changes no likelihood: figures would be the uncompressed ones."""
-        settings = self.session.settings
-        if settings.decoding is not None and settings.press.is_none:
-            raise UsageError(
-                f"press={settings.press_name} acts while text is generated and cannot change a log-likelihood: "
-                "choose tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
-            )
 
     def _loss_files(self) -> LossFiles | None:
         folder = self.session.settings.stream_output
@@ -238,7 +210,7 @@ class KVPress(CheckedHFLM):
         gathered: list[Any] | None = super().gather_object((obj, self.session.own_facts), dst)
         if gathered is None:
             return None
-        self.session.gathered = ranks.together([facts for _, facts in gathered])
+        self.session.gathered = ranks.merge([facts for _, facts in gathered])
         return [own for own, _ in gathered]
 
     def get_model_info(self) -> dict[str, Any]:

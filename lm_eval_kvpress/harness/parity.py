@@ -14,26 +14,27 @@ likely our own scores hold the other token to be, which is nothing at a tie.
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_kvpress import recall
+from lm_eval_kvpress.harness.parity_requests import (
+    MAX_LENGTH,
+    generation_requests,
+    loglikelihood_requests,
+    rolling_requests,
+)
+from lm_eval_kvpress.presses.spec import PressSpec
+
+logger = logging.getLogger("lm_eval_kvpress")
 
 ROUNDINGS = {torch.float32: 128, torch.float16: 2, torch.bfloat16: 2}
 """How many roundings of the largest number two correct computations may differ by. Sums of many terms err by more
 roundings where these are small; in 16 bit the last rounding, that of the logit itself, outweighs them."""
-
-MAX_LENGTH = 320
-"""Windows of the certificate: short, so that it costs seconds, and shorter than its longest document."""
-
-MAX_GEN_TOKS = 16
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class StockHFLM(HFLM):
 @contextmanager
 def quiet_loader() -> Iterator[None]:
     """Without lm-eval's warning, at each model that is handed over loaded, that loading arguments are ignored."""
-    logger = logging.getLogger(HFLM.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loader = logging.getLogger(HFLM.__module__)
+    level = loader.level
+    loader.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        loader.setLevel(level)
 
 
 def at_ratio_zero(press: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,10 +147,29 @@ def stock_answers(lm: HFLM) -> Answers:
 def answers(lm: HFLM) -> Answers:
     """What a model answers to the requests of the certificate."""
     return Answers(
-        tuple(lm.loglikelihood(_loglikelihood_requests(), disable_tqdm=True)),
-        tuple(float(score) for score in lm.loglikelihood_rolling(_rolling_requests(), disable_tqdm=True)),
-        tuple(lm.generate_until(_generation_requests(lm.max_length), disable_tqdm=True)),
+        tuple(lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)),
+        tuple(float(score) for score in lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)),
+        tuple(lm.generate_until(generation_requests(lm.max_length), disable_tqdm=True)),
     )
+
+
+def certify(lm: HFLM, stock: Answers, press: PressSpec, build: Callable[..., HFLM]) -> ParityCertificate:
+    """Compare our answers at ratio 0 with stock's; a difference is a warning.
+
+    Args:
+        lm: our model, whose weights have changed their basis since ``stock`` answered.
+        stock: stock ``HFLM``'s answers on the same weights.
+        press: what runs with ratio 0; no press if it takes no ratio.
+        build: builds our model on loaded weights from model arguments.
+    """
+    arguments = at_ratio_zero(press.name, press.arguments)
+    shared = shared_arguments(lm, certificate_length(lm))
+    with quiet_loader():
+        ours = build(pretrained=lm.model, rolling="one_pass", batch_size=3, **arguments, **shared)
+    certificate = compare(stock, ours, arguments["press"])
+    if not certificate.passed:
+        logger.warning("parity with stock HFLM at ratio 0 is off: %s", certificate)
+    return certificate
 
 
 def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
@@ -159,11 +179,11 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
         lm: our model at ratio 0 with ``rolling=one_pass``, the protocol of stock ``HFLM``.
     """
     ours = answers(lm)
-    pairs = zip(stock.loglikelihood, ours.loglikelihood, _loglikelihood_requests(), strict=True)
+    pairs = zip(stock.loglikelihood, ours.loglikelihood, loglikelihood_requests(), strict=True)
     by_request = [abs(a - b) / _num_tokens(lm, request.args[1]) for (a, _), (b, _), request in pairs]
-    documents = zip(stock.rolling, ours.rolling, _rolling_requests(), strict=True)
+    documents = zip(stock.rolling, ours.rolling, rolling_requests(), strict=True)
     by_document = [abs(a - b) / _num_tokens(lm, request.args[0]) for a, b, request in documents]
-    prompts = [request.args[0] for request in _generation_requests(lm.max_length)]
+    prompts = [request.args[0] for request in generation_requests(lm.max_length)]
     by_text = [text_gap(lm, *texts) for texts in zip(prompts, stock.texts, ours.texts, strict=True)]
     flags = zip(stock.loglikelihood, ours.loglikelihood, strict=True)
     return ParityCertificate(
@@ -205,36 +225,9 @@ def rounding(dtype: torch.dtype) -> float:
 @torch.inference_mode()
 def largest_logit(lm: HFLM) -> float:
     """The largest logit, by amount, on the longest document."""
-    tokens = lm.tok_encode(_rolling_requests()[0].args[0])[: lm.max_length]
+    tokens = lm.tok_encode(rolling_requests()[0].args[0])[: lm.max_length]
     return lm.model(torch.tensor([tokens], device=lm.device)).logits.abs().max().item()
 
 
 def _num_tokens(lm: HFLM, text: str) -> int:
     return max(1, len(lm.tok_encode(text, add_special_tokens=False)))
-
-
-def _prose(seed: int, num_tokens: int) -> str:
-    return recall.generated_filler(random.Random(seed), num_tokens)
-
-
-def _loglikelihood_requests() -> list[Instance]:
-    """Ragged contexts, the empty one among them, each with ragged continuations."""
-    documents = [recall.recall_document(seed, distance=48 + 40 * seed, kind=recall.KINDS[seed]) for seed in range(4)]
-    pairs = [(document.context + document.question, choice) for document in documents for choice in document.choices]
-    pairs += [(_prose(9, 20), " " + _prose(10 + length, length)) for length in (12, 24)]
-    pairs += [("", _prose(13, 16))]
-    return [Instance("loglikelihood", {}, pair, 0, ("parity", index, 1)) for index, pair in enumerate(pairs)]
-
-
-def _rolling_requests() -> list[Instance]:
-    """Several windows, less than one, and one token or so."""
-    texts = (_prose(20, 2 * MAX_LENGTH + 30), _prose(21, 60), "The")
-    return [Instance("loglikelihood_rolling", {}, (text,), 0, ("parity", index, 1)) for index, text in enumerate(texts)]
-
-
-def _generation_requests(max_length: int) -> list[Instance]:
-    until = {"until": ["\n\n"], "max_gen_toks": min(MAX_GEN_TOKS, max_length // 2)}
-    return [
-        Instance("generate_until", {}, (_prose(30 + index, length), dict(until)), 0, ("parity", index, 1))
-        for index, length in enumerate((90, 40, 12))
-    ]

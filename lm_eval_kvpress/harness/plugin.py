@@ -1,8 +1,9 @@
-"""What lm-eval is told about this package: the names of its models and the folder of its tasks.
+"""Enter this package into lm-eval: the names of its models and the folder of its tasks.
 
-Uses public parts of lm-eval only (`model_registry.register`, the `include_path` of `TaskManager`) and is run
-by the import hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any
-number of times. It does not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
+Models are entered by lm-eval's own `model_registry.register`. Tasks have no such registry: `TaskManager.__init__` is
+replaced by a function that adds our folder to its `include_path` and calls the original. Both are done by the import
+hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any number of times. It does
+not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def tasks_path() -> Path:
 
 
 def register_models() -> None:
-    """Enters our models into lm-eval's registry as lazy "module:Class" placeholders.
+    """Enter our models into lm-eval's registry as lazy "module:Class" placeholders.
 
     A name that is taken is left alone: an lm-eval that scans the entry points by itself was here before us.
     """
@@ -51,18 +52,18 @@ def register_models() -> None:
 
 
 def enter_models() -> None:
-    """What the import hook does once lm-eval's models are imported; lm-eval's own command then ends on bad input of
-    ours in one line."""
+    """Enter the models, and have lm-eval's own command end on a `UsageError` in one line."""
     register_models()
     show_usage_errors_in_one_line()
 
 
 def include_tasks() -> None:
-    """Lets every `TaskManager` that includes lm-eval's own tasks include ours as well.
+    """Have every `TaskManager` that includes lm-eval's own tasks include ours as well.
 
     Raises:
-        FileNotFoundError: if our tasks are gone; TypeError: if `TaskManager` takes other arguments than in 0.4.13.
-        Both now rather than in somebody's `TaskManager(...)`.
+        FileNotFoundError: if our tasks are gone.
+        TypeError: if `TaskManager` takes other arguments than in 0.4.13. Both are raised here rather than in somebody's
+            `TaskManager(...)`.
     """
     from lm_eval.tasks.manager import TaskManager
 
@@ -87,7 +88,7 @@ def include_tasks() -> None:
 
 
 def _with(ours: Path, include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:
-    """Our folder before the given ones, because later ones win; not twice if one of them holds it."""
+    """Put our folder before the given ones, because later ones win; not twice if one of them holds it."""
     if not include_path:
         return [ours]
     given: list[TaskPath] = list(include_path) if isinstance(include_path, list | tuple) else [include_path]

@@ -1,9 +1,9 @@
 """Several processes, each with a share of the requests, and one record of them all.
 
 Under ``accelerate launch`` with several GPUs lm-eval deals a task's documents out to its processes (ranks), gathers
-what the tasks made of the answers, and asks rank 0 alone for the facts of the run. Here the facts of all become those
-of one run. And lm-eval pads a smaller share with copies of its last request: here they are told apart, for what
-happened to them is no part of the record.
+what the tasks made of the answers, and asks rank 0 alone for the facts of the run; here the facts of all ranks are
+merged. lm-eval also pads a smaller share with copies of its last request; here they are found, because what happened
+to them is no part of the record.
 
 Knows records and sums. Does not know lm-eval, models or presses.
 """
@@ -21,12 +21,12 @@ from lm_eval_kvpress.records.totals import TaskTotals
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank did, or several did together.
+    """What one rank did, or several ranks together.
 
     Attributes:
         totals: by task.
         records: of batches and requests. Seconds are of one device each, so rates are per device.
-        num_ranks: how many ranks this is of.
+        num_ranks: number of ranks.
     """
 
     totals: Mapping[str, TaskTotals]
@@ -34,8 +34,8 @@ class RankFacts:
     num_ranks: int = 1
 
 
-def together(ranks: Sequence[RankFacts]) -> RankFacts:
-    """The facts of several ranks as those of one run; of one they are its own."""
+def merge(ranks: Sequence[RankFacts]) -> RankFacts:
+    """Merge the facts of several ranks into those of one run."""
     if len(ranks) == 1:
         return ranks[0]
     totals, records = dict[str, TaskTotals](), RunRecords()
@@ -47,7 +47,7 @@ def together(ranks: Sequence[RankFacts]) -> RankFacts:
 
 
 class Repeated(Protocol):
-    """An `Instance` of lm-eval: to be answered so many times, once if it says nothing."""
+    """An `Instance` of lm-eval, to be answered ``repeats`` times; None is once."""
 
     repeats: int | None
 
@@ -56,9 +56,10 @@ Request = TypeVar("Request", bound=Repeated)
 
 
 def without_padding(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
-    """The requests that were asked for, and for each given request the place of its answer among theirs.
+    """Leave out the padding: lm-eval passes a request on ``repeats`` times, as one object; more copies are padding.
 
-    lm-eval passes a request on ``repeats`` times, as one object; what comes more often is padding.
+    Returns:
+        the requests without padding, and for each given request the place of its answer among their answers.
     """
     own = list[Request]()
     places = dict[int, list[int]]()

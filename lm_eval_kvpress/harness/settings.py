@@ -104,6 +104,18 @@ class Settings:
             )
         return context, score
 
+    def check_likelihoods(self) -> None:
+        """Refuse to score under a press that acts only while text is generated: nothing would be compressed.
+
+        Raises:
+            UsageError: naming what to choose instead.
+        """
+        if self.decoding is not None and self.press.is_none:
+            raise UsageError(
+                f"press={self.press_name} acts while text is generated and cannot change a log-likelihood: choose "
+                "tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
+            )
+
     def check_stream(self, positions: int) -> None:
         """Refuse a stream that would score with positions the model was not trained on.
 

@@ -15,7 +15,7 @@ TEXTS_PER_CALL = 512
 
 
 def encode_all(lm: HFLM, texts: Sequence[str]) -> list[list[int]]:
-    """``lm.tok_encode`` of each text."""
+    """Token ids of each text, as ``lm.tok_encode`` gives them."""
     beginning = lm.tokenizer.decode(lm.prefix_token_id)
     special = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
     encoded: list[list[int]] = []
@@ -47,6 +47,6 @@ def encode_pairs(lm: HFLM, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[
 
 
 def _without_context(lm: HFLM, text: str) -> tuple[list[int], list[int]]:
-    """The prefix token is the context, unless the text brings it along."""
+    """Take the prefix token for the context, unless the text begins with it."""
     ids: list[int] = lm.tok_encode(text, add_special_tokens=False)
     return (ids[:1], ids[1:]) if ids[:1] == [lm.prefix_token_id] else ([lm.prefix_token_id], ids)

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.harness.ranks import RankFacts, together, without_padding
+from lm_eval_kvpress.harness.ranks import RankFacts, merge, without_padding
 from lm_eval_kvpress.records.timings import RunRecords
 from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
 
@@ -86,7 +86,7 @@ def test_totals_of_ranks_are_added_and_highest_figures_stay_the_highest() -> Non
         RankFacts({"task": ranks[0]}, RunRecords()),
         RankFacts({"task": ranks[1], "other": ranks[1]}, RunRecords()),
     ]
-    found = together(facts)
+    found = merge(facts)
     summary = found.totals["task"].summary()
     assert found.num_ranks == 2
     assert summary["contexts_pressed"]["kept_tokens_per_layer"] == [16.0, 12.0]

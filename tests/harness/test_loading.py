@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness import loading
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 
 
@@ -118,3 +121,31 @@ def test_a_folder_for_streams_that_cannot_be_written_is_found_out_at_once(checkp
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"stream_output={place} cannot be written"):
             ours(checkpoint_dir, press="knorm", rolling="stream", stream_budget=64, stream_output=str(place))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "computes_in"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": "float32", "mixed_precision_dtype": "bfloat16"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_slow_dtype_is_asked_for_on_a_cpu(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], computes_in: torch.dtype
+) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("lm_eval_kvpress.harness.loading.warn_of_slow_dtype", asked.append)
+    KVPress(pretrained=str(checkpoint_dir), device="cpu", **arguments)
+    assert asked == [computes_in]
+
+
+def test_a_model_on_a_second_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and graphs would be made on the first one, and be complete at once."""
+    calls = list[Any]()
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    for device in ("cpu", "cuda:1"):
+        model: Any = SimpleNamespace(device=torch.device(device))
+        loading.settle_on_device(model, torch.float32)
+    assert calls == [torch.device("cuda:1")]

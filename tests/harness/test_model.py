@@ -14,7 +14,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests, text
 
 from lm_eval_kvpress.harness.tokenization import encode_pairs
-from lm_eval_kvpress.models.pressable import PressableModel
 
 
 @pytest.fixture(scope="module")
@@ -90,34 +89,3 @@ def test_a_press_moves_one_token_answers_only_if_a_token_is_held_back(checkpoint
             scores[held, press] = [answers[index][0] for index in one_token]
     torch.testing.assert_close(scores[0, "random"], scores[0, "none"], atol=1e-5, rtol=0)
     assert max(abs(a - b) for a, b in zip(scores[1, "random"], scores[1, "none"], strict=True)) > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "computes_in"),
-    [
-        ({"dtype": "float16"}, torch.float16),
-        ({"dtype": "float32"}, torch.float32),
-        ({"dtype": "float32", "mixed_precision_dtype": "bfloat16"}, torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_a_slow_dtype_is_asked_for_on_a_cpu(
-    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], computes_in: torch.dtype
-) -> None:
-    asked: list[torch.dtype] = []
-    monkeypatch.setattr("lm_eval_kvpress.harness.model.warn_of_slow_dtype", asked.append)
-    ours(checkpoint_dir, press="none", **arguments)
-    assert asked == [computes_in]
-
-
-def test_a_model_on_a_second_gpu_makes_it_the_current_one(
-    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Events and graphs would be made on the first one, and be complete at once."""
-    lm, calls = ours(checkpoint_dir), list[Any]()
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    lm._settle_on_device()
-    assert calls == []
-    monkeypatch.setattr(PressableModel, "device", torch.device("cuda:1"))
-    lm._settle_on_device()
-    assert calls == [torch.device("cuda:1")]

@@ -1,6 +1,6 @@
-"""Checks of what lm-eval gets: parity with stock, batches, the figures of the record, refusals.
+"""Check what lm-eval gets: parity with stock, batches, the record's figures, and errors where there must be some.
 
-Each takes a `Subject` and measures, through the request types as tasks make them.
+Every check goes through the request types, as tasks do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import text_gap, worst
 from lm_eval_kvpress.harness.plugin import tasks_path
-from lm_eval_kvpress.verify.check import Check, Part, Subject
+from lm_eval_kvpress.verify.check import Check, Part
+from lm_eval_kvpress.verify.subject import Subject, score_pairs
 
 # ---------------------------------------------------------------------------------------------------------- parity
 
 
 def check_parity(subject: Subject) -> Check:
-    """The parity certificate: ratio 0 against stock `HFLM` on the untouched copy, for the three request types."""
+    """Compare ratio 0 with stock `HFLM` on the untouched copy, for the three request types."""
     length = parity.certificate_length(subject.lm)
     shared = parity.shared_arguments(subject.lm, length)
     with parity.quiet_loader():
@@ -50,10 +51,11 @@ def check_parity(subject: Subject) -> Check:
 
 
 def check_batches(subject: Subject) -> Check:
-    """Batches of 1 against batches of 3 and 8, the requests in another order; ragged, some too short for the press.
+    """Compare batches of 3 and 8, the requests in another order, with batches of 1.
 
-    In 16 bits the mean difference counts, not the largest: another batch rounds otherwise, and where two entries of a
-    context score alike in so few bits, the press then keeps the other one.
+    Contexts have many lengths, and some are too short for the press. In 16 bits the mean difference counts, not the
+    largest one: another batch rounds differently, and where two entries score alike in so few bits, the press then
+    keeps the other one.
     """
     exact = subject.lm.model.dtype == torch.float32
     parts = []
@@ -78,20 +80,20 @@ class _Answers:
 
 
 def _answer(subject: Subject, press: str, *, batch_size: int, backwards: bool) -> _Answers:
-    """Answers to a ragged set of requests of each type, in the order of the set."""
+    """Answer requests of each type and of many lengths; answers come in the order of the requests."""
     length = subject.max_length
     lm = subject.under(
         press, batch_size=batch_size, rolling_context=length // 4, rolling_score=length // 8, short_context="shrink"
     )
     turn = slice(None, None, -1 if backwards else 1)
     contexts = [subject.tokens(n, seed=n) for n in (length // 2, 12, length // 3, length // 3 + 1, length // 3, 40)]
-    pairs = [(("", ""), context, subject.tokens(n, seed=n)) for context in contexts for n in (1, 5)]
-    scores = lm._loglikelihood_tokens(pairs[turn], disable_tqdm=True)[turn]
+    pairs = [(context, subject.tokens(n, seed=n)) for context in contexts for n in (1, 5)]
+    scores = score_pairs(lm, pairs[turn])[turn]
     documents = [subject.text(n, seed=n) for n in (length, length // 3, length // 2)]
     rolled = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", documents)[turn], disable_tqdm=True)[turn]
     prompts = [subject.text(n, seed=n) for n in (length // 3, 20, length // 4, 60)]
     texts = lm.generate_until(_requests("generate_until", prompts, _until(8))[turn], disable_tqdm=True)[turn]
-    per_token = [score / len(tokens) for (score, _), (_, _, tokens) in zip(scores, pairs, strict=True)]
+    per_token = [score / len(tokens) for score, (_, tokens) in zip(scores, pairs, strict=True)]
     per_token += [score / len(lm.tok_encode(document)) for score, document in zip(rolled, documents, strict=True)]
     return _Answers(per_token, prompts, texts)
 
@@ -108,7 +110,7 @@ def _requests(request_type: str, texts: list[str], *arguments: Any) -> list[Inst
 
 
 def check_records(subject: Subject) -> Check:
-    """Perplexity, counts and times of the record, against the dense reference and what was asked for."""
+    """Compare perplexity, counts and times of the record with the dense reference and with what was asked for."""
     length = subject.max_length
     context, block = length // 4, length // 8
     documents = [subject.text(n, seed=n) for n in (length // 2 + 3, length // 3)]
@@ -141,7 +143,7 @@ def check_records(subject: Subject) -> Check:
 
 
 def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: int) -> torch.Tensor:
-    """Log-probabilities of every token of a document under ``rolling=prefix`` without a press, by the reference."""
+    """The reference's log-probabilities of a document's tokens, ``(n,)``, as ``rolling=prefix`` scores them."""
     found = [subject.log_probabilities([subject.lm.prefix_token_id], tokens[:context])]
     for start in range(context, len(tokens), block):
         found.append(subject.log_probabilities(tokens[start - context : start], tokens[start : start + block]))
@@ -149,7 +151,7 @@ def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: i
 
 
 def _produced(subject: Subject) -> tuple[int, int]:
-    """Tokens that the record says were generated, and those up to the stop string, by whole plain forwards."""
+    """Tokens that the record says were generated, and how many whole plain forwards need to reach the stop string."""
     prompt = subject.text(24)
     ids = subject.lm.tok_encode(prompt)
     new: list[int] = []
@@ -168,7 +170,7 @@ def _produced(subject: Subject) -> tuple[int, int]:
 
 
 def check_refusals(subject: Subject) -> Check:
-    """What cannot be done as asked ends in an error: nothing else takes its place."""
+    """Check that what cannot be done as asked is an error, and that nothing else is done instead."""
     with tempfile.TemporaryDirectory() as folder:
         wrong: dict[str, Callable[[], Any]] = {
             "a folder that is not there": lambda: resolve_pretrained(f"{folder}/nothing"),

@@ -1,7 +1,7 @@
-"""`lm-eval-kvpress verify`: runs the checks on a checkpoint, prints a line for each, and a verdict.
+"""`lm-eval-kvpress verify`: run the checks on a checkpoint, print a line for each, and a verdict.
 
-Thin: what a check is stands in `checks`, the checks themselves in `checks_model`, `checks_kept`,
-`checks_scores` and `checks_results`.
+What a check is stands in `check`, what it is run on in `subject`, the checks themselves in `presentation`, `kept`,
+`scores` and `answers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.verify import answers, kept, presentation, scores
-from lm_eval_kvpress.verify.check import Check, Subject
+from lm_eval_kvpress.verify.check import Check
+from lm_eval_kvpress.verify.subject import Subject
 
 CHECKS: Mapping[str, Callable[[Subject], Check]] = {
     "basis": presentation.check_basis,
@@ -37,7 +38,7 @@ CHECKS: Mapping[str, Callable[[Subject], Check]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints one line per check and the verdict; exit status 1 if a check failed."""
+    """Print one line per check and the verdict; exit status 1 if a check failed."""
     options = _parse(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.manual_seed(0)  # presses that draw random numbers do so from this seed

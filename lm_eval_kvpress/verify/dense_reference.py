@@ -1,8 +1,8 @@
-"""The reference of the checks: whole sequences, no cache, masks and attention written out in full.
+"""The reference of the checks: whole sequences, no cache, attention and its mask written out in full.
 
-Imports nothing of ours, on purpose: what is compared with it must not share a line with it. A model that transformers
-loaded and nobody touched runs one forward over a whole sequence. Attention is spelt out: scores, mask, softmax, values.
-So each layer can be told which entries late tokens may not see, and says what it attended with.
+Imports nothing of ours on purpose: what is compared with it must not share a line with it. A model as transformers
+loaded it runs one forward over a whole sequence. Its attention is replaced by scores, mask, softmax and values spelt
+out, so that each layer can hide entries from later tokens and can say what it attended with.
 
 Letters in shape comments: T tokens, P prefilled tokens, H query heads, G key-value heads, D head_dim, E hidden size.
 """
@@ -45,7 +45,7 @@ class Attended:
 
 @dataclass
 class _Probe:
-    """What the attention function of one forward is told and writes down, by layer."""
+    """What the attention function of one forward is given and what it records, by layer."""
 
     evicted: Sequence[torch.Tensor] | None = None
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -60,11 +60,11 @@ class _Probe:
 def log_probabilities(
     model: PreTrainedModel, tokens: Sequence[int], evicted: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The log-probability of every token after the first, ``(T - 1,)``, in nats.
+    """Log-probabilities of all tokens after the first, ``(T - 1,)``, in nats.
 
     Args:
-        evicted: per layer ``(G, P)``, True for the entries of the first P tokens that later tokens must not see. The
-            first P tokens see each other in full: a press evicts after the prefill.
+        evicted: ``(G, P)`` per layer, True for the entries of the first P tokens that later tokens must not see. The
+            first P tokens see each other in full, since a press evicts after the prefill.
     """
     with _written_out(model, _Probe(evicted)):
         logits = model(_batch(model, tokens), use_cache=False).logits[0, :-1]
@@ -77,8 +77,8 @@ def attended(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[
     """What every layer attends with in a causal forward.
 
     Args:
-        positions: of the tokens; all of them zero turns RoPE into the identity, so that queries and keys come out as
-            they were before it.
+        positions: of the tokens; by default their places. With all positions zero RoPE is the identity, so that
+            queries and keys come out as before it.
     """
     probe = _Probe(records=True)
     where = list(range(len(tokens))) if positions is None else list(positions)
@@ -89,7 +89,7 @@ def attended(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[
 
 @torch.inference_mode()
 def logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """fp32 logits of a plain forward with the model's own attention, ``(T, V)``."""
+    """Logits of a plain forward with the model's own attention, ``(T, V)`` in float32."""
     return model(_batch(model, tokens), use_cache=False).logits[0].float().cpu()
 
 
@@ -99,7 +99,7 @@ def _batch(model: PreTrainedModel, numbers: Sequence[int]) -> torch.Tensor:
 
 @contextmanager
 def _written_out(model: PreTrainedModel, probe: _Probe) -> Iterator[None]:
-    """The model with attention as `_attention` writes it; its own implementation comes back on exit."""
+    """Replace the model's attention by `_attention`; its own implementation comes back on exit."""
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
     before = model.config._attn_implementation
     hooks = [module.register_forward_pre_hook(probe.take_hidden, with_kwargs=True) for module in modules]
@@ -126,7 +126,7 @@ def _attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal softmax attention over one whole sequence; the mask of transformers is not looked at."""
+    """Causal softmax attention over one whole sequence; transformers' mask is ignored."""
     probe: _Probe = module.__dict__["dense_probe"]
     num_tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
     assert query.shape[0] == 1 and key.shape[2] == num_tokens, (query.shape, key.shape)

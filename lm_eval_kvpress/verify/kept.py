@@ -1,6 +1,6 @@
-"""Check of what a press keeps: which layers it meets, how many entries each keeps, which, and what the record says.
+"""Check what a press keeps: how many entries of each layer, which ones, and whether the record says so.
 
-References are the papers' formulas (`press_formulas`) on what the untouched copy attends with (`dense`).
+The references are the papers' formulas (`press_formulas`) on what the untouched copy attends with (`dense_reference`).
 
 Letters in shape comments: G key-value heads, P prefilled tokens, T kept entries, D head_dim.
 """
@@ -19,11 +19,12 @@ from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
 from lm_eval_kvpress.verify import dense_reference, press_formulas
-from lm_eval_kvpress.verify.check import Check, Part, Subject, compress
+from lm_eval_kvpress.verify.check import Check, Part
+from lm_eval_kvpress.verify.subject import Subject, compress
 
 
 def check_kept(subject: Subject) -> Check:
-    """Layers in order; per press how many entries each layer keeps, which ones, and whether the record says so."""
+    """Check each press's kept entries, and that presses meet the layers in order."""
     parts: list[Part] = []
     context = subject.tokens(subject.max_length // 2)
     seen = context[:-1]
@@ -58,7 +59,7 @@ def _record_part(lm: KVPress, cache: CompressedCache, num_tokens: int) -> Part:
 
 
 def _fallback_parts(subject: Subject, context: Sequence[int]) -> list[Part]:
-    """PyramidKV with so little to keep that its smallest budget is below its window: it must say that it is SnapKV."""
+    """PyramidKV, its smallest budget below its window: kvpress runs SnapKV then, and the record must say so."""
     lm = subject.under("pyramidkv", compression_ratio=0.9)
     cache, _ = compress(lm, context)
     named = any("fell back to snapkv" in note for note in lm.describe()["tasks"]["verify"]["notes"])
@@ -86,7 +87,7 @@ def _choice_parts(
 
 
 def _layers_out_of_order(subject: Subject) -> int:
-    """Layers that a press meets under another index, or as another module, than its place in the model."""
+    """Count the layers that a press meets under another index, or as another module, than the model has there."""
     met: list[tuple[Any, torch.nn.Module]] = []
 
     @contextlib.contextmanager
@@ -116,9 +117,12 @@ def full_cache(model: PreTrainedModel, tokens: Sequence[int]) -> DynamicCache:
 
 
 def evicted_entries(layer: LayerKV, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Which entries of the full cache ``(G, P, D)`` are not in a compressed layer of one row, ``(G, P)``.
+    """Which entries of the full cache are not in a compressed layer of one row, ``(G, P)``.
 
-    Kept entries are recognised by their key and value: the closest one of the full cache.
+    A kept entry is recognised by its key and value: it is the closest one of the full cache.
+
+    Args:
+        keys, values: of the full cache, ``(G, P, D)``.
     """
     entries = torch.cat([keys, values], dim=-1).float()
     kept = torch.cat([layer.keys[0], layer.values[0]], dim=-1).float()

@@ -1,7 +1,6 @@
-"""Checks of how a model is presented to kvpress: its basis, its projections, its rotation.
+"""Check how a model is presented to kvpress: its basis, its projections, its rotation.
 
-Each takes a `Subject` and measures. References are transformers' own forwards of the untouched copy, and tensors caught
-inside the real layers.
+The references are transformers' own forwards of the untouched copy, and tensors caught inside the real layers.
 
 Letters in shape comments: T tokens, H heads, D head_dim, E hidden size.
 """
@@ -15,11 +14,12 @@ import torch
 from lm_eval_kvpress.harness.parity import rounding, worst
 from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.verify import dense_reference
-from lm_eval_kvpress.verify.check import Check, Part, Subject, load_untouched
+from lm_eval_kvpress.verify.check import Check, Part
+from lm_eval_kvpress.verify.subject import Subject, load_untouched
 
 
 def check_basis(subject: Subject) -> Check:
-    """Logits before and after the change of basis: in the dtype of the run, in float32, and in 16 bits."""
+    """Compare logits before and after the change of basis: in the dtype of the run, in float32, and in 16 bits."""
     tokens = subject.tokens(subject.max_length // 2)
     before, after = dense_reference.logits(subject.untouched, tokens), dense_reference.logits(subject.lm.model, tokens)
     parts = [_basis_part(before, after, subject.lm.model.dtype)]
@@ -39,7 +39,7 @@ def _basis_part(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -
 
 @torch.inference_mode()
 def check_projections(subject: Subject) -> Check:
-    """q, k, v of the projections that presses call, against those inside the layer, before and after RoPE."""
+    """Compare q, k and v of the projections that presses call with those inside the layer, before and after RoPE."""
     tokens = subject.tokens(subject.max_length // 4)
     model, positions = subject.lm.model, list(range(len(tokens)))
     differences: dict[str, list[float]] = {}
@@ -62,10 +62,10 @@ def check_projections(subject: Subject) -> Check:
 
 @torch.inference_mode()
 def check_rotation(subject: Subject) -> Check:
-    """q·k by rotating whole heads with the model's frequencies, as presses do, against the untouched layer's own.
+    """Rotate whole heads with the model's frequencies, as presses do, and compare q·k with the untouched layer's own.
 
-    At the first positions and at the last that the model has. q·k is the same in either basis, and the reference went
-    through transformers' `apply_rotary_pos_emb` inside the untouched layer. Both get that layer's input.
+    Both sides get the untouched layer's input, at the first positions and at the last ones of the model. q·k is the
+    same in either basis, and the reference went through transformers' `apply_rotary_pos_emb` inside the layer.
     """
     tokens = subject.tokens(subject.max_length // 4)
     last = max(subject.lm.max_length, len(tokens))
@@ -94,7 +94,11 @@ def check_rotation(subject: Subject) -> Check:
 
 
 def project(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values ``(H, T, D)`` of ``(T, E)`` by the modules that presses call, before RoPE."""
+    """Queries, keys and values, each ``(H, T, D)``, by the modules that presses call, before RoPE.
+
+    Args:
+        hidden: the attention's input, ``(T, E)``.
+    """
     if not hasattr(attention, "q_proj"):  # Phi-3: kvpress cuts the rows of the fused projection as the model does
         rows = attention.qkv_proj(hidden)
         groups = attention.num_key_value_groups
@@ -111,7 +115,7 @@ def project(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def rotate(model: Any, like: torch.Tensor, positions: list[int], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """States ``(H, T, D)`` turned over their whole width by the model's frequencies, as presses turn them."""
+    """States ``(H, T, D)`` rotated over their whole width by the model's frequencies, as presses rotate them."""
     cos, sin = model.base_model.rotary_emb(like, torch.tensor([positions], device=like.device))  # (1, T, D)
     turned = []
     for state in states:
@@ -121,7 +125,7 @@ def rotate(model: Any, like: torch.Tensor, positions: list[int], *states: torch.
 
 
 def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number of the reference."""
+    """The largest difference over the largest number of the reference."""
     return ((found.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
 
 

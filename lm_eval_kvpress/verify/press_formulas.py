@@ -1,7 +1,7 @@
-"""What presses keep, written from their papers on quantities of the dense reference; kvpress is not asked.
+"""What presses keep, by their papers' formulas on quantities of the dense reference. Uses no code of kvpress or ours.
 
-Imports nothing of ours. Scores are in nats, so that one tolerance for log-probabilities serves: where two entries lie
-closer than the rounding, either may stay.
+Scores are in nats, so that they share the tolerance of log-probabilities: where two entries are closer than rounding,
+either may stay.
 
 Letters in shape comments: T tokens, P prefilled tokens, H query heads, G key-value heads, D head_dim.
 """
@@ -16,17 +16,17 @@ from torch.nn import functional
 
 
 def kept_counts(name: str, arguments: Mapping[str, Any], num_tokens: int, num_layers: int) -> list[int]:
-    """Entries that each layer keeps of a context of so many tokens."""
+    """Entries that each layer keeps of a context of ``num_tokens``."""
     share = num_tokens * (1 - arguments.get("compression_ratio", 0.0))
     uniform = [max(1, int(share))] * num_layers
     return pyramid_budgets(share, arguments, num_tokens, num_layers) if name == "pyramidkv" else uniform
 
 
 def pyramid_budgets(share: float, arguments: Mapping[str, Any], num_tokens: int, num_layers: int) -> list[int]:
-    """A straight line from the lowest layer's budget to the highest's, ``share`` on the mean (arXiv 2406.02069).
+    """Budgets that fall in a straight line from the first layer to the last, ``share`` on average (arXiv 2406.02069).
 
-    It starts from ``share / beta`` in the highest layer, and is tilted less where the lowest layer would keep more than
-    there is. Where the smallest budget is below the window, every layer keeps ``share``: SnapKV.
+    The last layer's budget is ``share / beta``, or more where the first layer would otherwise keep more than there is.
+    Where the smallest budget is below the window, every layer keeps ``share``, as SnapKV does.
     """
     window = arguments["window_size"]
     smallest = share / arguments["beta"]
@@ -74,7 +74,9 @@ def _streaming_llm(n_sink: int, removed: float, keys: torch.Tensor) -> torch.Ten
 
 
 def regret(scores: torch.Tensor, evicted: torch.Tensor) -> float:
-    """By how much the best evicted entry outdoes the worst kept one, over all heads, in nats; 0 for the right choice.
+    """How far the best evicted entry scores above the worst kept one, at most of all heads, in nats.
+
+    0 means that the right entries were kept.
 
     Args:
         scores, evicted: ``(G, P)``.

@@ -1,7 +1,7 @@
-"""Checks of what is scored over a compressed cache: the right entries, in the right order, and not the full cache.
+"""Check what is scored over a compressed cache: the kept entries are read, in their order, and nothing else.
 
-References are whole forwards of the untouched copy in which a mask hides what was evicted (`dense`), and transformers'
-own forwards of one token at a time.
+The references are whole forwards of the untouched copy in which a mask hides what was evicted (`dense_reference`), and
+transformers' own forwards of one token at a time.
 
 Letters in shape comments: G key-value heads, P prefilled tokens, V vocabulary.
 """
@@ -23,21 +23,22 @@ from lm_eval_kvpress.engine.scoring import Pack
 from lm_eval_kvpress.engine.scoring import score as score_packs
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
-from lm_eval_kvpress.verify.check import Check, Part, Subject, compress, score
+from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
+from lm_eval_kvpress.verify.subject import Subject, compress, score
 
 NUM_CONTINUED = 12
 
 LEAST_EFFECT = 1e-2
-"""Nats by which a press that acts moves an answer. Presses that do nothing give one number to the last digit, since
-they compute the same; in 16 bits a tenth of the tolerance is far above that."""
+"""Nats by which a press that acts moves an answer. Presses that do nothing all give the same number to the last digit,
+also in 16 bits."""
 
 
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
 def check_scoring(subject: Subject) -> Check:
-    """Log-likelihoods through the compressed cache against whole forwards with the evicted entries masked."""
+    """Compare log-likelihoods through the compressed cache with whole forwards that mask the evicted entries."""
     parts = []
     for press in subject.presses(none=True):
         lm = subject.under(press)
@@ -54,7 +55,7 @@ def check_scoring(subject: Subject) -> Check:
 
 
 def evicted_by(lm: KVPress, context: Sequence[int]) -> list[torch.Tensor]:
-    """Per layer, ``(G, P)``: what the lm's press evicts of a context, its held-back end not counted."""
+    """What the lm's press evicts of a context without its held-back end: ``(G, P)`` per layer."""
     cache, _ = compress(lm, context)
     full = full_cache(lm.model, context[: len(context) - lm.session.settings.query_tokens])
     return [
@@ -67,7 +68,7 @@ def evicted_by(lm: KVPress, context: Sequence[int]) -> list[torch.Tensor]:
 
 
 def check_causality(subject: Subject) -> Check:
-    """Many tokens at once against one by one; a future token changed; decoding against one by one."""
+    """Compare many tokens at once, and decoded ones, with one token at a time; change a future token."""
     context = subject.tokens(subject.max_length // 2)
     continuation = subject.tokens(NUM_CONTINUED, seed=5)
     differences: dict[str, list[float]] = {"at once": [], "future": [], "decoded": []}
@@ -93,7 +94,7 @@ def check_causality(subject: Subject) -> Check:
 def branch_logprobs(
     lm: KVPress, cache: CompressedCache, query: Sequence[int], continuation: Sequence[int]
 ) -> torch.Tensor:
-    """Per token, through our scoring, beside another branch that must not be seen."""
+    """Log-probabilities of a continuation, ``(n,)``, by our scoring, beside another branch that must not be seen."""
     other = tuple(reversed(continuation))
     packs = [Pack(tuple(query), (other, tuple(continuation)))]
     return torch.tensor(score_packs(lm.press_model, cache, packs)[0][1].logprobs)
@@ -103,9 +104,9 @@ def branch_logprobs(
 def step_logprobs(model: PreTrainedModel, cache: CompressedCache, tokens: Sequence[int]) -> torch.Tensor:
     """Log-probabilities after each token, ``(n, V)``, fed one at a time by transformers over its own cache class.
 
-    A single token needs no mask, so nothing of ours is in the way; the entries are copied. PyTorch's attention is given
-    none (on a GPU it takes none of one column), transformers' eager one a zero for all, for the mask that it would make
-    has the first layer's length.
+    A single token needs no mask, so no code of ours takes part; the entries are copied. PyTorch's attention is given
+    none (on a GPU it refuses a mask of one column). transformers' eager attention is given a zero for all entries,
+    since the mask that it would make has the first layer's length.
     """
     steps = DynamicCache()
     for index, layer in enumerate(cache.layers):
@@ -127,7 +128,7 @@ def step_logprobs(model: PreTrainedModel, cache: CompressedCache, tokens: Sequen
 
 
 def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], query: Sequence[int]) -> float:
-    """How far our greedy tokens fall short of the most likely ones when they are fed one by one."""
+    """How far our greedy tokens fall short of the most likely ones when they are fed one by one, in nats."""
     (decoded,) = decode(
         lm.press_model,
         cache,
@@ -148,7 +149,7 @@ def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], q
 
 
 def check_action(subject: Subject) -> Check:
-    """Presses act: one-token answers and documents move, presses differ, the cache is read, less is kept than seen."""
+    """Check that presses act: answers and documents move, presses differ, the cache is read, less is kept."""
     context = subject.tokens(subject.max_length // 2)
     answers = [[token] for token in subject.tokens(24, seed=7)]
     models = {press: subject.under(press, **_strong(press)) for press in subject.presses(none=True)}
@@ -174,7 +175,7 @@ def check_action(subject: Subject) -> Check:
 
 
 def _strong(press: str) -> dict[str, float]:
-    """A ratio at which any press must show, but for PyramidKV, which would fall back to SnapKV."""
+    """A ratio at which every press must show. PyramidKV keeps its own, since it would fall back to SnapKV."""
     return {} if press in ("none", "pyramidkv") else {"compression_ratio": 0.9}
 
 
@@ -183,7 +184,7 @@ def _distance(figures: Sequence[float], others: Sequence[float]) -> float:
 
 
 def _rolled(subject: Subject, press: str) -> list[float]:
-    """Nats per token of documents, their second halves over the cache; several, since differences may cancel out."""
+    """Nats per token of several documents, whose second halves are scored over the cache."""
     half = subject.max_length // 2
     texts = [subject.text(2 * half, seed=seed) for seed in (3, 8, 13)]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0, ("verify", i, 1)) for i, text in enumerate(texts)]

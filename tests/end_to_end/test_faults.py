@@ -38,8 +38,9 @@ from lm_eval_kvpress.records import totals
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.rolling_score import RollingScore
 from lm_eval_kvpress.records.totals import KeptTotals, TaskTotals
-from lm_eval_kvpress.verify.check import Check, Subject
+from lm_eval_kvpress.verify.check import Check
 from lm_eval_kvpress.verify.command import CHECKS
+from lm_eval_kvpress.verify.subject import Subject
 
 DOCS = ROOT / "docs" / "correctness.md"
 BEGIN, END = "<!-- faults: begin, written by tests/end_to_end/test_faults.py -->", "<!-- faults: end -->"

@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval_kvpress import recall
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.verify.subject import score_pairs
 from scripts.studies.findings.pressed import under
 from scripts.studies.findings.rows import FirstToken
 from scripts.studies.findings.wrong_split import contiguous_split
@@ -42,10 +43,10 @@ def answer(
 ) -> list[list[float]]:
     """Log-probabilities of the answers to each question."""
     pressed = under(lm, press, compression_ratio=removed, query_tokens=held_back)
-    requests = [(("", ""), list(q.context), [token]) for q in asked for token in q.answers]
+    pairs = [(question.context, (token,)) for question in asked for token in question.answers]
     with contiguous_split() if split == "contiguous" else nullcontext():
-        scores = iter(pressed._loglikelihood_tokens(requests, disable_tqdm=True))
-    return [[next(scores)[0] for _ in question.answers] for question in asked]
+        scores = iter(score_pairs(pressed, pairs))
+    return [[next(scores) for _ in question.answers] for question in asked]
 
 
 def first_token(

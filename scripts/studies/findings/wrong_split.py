@@ -10,8 +10,8 @@ import torch
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models import gpt_neox
-from lm_eval_kvpress.verify.check import compress
 from lm_eval_kvpress.verify.kept import evicted_entries, full_cache
+from lm_eval_kvpress.verify.subject import compress
 from scripts.studies.findings.pressed import under
 from scripts.studies.findings.rows import SplitDifference
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.recall import KINDS, RecallDocument, recall_document
+from scripts.markdown import table
 
 WINDOW = 2048
 GROUPS = {64: 1, 128: 16, 256: 32, 512: 64}  # tokens of context -> tokens predicted at once
@@ -179,19 +180,17 @@ def measure(model_folder: Path, held_out: Sequence[str], per_text: int, per_cell
 
 
 def perplexity_table(figures: Figures) -> str:
-    lines = ["| tokens of context | perplexity |", "|---|---|"]
-    return "\n".join(lines + [f"| {context} | {value:.2f} |" for context, value in figures.perplexity.items()])
+    rows = [[context, f"{value:.2f}"] for context, value in figures.perplexity.items()]
+    return table(["tokens of context", "perplexity"], rows)
 
 
 def recall_table(figures: Figures) -> str:
-    lines = [
-        "| distance in tokens | generated filler: accuracy | exact | book filler: accuracy | exact |",
-        "|---|---|---|---|---|",
-    ]
+    headings = ["distance in tokens", "generated filler: accuracy", "exact", "book filler: accuracy", "exact"]
+    rows = []
     for distance in sorted({cell.distance for cell in figures.recall}):
         values = [*figures.recall_at(distance, "generated"), *figures.recall_at(distance, "prose")]
-        lines.append(f"| {distance} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    return "\n".join(lines)
+        rows.append([str(distance), *(f"{value:.3f}" for value in values)])
+    return table(headings, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

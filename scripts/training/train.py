@@ -14,29 +14,24 @@ faults: 8.7 -> 10.3 thousand tokens/s at 2,048 tokens, 7 to 10 -> 12.7 at 128 (t
 """
 
 import argparse
-import csv
-import json
-import os
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.recall import KINDS, recall_document
-from scripts.training.data import TrainingData, copy_rows, read_books, train_tokenizer, write_ids
+from scripts.training.data import TrainingData, copy_rows
 from scripts.training.evaluate import read_texts, windows
 from scripts.training.export import Facts, export, hardware
 from scripts.training.recipe import RECIPES, Recipe, check_schedule, stage_at
+from scripts.training.run import Run
 
 LOSS_COLUMNS = ("step", "tokens", "context", "rate", "loss")
 PROBE_COLUMNS = ("step", "tokens", "distance", "copied", "recalled")
@@ -93,62 +88,6 @@ def probe(model: GPTNeoXForCausalLM, data: TrainingData, device: str, distance: 
     return copied, sum(exact) / len(exact)
 
 
-class Run:
-    """The folder of one run: settings, tokenizer, token ids, checkpoint, curves."""
-
-    def __init__(self, folder: Path, corpus: Path, recipe_name: str, seed: int) -> None:
-        self.folder = folder
-        self.seed = seed
-        self.recipe = RECIPES[recipe_name]
-        settings = {"corpus": corpus.name, "seed": seed, "recipe": recipe_name, **asdict(self.recipe)}
-        text = json.dumps(settings, indent=1)
-        file = folder / "settings.json"
-        if not file.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise ValueError(f"{folder} is not empty and holds no run; name another --output")
-            texts, held_out = read_books(corpus, self.recipe.corpus_characters)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, text)
-            self.prepare(texts, held_out)
-        elif file.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{folder} holds a run of other settings (settings.json); name another --output")
-        elif not (folder / "ids.bin").exists():  # killed while it prepared
-            self.prepare(*read_books(corpus, self.recipe.corpus_characters))
-        ids = np.memmap(folder / "ids.bin", dtype=np.uint16, mode="r")
-        self.data = TrainingData(ids, Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")), seed)
-
-    def prepare(self, texts: list[str], held_out: str) -> None:
-        tokenizer = train_tokenizer(texts, self.recipe.vocab_size, self.seed)
-        tokenizer.save_pretrained(self.folder / "tokenizer")
-        write_atomically(self.folder / "held_out.txt", held_out)
-        write_ids(texts, tokenizer.backend_tokenizer, self.folder / "ids.bin")
-
-    def save(self, state: dict[str, Any]) -> None:
-        temporary = self.folder / "checkpoint.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, self.folder / "checkpoint.pt")
-
-    def load(self, device: str) -> dict[str, Any] | None:
-        file = self.folder / "checkpoint.pt"
-        if not file.exists():
-            return None
-        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        return state
-
-    def truncate(self, name: str, header: Sequence[str], steps: int) -> None:
-        """Drops the rows a killed run wrote after its last checkpoint."""
-        file = self.folder / name
-        rows = list(csv.reader(file.open())) if file.exists() else []
-        kept = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) <= steps]
-        write_atomically(file, "\n".join(",".join(row) for row in [list(header), *kept]) + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 class Trained(NamedTuple):
     model: GPTNeoXForCausalLM
     tokens: int
@@ -156,20 +95,11 @@ class Trained(NamedTuple):
 
 
 def train(run: Run, *, total_tokens: int, minutes: float | None, device: str, save_every_sec: float) -> Trained:
-    """Trains to the budget, from the last checkpoint on. Curves go to loss.csv and probes.csv."""
+    """Train to the budget, from the last checkpoint on. Curves go to loss.csv and probes.csv."""
     recipe = run.recipe
     model = new_model(recipe, run.seed).to(device)
     optimizer = new_optimizer(model)
-    step, used_sec = 0, 0.0
-    state = run.load(device)
-    if state is not None:
-        check_schedule(recipe, state["step"], state["total_tokens"], total_tokens)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, used_sec = state["step"], state["used_sec"]
-    run.truncate("loss.csv", LOSS_COLUMNS, step)
-    run.truncate("probes.csv", PROBE_COLUMNS, step)
-    num_steps = total_tokens // recipe.tokens_per_step
+    step, used_sec = restore(run, model, optimizer, total_tokens, device)
     began = saved = time.monotonic()
 
     def save() -> None:
@@ -181,7 +111,7 @@ def train(run: Run, *, total_tokens: int, minutes: float | None, device: str, sa
         (run.folder / "loss.csv").open("a") as losses,
         (run.folder / "probes.csv").open("a") as probes,
     ):
-        while step < num_steps:
+        while step < total_tokens // recipe.tokens_per_step:
             stage, rate = stage_at(recipe, step, total_tokens)
             context = random.Random(f"{run.seed} {step} context").choice(stage.contexts)
             rows = run.data.batch(step, recipe.tokens_per_step // context, context, stage.mixture)
@@ -195,14 +125,29 @@ def train(run: Run, *, total_tokens: int, minutes: float | None, device: str, sa
                 distance = max(48, min(max(stage.contexts) - 80, 1500))
                 copied, recalled = probe(model, run.data, device, distance)
                 print(f"{step},{tokens},{distance},{copied:.3f},{recalled:.3f}", file=probes, flush=True)
-            now = time.monotonic()
-            if now - saved >= save_every_sec:
+            if time.monotonic() - saved >= save_every_sec:
                 save()
-                saved = now
-            if minutes is not None and used_sec + now - began >= 60 * minutes:
+                saved = time.monotonic()
+            if minutes is not None and used_sec + time.monotonic() - began >= 60 * minutes:
                 break
     save()
     return Trained(model, step * recipe.tokens_per_step, (used_sec + time.monotonic() - began) / 3600)
+
+
+def restore(
+    run: Run, model: GPTNeoXForCausalLM, optimizer: torch.optim.AdamW, total_tokens: int, device: str
+) -> tuple[int, float]:
+    """Load the last checkpoint, if there is one; the steps done and the seconds used."""
+    step, used_sec = 0, 0.0
+    state = run.load(device)
+    if state is not None:
+        check_schedule(run.recipe, state["step"], state["total_tokens"], total_tokens)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, used_sec = state["step"], state["used_sec"]
+    run.truncate("loss.csv", LOSS_COLUMNS, step)
+    run.truncate("probes.csv", PROBE_COLUMNS, step)
+    return step, used_sec
 
 
 def train_one_step(model: GPTNeoXForCausalLM, optimizer: torch.optim.AdamW, ids: torch.Tensor, rate: float) -> float:
@@ -224,6 +169,39 @@ def pick_device(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        train_and_export(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train_and_export(args: argparse.Namespace) -> None:
+    """The whole command.
+
+    Raises:
+        ValueError: for bad input, before any training where that can be known.
+    """
+    device = pick_device(args.device)
+    held_out = args.held_out or args.output / "held_out.txt"
+    if args.held_out and not args.held_out.exists():
+        raise ValueError(f"--held-out {args.held_out} does not exist")
+    recipe = RECIPES[args.recipe]
+    total_tokens = recipe.default_tokens if args.tokens is None else args.tokens
+    if total_tokens < recipe.tokens_per_step:
+        raise ValueError(f"--tokens {total_tokens} is less than one step, {recipe.tokens_per_step}")
+    run = Run(args.output, args.corpus, args.recipe, args.seed)
+    windows(read_texts(held_out), run.data.tokenizer, per_text=1)  # fails now rather than after hours
+    limits = {"minutes": args.minutes, "save_every_sec": args.save_every_sec}
+    trained = train(run, total_tokens=total_tokens, device=device, **limits)
+    facts = Facts(trained.tokens, trained.hours, hardware(device), args.seed)
+    cells = args.documents_per_cell
+    export(run.folder, trained.model, held_out, facts=facts, documents_per_cell=cells, device=device)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="train the built-in checkpoint; run again to continue")
     parser.add_argument("--corpus", type=Path, required=True, help="text or .xz, <|endoftext|> between books")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
@@ -235,37 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=Path, help="text of the card's perplexity (default: last books)")
     parser.add_argument("--documents-per-cell", type=int, default=25, help="of the card's recall figures")
     parser.add_argument("--save-every-sec", type=float, default=60.0)
-    args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-        held_out = args.held_out or args.output / "held_out.txt"
-        if args.held_out and not args.held_out.exists():
-            raise ValueError(f"--held-out {args.held_out} does not exist")
-        recipe = RECIPES[args.recipe]
-        total_tokens = recipe.default_tokens if args.tokens is None else args.tokens
-        if total_tokens < recipe.tokens_per_step:
-            raise ValueError(f"--tokens {total_tokens} is less than one step, {recipe.tokens_per_step}")
-        run = Run(args.output, args.corpus, args.recipe, args.seed)
-        windows(read_texts(held_out), run.data.tokenizer, per_text=1)  # fails now rather than after hours
-        trained = train(
-            run,
-            total_tokens=total_tokens,
-            minutes=args.minutes,
-            device=device,
-            save_every_sec=args.save_every_sec,
-        )
-        export(
-            run.folder,
-            trained.model,
-            held_out,
-            facts=Facts(trained.tokens, trained.hours, hardware(device), args.seed),
-            documents_per_cell=args.documents_per_cell,
-            device=device,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

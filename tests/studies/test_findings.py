@@ -16,15 +16,14 @@ from lm_eval_kvpress.models import gpt_neox
 from scripts.studies.findings.command import load, parser
 from scripts.studies.findings.experiments import one_forward, perplexities
 from scripts.studies.findings.first_token import answer, first_token, questions
-from scripts.studies.findings.report import (
+from scripts.studies.findings.perplexity_sections import (
     difference_sentence,
-    first_token_section,
     forward_sentence,
-    markdown,
     protocol_sentence,
     ratio_section,
     split_sentence,
 )
+from scripts.studies.findings.report import first_token_section, markdown
 from scripts.studies.findings.rows import Findings, FirstToken, OneForward, Perplexity, SplitDifference
 from scripts.studies.findings.wrong_split import contiguous_split, split_difference
 

@@ -23,6 +23,7 @@ from scripts.training import evaluate
 from scripts.training import train as training
 from scripts.training.data import copy_rows, read_books
 from scripts.training.recipe import RECIPES, Mixture, check_schedule, stage_at
+from scripts.training.run import Run
 
 BUILTIN = ROOT / "lm_eval_kvpress" / "builtin"
 
@@ -55,7 +56,7 @@ def losses(output: Path) -> Losses:
 
 
 def train(corpus: Path, output: Path, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Losses:
-    run = training.Run(output, corpus, "tiny", seed)
+    run = Run(output, corpus, "tiny", seed)
     tokens = num_steps * TINY.tokens_per_step
     training.train(run, total_tokens=tokens, minutes=None, device="cpu", save_every_sec=60)
     return losses(output)
@@ -125,7 +126,7 @@ def test_export_loads_with_the_auto_classes_and_the_card_has_figures(corpus: Pat
 
 def test_batches_are_a_function_of_seed_and_step(corpus: Path, whole_run: Path) -> None:
     def batch(seed: int, step: int) -> np.ndarray:
-        run = training.Run(whole_run, corpus, "tiny", 0)
+        run = Run(whole_run, corpus, "tiny", 0)
         run.data.seed = seed
         return run.data.batch(step, num_rows=8, num_tokens=256, mixture=Mixture(text=0.3, repeats=0.4))
 
@@ -137,7 +138,7 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Path, whole_run: Path) 
 
 
 def test_recall_rows_hold_facts_before_their_questions(corpus: Path, whole_run: Path) -> None:
-    data = training.Run(whole_run, corpus, "tiny", 0).data
+    data = Run(whole_run, corpus, "tiny", 0).data
     for seed in range(50):
         for write in (data.recall_text, data.dense_recall_text):
             context, *questions = write(random.Random(seed), 400).split("\n\nQuestion: What is the ")
@@ -148,7 +149,7 @@ def test_recall_rows_hold_facts_before_their_questions(corpus: Path, whole_run: 
 
 
 def test_copy_probe_repeats_its_first_half(corpus: Path, whole_run: Path) -> None:
-    rows = copy_rows(training.Run(whole_run, corpus, "tiny", 0).data, num_rows=4, num_tokens=32)
+    rows = copy_rows(Run(whole_run, corpus, "tiny", 0).data, num_rows=4, num_tokens=32)
     assert np.array_equal(rows[:, :16], rows[:, 16:])
 
 

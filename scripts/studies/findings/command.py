@@ -39,7 +39,7 @@ from scripts.studies.findings.experiments import (
 from scripts.studies.findings.figures import draw
 from scripts.studies.findings.first_token import first_tokens, questions, wrong_answers
 from scripts.studies.findings.report import markdown
-from scripts.studies.findings.rows import Findings
+from scripts.studies.findings.rows import Findings, Perplexity
 from scripts.studies.findings.wrong_split import split_difference
 
 SPLIT_PRESSES = ("snapkv", "pyramidkv")  # they look at queries; StreamingLLM does not
@@ -67,26 +67,11 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, say: Say) -> Findings:
-    """Runs the experiments one after the other."""
+    """Run the experiments one after the other."""
     lm = KVPress(pretrained=arguments.pretrained, dtype=arguments.dtype)
     documents, skipped = load(arguments, lm, say)
     removed = arguments.ratio
-    protocols = []
-    for press in PRESSES if documents else ():
-        for protocol in ("one_pass", "prefix"):
-            say(f"perplexity, {press}, {protocol}")
-            protocols += perplexities(lm, documents, press, removed, protocol)
-    wrong = [row for row in protocols if row.press in SPLIT_PRESSES]
-    for press in SPLIT_PRESSES if documents else ():
-        for protocol in ("one_pass", "prefix"):
-            say(f"perplexity with the wrong split, {press}, {protocol}")
-            wrong += perplexities(lm, documents, press, removed, protocol, split="contiguous")
-    ratios = [row for row in protocols if row.protocol == "prefix"]
-    for press in PRESSES[1:] if documents else ():
-        for ratio in RATIOS:
-            if ratio != removed:
-                say(f"perplexity, {press}, {ratio:g} removed")
-                ratios += perplexities(lm, documents, press, ratio, "prefix")
+    protocols, wrong, ratios = perplexity_rows(lm, documents, removed, say) if documents else ([], [], [])
     contexts = [lm.tok_encode(text)[: lm.max_length // 2] for texts in documents.values() for text in texts]
     contexts = sorted(contexts, key=len, reverse=True)[:NUM_CONTEXTS]
     say("one forward under each press; kept entries with either split")
@@ -110,6 +95,30 @@ def measure(arguments: argparse.Namespace, say: Say) -> Findings:
         first_tokens=answered,
         speeds=speeds(lm, PRESSES, removed, arguments.repeats),
     )
+
+
+def perplexity_rows(
+    lm: KVPress, documents: Documents, removed: float, say: Say
+) -> tuple[list[Perplexity], list[Perplexity], list[Perplexity]]:
+    """Perplexities by protocol, with the wrong split beside the right one, and by ratio."""
+
+    def rows(press: str, protocol: str, ratio: float, split: str = "right") -> list[Perplexity]:
+        say(f"perplexity, {press}, {protocol}, {ratio:g} removed, {split} split")
+        return perplexities(lm, documents, press, ratio, protocol, split=split)
+
+    protocols = [
+        row for press in PRESSES for protocol in ("one_pass", "prefix") for row in rows(press, protocol, removed)
+    ]
+    wrong = [row for row in protocols if row.press in SPLIT_PRESSES]
+    for press in SPLIT_PRESSES:
+        for protocol in ("one_pass", "prefix"):
+            wrong += rows(press, protocol, removed, "contiguous")
+    ratios = [row for row in protocols if row.protocol == "prefix"]
+    for press in PRESSES[1:]:
+        for ratio in RATIOS:
+            if ratio != removed:
+                ratios += rows(press, "prefix", ratio)
+    return protocols, wrong, ratios
 
 
 def load(arguments: argparse.Namespace, lm: KVPress, say: Say) -> tuple[Documents, list[str]]:

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def run(program: str, *arguments: str) -> None:
-    """Shows a command of this environment and runs it; its table is not shown."""
+    """Print a command of this environment and run it; its own table is left out."""
     print("\n$ " + " ".join([program, *arguments]), flush=True)
     command = [str(Path(sys.executable).with_name(program)), *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LOGLEVEL": "WARNING"}
@@ -91,7 +91,7 @@ def legend(cells: Sequence[Cell]) -> list[str]:
 
 
 def agreement(stock: Cell, cells: Sequence[Cell]) -> str:
-    """How far the stock command's figures are from those of the same press in the sweep."""
+    """Say how far the stock command's figures are from those of the same press in the sweep."""
     cell = next(cell for cell in cells if cell.press == stock.press)
     pairs = [(metric(stock, task, name), metric(cell, task, name)) for task, name, _ in FIGURES.values()]
     largest = max(abs(one - other) / abs(one) for one, other in pairs)

@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 def compared(
     model: str, sides: Mapping[str, Path], rows: Sequence[Row], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """All rows of one model."""
+    """Measure all rows of one model."""
     text = Text(builtin_tokenizer())
     workloads = {row: WORKLOADS[row.workload](text) for row in rows}
     found: dict[Row, list[dict[str, Any]]] = {row: [] for row in rows}
@@ -174,7 +174,7 @@ class Worker:
 
 @contextmanager
 def worker(checkout: Path, threads: int) -> Iterator[Worker]:
-    """A process with a checkout's package, ended at the end."""
+    """Start a process with a checkout's package, and end it on exit."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
@@ -193,7 +193,7 @@ def worker(checkout: Path, threads: int) -> Iterator[Worker]:
 
 
 def in_turns(workers: Mapping[str, Worker], row: Row, workload: Workload, repeats: int) -> dict[str, Any]:
-    """Seconds of both sides by pair, and how far their answers agree."""
+    """Time both sides in pairs; seconds by pair, and how far their answers agree."""
     requests = [instance.args for instance in workload.instances]
     command = {"set": row.model_args, "request_type": workload.request_type, "requests": requests}
     answers = {}

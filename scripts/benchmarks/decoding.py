@@ -93,7 +93,7 @@ def more_than_one(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report of one shape."""
+    """Measure one shape."""
     lm = KVPress(pretrained=random_model(arguments.shape, arguments.dtype), tokenizer=str(BUILTIN))
     model, batch = lm.press_model, (arguments.batch_size, arguments.batch_prompt_tokens, arguments.batch_new_tokens)
     single = Case("none", 1, arguments.prompt_tokens, arguments.new_tokens)

@@ -94,7 +94,7 @@ def models_named(text: str) -> list[str]:
 
 
 def run(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rows of all models. The document is on disk after each: a run that is stopped loses the row it was at."""
+    """Measure all rows of all models. The document is on disk after each: a stopped run loses the row it was at."""
     found = document.read(arguments.output, arguments.dtype)
     for name in arguments.models:
         models = Models.load(name, arguments.dtype)
@@ -112,7 +112,7 @@ def run(comparisons: Sequence[Comparison], arguments: argparse.Namespace) -> dic
 def measured(
     comparison: Comparison, model: str, models: Models, text: Text, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """One row.
+    """Measure one row.
 
     Raises:
         ValueError: if two sides that compute the same numbers differ.
@@ -158,7 +158,7 @@ def peaks(comparison: Comparison, model: str, arguments: argparse.Namespace) -> 
 
 
 def print_peak(comparison: Comparison, arguments: argparse.Namespace) -> None:
-    """What the process of one side does."""
+    """Print the peak of one side, in a process of its own."""
     models = Models.load(arguments.models[0], arguments.dtype)
     make = comparison.ours if arguments.peak == "ours" else comparison.theirs
     side, workload = make(models, arguments.batch_sizes[0]), WORKLOADS[comparison.workload](Text(models.tokenizer))

@@ -41,7 +41,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def rounds(
     things: Sequence[Thing], measure: Callable[[Thing], Result], num_rounds: int, *, warms_up: bool = True
 ) -> list[dict[Thing, Result]]:
-    """Every thing measured once a round, in an order that is shuffled anew each time, after one warm-up of each.
+    """Measure every thing once a round, in an order that is shuffled anew each time, after one warm-up of each.
 
     A machine that slows down slows all of a round down; ratios are to be taken within a round.
     """
@@ -53,7 +53,7 @@ def rounds(
 
 
 def seconds(call: Callable[[], Result]) -> tuple[float, Result]:
-    """What a call takes, the device's work included, and what it returns."""
+    """Time a call, the device's work included; its seconds and its result."""
     synchronize()
     start = time.perf_counter()
     result = call()
@@ -62,13 +62,13 @@ def seconds(call: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def synchronize() -> None:
-    """Waits for a GPU, if there is one."""
+    """Wait for a GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def write(report: Mapping[str, Any], markdown: str, folder: Path, name: str) -> None:
-    """Writes a benchmark's two files: NAME.json and NAME.md."""
+    """Write a benchmark's two files: NAME.json and NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown, encoding="utf-8")

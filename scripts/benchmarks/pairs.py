@@ -21,7 +21,7 @@ def measure_pairs(
     their_sizes: Sequence[int],
     num_pairs: int,
 ) -> dict[str, Any]:
-    """Seconds of both sides and the ratios within the pairs (A B, B A, A B, ...), with intervals."""
+    """Time both sides in pairs (A B, B A, A B, ...); seconds and the ratios within the pairs, with intervals."""
     our_times, their_times = tried(ours, workload, sizes), tried(theirs, workload, their_sizes)
     our_size, their_size = (min(tries, key=lambda size: tries[size][0]) for tries in (our_times, their_times))
     our_side, their_side = our_times[our_size][1], their_times[their_size][1]
@@ -45,7 +45,7 @@ def measure_pairs(
 
 
 def tried(make: Callable[[int], Side], workload: Workload, sizes: Sequence[int]) -> dict[int, tuple[float, Side]]:
-    """Batch size to seconds and side, each the faster of two runs after a warm-up."""
+    """Try batch sizes: size to seconds and side, each the faster of two runs after a warm-up."""
     sides = {size: make(size) for size in sizes}
     sides[sizes[0]](workload)
     num_runs = 2 if len(sizes) > 1 else 0

@@ -77,7 +77,7 @@ def first_books(lm: KVPress, num_books: int, num_tokens: int) -> dict[str, list[
 
 
 def steps_of(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> Iterator[ChunkLosses]:
-    """The texts side by side, streamed."""
+    """Stream texts side by side."""
     assert setting.press is not None
     press = for_stream(parse_press(setting.press, {}), setting.budget, CHUNK)
     plan = StreamPlan(setting.budget, CHUNK, setting.rotate, num_sinks=setting.num_sinks)

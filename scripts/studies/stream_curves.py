@@ -48,7 +48,7 @@ BASE = "recomputation_512"
 
 
 def losses(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> list[list[float]]:
-    """Nats by position, the texts side by side."""
+    """Losses in nats by position, of texts side by side."""
     if setting.press is None:
         return recomputed(lm, texts, setting.budget)
     out: list[list[float]] = [[] for _ in texts]
@@ -60,7 +60,7 @@ def losses(lm: KVPress, setting: Setting, texts: Sequence[list[int]]) -> list[li
 
 @torch.inference_mode()
 def recomputed(lm: KVPress, texts: Sequence[list[int]], budget: int) -> list[list[float]]:
-    """No cache at all: every chunk after a forward over the `budget` tokens before it, from position 0."""
+    """Losses without any cache: every chunk after a forward over the `budget` tokens before it, from position 0."""
     targets = torch.tensor(texts)
     inputs = torch.cat([torch.full((len(texts), 1), lm.prefix_token_id), targets[:, :-1]], dim=1)
     out = []
@@ -148,7 +148,7 @@ def markdown(rows: Sequence[dict[str, Any]], num_books: int, num_tokens: int) ->
 
 
 def draw(by_setting: dict[str, np.ndarray], trained: int, file: Path) -> None:
-    """Above the perplexity in bins of position, below it over that of recomputation."""
+    """Draw perplexity in bins of position, and below it its ratio to that of recomputation."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

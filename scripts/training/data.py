@@ -33,7 +33,7 @@ HELD_OUT_SHARE = 0.01  # of the corpus's characters, from its last books, never 
 
 
 def read_books(corpus: Path, characters: int) -> tuple[list[str], str]:
-    """(training texts, held-out text): the same share of every book, and the last books whole."""
+    """Training texts, the same share of every book, and held-out text, the last books whole."""
     opener: Callable[..., object] = lzma.open if corpus.suffix == ".xz" else open
     try:
         with opener(corpus, "rt", encoding="utf-8") as file:  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def read_books(corpus: Path, characters: int) -> tuple[list[str], str]:
 
 
 def count_as_book_text(text: str) -> int:
-    """The tokens of a text for which there is no tokenizer yet: a built-in token is 3.4 characters of a book."""
+    """Guess the tokens of a text while there is no tokenizer: a token of the built-in is 3.4 characters of a book."""
     return round(len(text) / 3.4)
 
 

@@ -1,4 +1,4 @@
-"""Measures a checkpoint's use of context: perplexity by context length and recall by distance, with no press.
+"""Measure a checkpoint's use of context: perplexity by context length and recall by distance, with no press.
 
     python -m scripts.training.evaluate --model lm_eval_kvpress/builtin --held-out pg19/test.jsonl
 
@@ -56,7 +56,7 @@ class Figures:
 
     @property
     def num_documents(self) -> int:
-        """For each distance and filler, all kinds together."""
+        """Documents for each distance and filler, all kinds together."""
         return sum(c.num_documents for c in self.recall if (c.distance, c.filler) == (64, "prose"))
 
     @property
@@ -65,7 +65,7 @@ class Figures:
         return 1 - self.perplexity[LONG_CONTEXT] / self.perplexity["64"]
 
     def recall_at(self, distance: int, filler: str) -> tuple[float, float]:
-        """(accuracy, exact), the mean over the kinds."""
+        """Accuracy and exact share at a distance, the means over the kinds."""
         cells = [cell for cell in self.recall if cell.distance == distance and cell.filler == filler]
         return sum(c.accuracy for c in cells) / len(cells), sum(c.exact for c in cells) / len(cells)
 
@@ -120,7 +120,7 @@ def perplexities(model: GPTNeoXForCausalLM, rows: Sequence[torch.Tensor]) -> dic
 
 @torch.no_grad()
 def answer(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, document: RecallDocument) -> tuple[bool, bool]:
-    """(the right choice has the highest log-likelihood, greedy decoding gives it)."""
+    """Whether the right choice has the highest log-likelihood, and whether greedy decoding gives it."""
     encode = tokenizer.encode
     prompt = encode(document.context + document.question).ids
     choices = [encode(choice).ids for choice in document.choices]

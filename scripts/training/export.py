@@ -1,4 +1,4 @@
-"""Turns the checkpoint of a run into what ships: bfloat16 weights, tokenizer, config, curve, model card."""
+"""Turn the checkpoint of a run into what ships: bfloat16 weights, tokenizer, config, curve, model card."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ decoding gives the answer. The facts stand amid generated sentences or amid the 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says of the training."""
+    """What a card says about the training."""
 
     tokens: int
     hours: float
@@ -76,7 +76,7 @@ def export(
     documents_per_cell: int,
     device: str,
 ) -> None:
-    """Writes folder/export, folder/figures.json and folder/loss.png; `model` holds the trained weights."""
+    """Write folder/export, folder/figures.json and folder/loss.png; `model` holds the trained weights."""
     target = folder / "export"
     model.bfloat16().save_pretrained(target)
     _ask_for_float32(target / "config.json")
@@ -91,7 +91,7 @@ def export(
 
 
 def _ask_for_float32(file: Path) -> None:
-    """Loaders take the dtype of the config. A CPU without instructions for bfloat16 is several times slower in it."""
+    """Set the dtype that loaders take from the config: a CPU without bfloat16 instructions is slow in it."""
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 

@@ -113,7 +113,7 @@ def stage_at(recipe: Recipe, step: int, total_tokens: int) -> tuple[Stage, float
 
 
 def check_schedule(recipe: Recipe, step: int, old_tokens: int, new_tokens: int) -> None:
-    """--tokens may change between stretches as long as no step done would have had another rate.
+    """Refuse another --tokens under which a step that is done would have had another rate.
 
     The last step done stands for all: the rate depends on --tokens in the last stage alone.
     """

@@ -65,7 +65,7 @@ class Run:
         return state
 
     def truncate(self, name: str, header: Sequence[str], steps: int) -> None:
-        """Drops the rows a killed run wrote after its last checkpoint."""
+        """Drop the rows that a killed run wrote after its last checkpoint."""
         file = self.folder / name
         rows = list(csv.reader(file.open())) if file.exists() else []
         kept = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) <= steps]

@@ -1,4 +1,4 @@
-"""Trains the built-in checkpoint: a small GPTNeoX that really uses its context, and its tokenizer.
+"""Train the built-in checkpoint: a small GPTNeoX that really uses its context, and its tokenizer.
 
     python -m scripts.training.train --corpus books.txt.xz --output RUN [--tokens N] [--minutes M] [--seed S]
 
@@ -73,7 +73,7 @@ def next_token_loss(model: GPTNeoXForCausalLM, ids: torch.Tensor) -> torch.Tenso
 
 @torch.no_grad()
 def probe(model: GPTNeoXForCausalLM, data: TrainingData, device: str, distance: int) -> tuple[float, float]:
-    """(share of tokens of a repeated random segment predicted, share of recall answers greedily exact)."""
+    """Shares of a repeated random segment's tokens predicted and of recall answers given by greedy decoding."""
     copies = torch.from_numpy(copy_rows(data, 16, 64)).to(device)
     logits = model(input_ids=copies, use_cache=False).logits
     copied = (logits[:, 36:-1].argmax(-1) == copies[:, 37:]).float().mean().item()

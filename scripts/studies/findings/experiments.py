@@ -74,7 +74,7 @@ def perplexities(
 
 @torch.inference_mode()
 def one_forward(lm: KVPress, tokens: Sequence[int], press: str, removed: float) -> OneForward:
-    """What the origin's protocol did: a forward inside ``with press(model)``, its logits against one without."""
+    """Do what the origin's protocol did: a forward inside ``with press(model)``, its logits against one without."""
     model, batch = lm.model, torch.tensor([list(tokens)], device=lm.device)
     plain = model(batch, use_cache=True).logits
     cache = DynamicCache()
@@ -93,7 +93,7 @@ def one_forward(lm: KVPress, tokens: Sequence[int], press: str, removed: float) 
 
 
 def speeds(lm: KVPress, presses: Sequence[str], removed: float, repeats: int) -> list[Speed]:
-    """Prefill and decoding apart, at batch 1 and 4, for 1,800 tokens of prompt (or what the model has) and 30 new."""
+    """Time prefill and decoding apart, at batch 1 and 4: 1,800 tokens of prompt, or what the model has, and 30 new."""
     num_new = 30
     num_prompt = min(1800, lm.max_length - num_new)
     bench = Bench(lm, presses, removed)

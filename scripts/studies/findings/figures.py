@@ -13,7 +13,7 @@ from scripts.studies.findings.rows import Findings, Perplexity, Speed, datasets,
 
 
 def draw(findings: Findings, folder: Path) -> dict[str, str]:
-    """Writes a PNG per section that has figures; section to file name."""
+    """Write a PNG per section that has figures; section to file name."""
     names = {name: f"findings_{name}.png" for name in ("protocols", "ratios", "speeds") if getattr(findings, name)}
     if "protocols" in names:
         draw_protocols(findings.protocols, folder / names["protocols"])

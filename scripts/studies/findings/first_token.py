@@ -26,7 +26,7 @@ class Question:
 
 
 def questions(lm: KVPress, count: int) -> list[Question]:
-    """Facts some 400 tokens back. For a tokenizer that has no single token for an answer, its first token."""
+    """Questions about facts some 400 tokens back. An answer of several tokens is cut to its first one."""
     documents = [recall.recall_document(seed, distance=400, kind="word") for seed in range(count)]
     return [
         Question(

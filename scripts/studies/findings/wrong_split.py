@@ -18,7 +18,7 @@ from scripts.studies.findings.rows import SplitDifference
 
 @contextmanager
 def contiguous_split() -> Iterator[None]:
-    """The origin's mistake: the fused rows cut into thirds, though they lie head by head."""
+    """Cut the fused rows into thirds, though they lie head by head; undone on exit."""
 
     def rows(self: gpt_neox.ProjectionView, fused: torch.Tensor) -> torch.Tensor:
         return fused.view(3, -1, *fused.shape[1:])[self._part]

@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lm_eval.api.instance import Instance
 
+from lm_eval_kvpress.harness import session
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter
@@ -85,11 +87,9 @@ def _models(args: argparse.Namespace, folder: Path) -> dict[str, KVPress]:
     models = {
         "with log": KVPress(args.pretrained, throughput_log=str(folder / "log.jsonl"), **shared),
         "without log": KVPress(args.pretrained, **shared),
-        "without clock": KVPress(args.pretrained, **shared),
     }
-    runner = models["without clock"].session.runner
-    runner.clock = runner.compressor._clock = NoClock(torch.device("cpu"))
-    runner.meter = NoMeter(runner.clock, {})
+    with mock.patch.multiple(session, Clock=NoClock, Meter=NoMeter):
+        models["without clock"] = KVPress(args.pretrained, **shared)
     return models
 
 

@@ -1,9 +1,9 @@
-"""Contexts to compressed caches: which contexts a press runs on, in which groups, and what it kept of each.
+"""Compress contexts: which of them a press runs on, in which groups, and what it kept of each.
 
-Knows a `PressSpec` and the engine. Does not know text or lm-eval.
+Knows a `PressSpec` and `prefill`. Does not know text or lm-eval.
 
-Batches never mix padding into a press: contexts are prefilled in groups of equal length and become a ragged batch
-only after compression. Contexts on which no press runs share one padded prefill.
+No padding ever enters a press: contexts are prefilled in groups of equal length and become a ragged batch only after
+compression. Contexts on which no press runs share one padded prefill.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from math import inf
 
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
+from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
@@ -29,8 +29,8 @@ from lm_eval_kvpress.records.totals import ContextRecord
 Tokens = tuple[int, ...]
 
 FORWARD_TOKENS = {"cpu": 2_048}
-"""Tokens of contexts that one prefill runs side by side, at most: on a CPU more are no faster, and tensors
-of more than 32 MiB begin on pages that the kernel zeroes anew."""
+"""The most tokens that one prefill runs side by side: on a CPU more are no faster, and tensors of more than 32 MiB
+begin on pages that the kernel zeroes anew."""
 
 
 class ShortContextError(UsageError):
@@ -44,11 +44,11 @@ class CompressedBatch:
     Attributes:
         cache: one row per context.
         queries: the held-back end of each context.
-        pressed: per context, whether what is scored now counts as scored under the press: it ran, or there is none
-            and the context is cached in full. So the baseline's figures cover the same tokens as those of a press for
-            which no context is too short.
+        pressed: per context, whether its scores count as scored under the press. They do if the press ran, and for
+            ``press=none`` if anything was prefilled, so that the baseline's figures cover the same tokens as those of
+            a press for which no context is too short.
         records: what was kept, per context.
-        borrowed_sec: seconds of the prefill that were spent before, on forwards shared with other presses.
+        borrowed_sec: seconds spent earlier, on forwards that are shared with other presses.
     """
 
     cache: CompressedCache
@@ -67,7 +67,7 @@ class Compressor:
         query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
         short_context: ``keep``, ``shrink`` or ``error``.
         clock: times the prefills.
-        shared: prefills to compress clones of, instead of running contexts here; the press must allow that.
+        shared: prefills whose clones are compressed, instead of running contexts here; the press must allow that.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Compressor:
         self._shared = shared
 
     def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
-        """Under ``short_context=error``, refuses contexts that are too short, before any work.
+        """Under ``short_context=error``, refuse contexts that are too short.
 
         Raises:
             ShortContextError: naming the first one.
@@ -103,17 +103,14 @@ class Compressor:
                 )
 
     def compress(self, contexts: Sequence[Tokens]) -> CompressedBatch:
-        """Prefills all but the held-back end of each context, under the press wherever it runs."""
-        heads = self.heads(contexts)
-        ends = [len(head) for head in heads]
-        borrowed_sec = self._borrow(contexts, heads)
-        order: list[int] = []
-        caches: list[CompressedCache] = []
-        records: dict[int, ContextRecord] = {}
+        """Prefill all but the held-back end of each context, under the press wherever it runs."""
+        prefixes = self._prefixes(contexts)
+        ends = [len(prefix) for prefix in prefixes]
+        borrowed_sec = self._borrow(contexts)
+        order, caches, records = list[int](), list[CompressedCache](), dict[int, ContextRecord]()
         with self._clock.phase("prefill", num_tokens=0 if self._shared else sum(ends)):
-            for rows, cache, pressed in self._prefilled(heads):
-                for row, record in zip(rows, _context_records(cache, self.press, pressed), strict=True):
-                    records[row] = record
+            for rows, cache, pressed in self._prefilled(prefixes):
+                records |= zip(rows, _context_records(cache, self.press, pressed), strict=True)
                 order += rows
                 caches.append(cache)
             cache = stack(caches, order)
@@ -127,25 +124,26 @@ class Compressor:
         """Whether it compresses clones of shared prefills."""
         return self._shared is not None
 
-    def heads(self, contexts: Sequence[Tokens]) -> list[Tokens]:
-        """What is prefilled: all but the held-back end of each context."""
-        return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]
-
-    def hold(self, contexts: Sequence[Tokens]) -> None:
-        """Has the shared prefills run these contexts, if they have not yet."""
+    def run_shared(self, contexts: Sequence[Tokens]) -> None:
+        """Run the shared prefills of these contexts, unless that has been done."""
         assert self._shared is not None
-        self._shared.hold(self.heads(contexts), for_cache_only=self._for_cache_only)
+        self._shared.run(self._prefixes(contexts), for_cache_only=self._for_cache_only)
 
     @property
     def _for_cache_only(self) -> bool:
-        """The prefill's hidden states are needed only where it predicts a token itself."""
+        """Whether no token is predicted by the prefill, so that its hidden states are not needed."""
         return self._query_tokens > 0
 
-    def _borrow(self, contexts: Sequence[Tokens], heads: Sequence[Tokens]) -> float:
+    def _prefixes(self, contexts: Sequence[Tokens]) -> list[Tokens]:
+        """What is prefilled: all but the held-back end of each context."""
+        return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]
+
+    def _borrow(self, contexts: Sequence[Tokens]) -> float:
+        """Record the seconds that the shared prefills of these contexts took, if they are shared."""
         if self._shared is None:
             return 0.0
-        self.hold(contexts)
-        timing = self._shared.share_of(heads)
+        self.run_shared(contexts)
+        timing = self._shared.share_of(self._prefixes(contexts))
         self._clock.borrow(timing)
         return timing.seconds
 
@@ -154,50 +152,43 @@ class Compressor:
             return False
         return length >= self.press.min_context() or self._short_context == "shrink"
 
-    def _prefilled(self, heads: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
+    def _prefilled(self, prefixes: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
-        pressed = [row for row, head in enumerate(heads) if self._runs_on(len(head))]
-        empty = [row for row, head in enumerate(heads) if not head]
-        plain = [row for row in range(len(heads)) if row not in pressed and row not in empty]
+        pressed = [row for row, prefix in enumerate(prefixes) if self._runs_on(len(prefix))]
+        empty = [row for row, prefix in enumerate(prefixes) if not prefix]
+        plain = [row for row in range(len(prefixes)) if row not in pressed and row not in empty]
         if empty:
             yield empty, self._model.empty_cache(len(empty)), False
         if self._shared is not None:
-            for rows in _by_length(plain, heads):
-                yield rows, self._shared.compress([heads[row] for row in rows], None), False
+            for rows in _by_length(plain, prefixes):
+                yield rows, self._shared.compress([prefixes[row] for row in rows], None), False
         elif plain:
-            yield plain, self._prefill_plain([heads[row] for row in plain]), False
-        for rows in _by_length(pressed, heads):
-            for group in self._side_by_side(rows, heads) if self.press.batches else [[row] for row in rows]:
-                yield group, self._prefill([heads[row] for row in group]), True
+            yield plain, self._prefill_plain([prefixes[row] for row in plain]), False
+        for rows in _by_length(pressed, prefixes):
+            for group in self._side_by_side(rows, prefixes) if self.press.batches else [[row] for row in rows]:
+                yield group, self._prefill([prefixes[row] for row in group]), True
 
-    def _side_by_side(self, rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:
-        """The rows, in order, as many at a time as one forward takes; clones of shared prefills need none."""
-        limit = inf if self._shared is not None else FORWARD_TOKENS.get(self._model.device.type, inf)
-        group, longest = list[int](), 0
-        for row in rows:
-            longest = max(longest, len(heads[row]))
-            if group and longest * (len(group) + 1) > limit:
-                yield group
-                group, longest = [], len(heads[row])
-            group.append(row)
-        if group:
-            yield group
+    def _side_by_side(self, rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
+        """The rows, in order, as many at a time as one forward takes; clones of shared prefills need no forward."""
+        limit = FORWARD_TOKENS.get(self._model.device.type) if self._shared is None else None
+        return in_batches(rows, len(rows), lambda row: len(prefixes[row]), limit)
 
-    def _prefill_plain(self, heads: Sequence[Tokens]) -> CompressedCache:
-        groups = list(self._side_by_side(range(len(heads)), heads))
-        return prefill_padded(self._model, heads, side_by_side=groups, for_cache_only=self._for_cache_only)
+    def _prefill_plain(self, prefixes: Sequence[Tokens]) -> CompressedCache:
+        groups = list(self._side_by_side(range(len(prefixes)), prefixes))
+        return prefill_padded(self._model, prefixes, side_by_side=groups, for_cache_only=self._for_cache_only)
 
-    def _prefill(self, heads: Sequence[Tokens]) -> CompressedCache:
-        length = len(heads[0])
+    def _prefill(self, prefixes: Sequence[Tokens]) -> CompressedCache:
+        """Prefill prefixes of one length under the press."""
+        length = len(prefixes[0])
         press = self.press.build(length, shrink=length < self.press.min_context())
         if press is not None:
             press.forward_hook = self._clock.timed(press.forward_hook)  # kvpress registers what the instance has
-        with nullcontext() if self.press.batches else _seeded_by(heads[0]):
+        with nullcontext() if self.press.batches else _seeded_by(prefixes[0]):
             if self._shared is not None:
-                return self._shared.compress(heads, press, rerotates=self.press.rerotates)
+                return self._shared.compress(prefixes, press, rerotates=self.press.rerotates)
             return prefill(
                 self._model,
-                torch.tensor(heads),
+                torch.tensor(prefixes),
                 press,
                 rerotates=self.press.rerotates,
                 for_cache_only=self._for_cache_only,
@@ -205,10 +196,10 @@ class Compressor:
             )
 
 
-def _by_length(rows: Sequence[int], heads: Sequence[Tokens]) -> Iterator[list[int]]:
+def _by_length(rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
     groups: dict[int, list[int]] = defaultdict(list)
     for row in rows:
-        groups[len(heads[row])].append(row)
+        groups[len(prefixes[row])].append(row)
     yield from groups.values()
 
 
@@ -222,7 +213,7 @@ def _context_records(cache: CompressedCache, press: PressSpec, pressed: bool) ->
 def _context_record(
     cache: CompressedCache, press: PressSpec, kept: Sequence[float], num_seen: int, pressed: bool
 ) -> ContextRecord:
-    """One row's record; padding of a shared prefill is not the row's."""
+    """The record of one row; padding beside it in a plain prefill does not count."""
     sizes = [2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers]
     entries = [layer.num_entries if pressed else num_seen for layer in cache.layers]
     return ContextRecord(
@@ -239,7 +230,7 @@ def _context_record(
 
 @contextmanager
 def _seeded_by(context: Tokens) -> Iterator[None]:
-    """Presses that draw from torch's global generator draw the same for the same context, in any order or batch."""
+    """A context in which a press draws the same random numbers for the same tokens, in any order or batch."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices):
         torch.manual_seed(zlib.crc32(repr((torch.initial_seed(), context)).encode()))

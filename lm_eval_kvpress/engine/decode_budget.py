@@ -1,9 +1,9 @@
-"""Holds a budget while tokens are decoded: every so many forwards a press chooses what stays of each row's cache.
+"""A budget for the cache while tokens are decoded: every few forwards a press chooses what stays of each row.
 
 The rule is that of kvpress's ``DecodingPress``, for ragged batches: rows are scored in groups of equal length, so that
-no padding enters a press, and each keeps ``target_size`` entries. Two things differ from kvpress's: what is kept stays
-in the order of its tokens, which presses that go by place rely on the next time; and each query of an observation
-window is rotated to its own position. Knows the engine. Does not know press names or text.
+no padding enters a press, and each keeps ``target_size`` entries. Two things differ from kvpress: kept entries stay in
+the order of their tokens, on which presses that go by place rely the next time; and each query of an observation window
+is rotated to its own position. Knows caches and kvpress's ``score``. Does not know press names or text.
 
 Letters in shape comments: B rows, G rows of equal length, H key-value heads, T cached entries, D head_dim, W newest
 tokens whose hidden states are kept, E hidden size.
@@ -27,7 +27,7 @@ from lm_eval_kvpress.models.pressable import PressableModel
 
 @dataclass(frozen=True)
 class DecodingPlan:
-    """When a press acts on what is decoded, and how much it leaves.
+    """When a press compresses the cache of a text that is being decoded, and to what size.
 
     Attributes:
         interval: forwards between two compressions.
@@ -46,30 +46,31 @@ class BudgetKeeper:
     """Compresses the cache of one batch while it is decoded.
 
     Attributes:
-        acts: per compression, the tokens of each row before it, and the entries per row, in the fullest layer, that it
-            found.
+        compressions: of each, how many tokens every row had, and the entries of each row in its fullest layer.
     """
 
     def __init__(self, model: PressableModel, plan: DecodingPlan) -> None:
         self._model, self._plan = model, plan
         self._hidden: dict[int, torch.Tensor] = {}
         self._num_tokens = 0
-        self.acts: list[tuple[int, list[int]]] = []
+        self.compressions: list[tuple[int, list[int]]] = []
 
     def is_due(self, num_forwards: int, num_tokens: int) -> bool:
-        """Whether the cache is compressed after so many forwards, which have made so many tokens of each row."""
+        """Whether to compress after ``num_forwards`` forwards, which have made ``num_tokens`` new tokens per row."""
         self._num_tokens = num_tokens
         return num_forwards > 0 and num_forwards % self._plan.interval == 0
 
     def held(self, row: int, num_new_tokens: int) -> tuple[int, int]:
-        """How often a row was compressed before its last token, and the most entries that were then found of it."""
+        """How often a row was compressed before its last token, and the most entries that it then had."""
         target = self._plan.target_size
-        found = [entries[row] for after, entries in self.acts if after < num_new_tokens and entries[row] > target]
+        found = [
+            entries[row] for after, entries in self.compressions if after < num_new_tokens and entries[row] > target
+        ]
         return len(found), max(found, default=0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keeps what goes into each attention: the newest ``(B, W, E)``."""
+        """A context in which the newest hidden states that enter each attention are kept, ``(B, W, E)``."""
 
         def hook_for(index: int) -> Callable[..., None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,9 +86,9 @@ class BudgetKeeper:
             yield
 
     def compress(self, cache: CompressedCache) -> CompressedCache:
-        """What stays of a standing cache, rows of which may be padded anywhere."""
+        """Evict down to ``target_size`` entries per row. Rows may be padded anywhere."""
         positions = torch.tensor(cache.next_position, device=self._model.device)
-        self.acts.append((self._num_tokens, [round(max(entries)) for entries in cache.kept()]))
+        self.compressions.append((self._num_tokens, [round(max(entries)) for entries in cache.kept()]))
         with self._model.presented():
             layers = [self._compress_layer(index, layer, positions) for index, layer in enumerate(cache.layers)]
         self._hidden.clear()

@@ -72,7 +72,7 @@ class Sampler:
 
 
 def sampler_for(options: Mapping[str, Any], seeds: Sequence[int], max_new_tokens: int) -> Sampler:
-    """The sampler for one batch.
+    """Make the sampler of one batch.
 
     Args:
         options: lm-eval's normalized generation arguments, without ``until`` and ``max_gen_toks``.

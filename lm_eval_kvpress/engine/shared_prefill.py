@@ -1,11 +1,11 @@
-"""One forward for many presses: contexts are run once, and every press compresses its own clone of what came out.
+"""One prefill for many presses: contexts are run once, and every press compresses its own clone of the cache.
 
 A press acts after a layer's attention has run and changes the cache alone, so a prefill is the same under every press.
-Here each attention's inputs, keys and values are kept, and a press is given them again, layer by layer, through the
-same hook that a forward would have called. That is exact for presses that are nothing but this hook
-(`spec.PressSpec.shares_prefill`). What is kept takes the bytes of the full cache and half as much again.
+Here the inputs, keys and values of each attention are kept, and a press is given them again, layer by layer, through
+the hook that a forward would have called. That is exact for presses that are nothing but this hook
+(`PressSpec.shares_prefill`). It takes one and a half times the bytes of the full cache.
 
-Knows torch and the engine. Does not know any press by name, text or lm-eval.
+Knows hooks and `prefill`. Does not know any press by name, text or lm-eval.
 
 Letters in shape comments: B rows, T prefilled tokens.
 """
@@ -32,14 +32,19 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One attention's forward of so many rows: the keyword arguments and the output that hooks see, but the cache."""
+    """What hooks see of one attention's forward, without the cache.
+
+    Attributes:
+        arguments, output: its keyword arguments and what it returned.
+        num_rows: rows of the batch.
+    """
 
     arguments: dict[str, Any]
     output: Any
     num_rows: int
 
     def of_rows(self, rows: torch.Tensor) -> _Call:
-        """The call as it had been with the given rows alone."""
+        """The same call for these rows alone."""
 
         def pick(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -67,7 +72,7 @@ class SharedPrefills:
         model: the model, presentable to kvpress.
 
     Attributes:
-        num_tokens: tokens that have been run, each context once.
+        num_tokens: tokens prefilled so far, each context once.
     """
 
     def __init__(self, model: PressableModel) -> None:
@@ -76,35 +81,36 @@ class SharedPrefills:
         self._latest = PhaseTiming("prefill", 0.0, 0)
         self.num_tokens = 0
 
-    def hold(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
-        """Runs contexts in groups of equal length, unless all are held already, and forgets those held before.
+    def run(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
+        """Prefill contexts in groups of equal length and forget the ones before, unless all of them are there already.
 
-        For ``for_cache_only`` see `prefill.prefill`; it must be the same for all presses.
+        Args:
+            for_cache_only: as for `prefill.prefill`; the same for all presses.
         """
         wanted = [context for context in dict.fromkeys(contexts) if context]
         if all(context in self._places for context in wanted):
             return
-        self._places.clear()  # before the next ones need the room
+        self._places.clear()  # frees memory before the next forwards
         by_length: dict[int, list[Tokens]] = defaultdict(list)
         for context in wanted:
             by_length[len(context)].append(context)
         num_tokens = sum(map(len, wanted))
         with self._clock.phase("prefill", num_tokens=num_tokens):
             for group in by_length.values():
-                prefill = self._run(group, for_cache_only)
+                prefill = self._run_group(group, for_cache_only)
                 self._places.update({context: (prefill, row) for row, context in enumerate(group)})
         (self._latest,) = self._clock.take()
         self.num_tokens += num_tokens
 
     def share_of(self, contexts: Sequence[Tokens]) -> PhaseTiming:
-        """What these contexts took of the latest forwards, in proportion to their tokens."""
+        """The part of the latest prefills' time that these contexts took, in proportion to their tokens."""
         num_tokens, latest = sum(map(len, contexts)), self._latest
         seconds = latest.seconds * num_tokens / latest.num_tokens if latest.num_tokens else 0.0
         return PhaseTiming("prefill", seconds, num_tokens, latest.peak_memory_bytes)
 
     @torch.inference_mode()
     def compress(self, contexts: Sequence[Tokens], press: Press | None, *, rerotates: bool = False) -> CompressedCache:
-        """`prefill.prefill` of held contexts of one length, without a forward."""
+        """As `prefill.prefill`, for contexts of one length that `run` has prefilled, and without a forward."""
         prefill, _ = self._places[contexts[0]]
         places = [self._places[context][1] for context in contexts]
         everything = places == list(range(len(prefill.contexts)))
@@ -121,7 +127,7 @@ class SharedPrefills:
             return compressed_cache(model, cache, (len(contexts), len(contexts[0])), last_hidden, rerotates=rerotates)
 
     @torch.inference_mode()
-    def _run(self, contexts: list[Tokens], for_cache_only: bool) -> _Prefill:
+    def _run_group(self, contexts: list[Tokens], for_cache_only: bool) -> _Prefill:
         calls = list[_Call]()
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -137,11 +143,11 @@ class SharedPrefills:
 
 
 def _clone(cache: Cache, rows: torch.Tensor | None) -> DynamicCache:
-    """A cache of its own for a press, which may change keys and values in place."""
+    """A copy for one press, which may change keys and values in place."""
     clone = DynamicCache()
     for index, layer in enumerate(cache.layers):
         picked = slice(None) if rows is None else rows.to(layer.keys.device)
-        clone.update(layer.keys[picked], layer.values[picked], index)  # appends to nothing, which copies
+        clone.update(layer.keys[picked], layer.values[picked], index)  # appending to an empty layer copies
     return clone
 
 

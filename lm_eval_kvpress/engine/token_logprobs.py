@@ -1,11 +1,11 @@
-"""The head on scored tokens: log-probabilities without ever holding ``[tokens, vocabulary]``.
+"""Log-probabilities of tokens from hidden states, without ever holding ``[tokens, vocabulary]``.
 
-Logits are made in tiles, some positions by some columns of the vocabulary, and each tile is folded into a running
+Logits are computed in tiles, some positions by some columns of the vocabulary, and each tile is added to a running
 maximum and sum while the processor's cache still holds it (the online softmax of Milakov and Gimelshein, 2018,
-arXiv:1805.02867, over the vocabulary). On a CPU whole rows would cost twice: products of a few rows with the whole head
-are slow, and their logits go to memory and back.
+arXiv:1805.02867, over the vocabulary). Whole rows would cost twice as much on a CPU: products of a few rows with the
+whole output layer are slow, and their logits go to memory and back.
 
-Knows hidden states and the head. Does not know text, caches or presses.
+Knows hidden states and the model's output layer. Does not know text, caches or presses.
 
 Letters in shape comments: P predicting positions, E hidden size, V vocabulary, C columns of a tile, N scored tokens.
 """
@@ -22,18 +22,18 @@ from lm_eval_kvpress.models.pressable import PressableModel
 
 TILE_ROWS = 2_048
 TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-"""fp32 logits alive at once: on a CPU what its caches hold, on a GPU enough work for one launch."""
+"""Bytes of fp32 logits at a time: on a CPU what its caches hold, on a GPU enough work for one launch."""
 LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
-"""As the sums have it: divided by the same number afterwards, a large logit comes out as it went in."""
+"""Rounded to fp32 as in the sums: multiplied and then divided by it, a large logit is what it was."""
 ALIGNMENT = 16
-"""Columns of a tile come in multiples: at 1,007 of them MKL's product takes 1.4 times as long as at 1,008."""
+"""Columns of a tile are a multiple of this: MKL's product with 1,007 columns takes 1.4 times as long as with 1,008."""
 
 
 @torch.inference_mode()
 def token_scores(
     model: PressableModel, hidden: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores tokens, each from the hidden state that predicts it.
+    """Score tokens, each from the hidden state that predicts it.
 
     Args:
         hidden: ``(P, E)``, last hidden states.
@@ -45,7 +45,7 @@ def token_scores(
         the CPU.
 
     Raises:
-        UsageError: if the head has no logit for a token.
+        UsageError: if the output layer has no logit for a token.
     """
     if len(targets) and (highest := int(targets.max())) >= model.num_logits:
         raise UsageError(
@@ -67,12 +67,12 @@ def _budget(model: PressableModel) -> int:
 
 
 def _shift(highest: torch.Tensor) -> torch.Tensor:
-    """What is taken off the logits of a row, in powers of two, which a CPU computes in half the time of e's."""
+    """The shift of a row's logits in base 2; a CPU computes powers of two in half the time of powers of e."""
     return highest * LOG2_E
 
 
 class _Rows:
-    """Some rows over the whole vocabulary, a tile at a time.
+    """Log-softmax of some rows over the whole vocabulary, a tile at a time.
 
     Args:
         hidden: ``(P, E)``.
@@ -92,15 +92,15 @@ class _Rows:
         self._greedy = torch.empty(len(targets), dtype=torch.bool, device=device)
 
     def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and greediness, ``(N,)`` each, on the CPU."""
+        """Log-probabilities, and whether each token is greedy, ``(N,)`` each, on the CPU."""
         for start, end in self._tiles():
-            self._fold(self._model.logits(self._hidden, start, end), start, end)
+            self._add_tile(self._model.logits(self._hidden, start, end), start, end)
         log_sums = _shift(self._highest).double() / LOG2_E + self._total.log()
         logprobs = (self._wanted - log_sums[self._sources]).float()
         return logprobs.cpu(), (self._greedy & (self._wanted == self._highest[self._sources])).cpu()
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
-        """Columns, in tiles of nearly equal width; all at once where the head cannot be cut."""
+        """Ranges of columns of nearly equal width; one range if the output layer cannot be cut."""
         size = self._model.num_logits
         widest = max(1, _budget(self._model) // (4 * len(self._hidden))) if self._model.head_can_be_cut else size
         step = ALIGNMENT if ALIGNMENT <= widest < size else 1
@@ -109,8 +109,8 @@ class _Rows:
         for start in range(0, size, width):
             yield start, min(start + width, size)
 
-    def _fold(self, logits: torch.Tensor, start: int, end: int) -> None:
-        """Takes in the logits ``(P, C)`` of some columns; they are gone afterwards."""
+    def _add_tile(self, logits: torch.Tensor, start: int, end: int) -> None:
+        """Add the logits ``(P, C)`` of some columns, which are overwritten."""
         highest = logits.amax(dim=-1)
         first, last = torch.searchsorted(self._sorted, torch.tensor([start, end])).tolist()
         if first < last:
@@ -122,7 +122,8 @@ class _Rows:
         self._highest = highest
 
     def _look_up(self, logits: torch.Tensor, highest: torch.Tensor, members: torch.Tensor, start: int) -> None:
-        """The tokens whose columns are here. Of equal maxima (common in 16 bit) the first is greedy, as in argmax."""
+        """Take the logits of the tokens in these columns. Of equal maxima (common in 16 bit) the first is greedy, as in
+        argmax."""
         rows, columns = self._sources[members], self._targets[members] - start
         wanted = logits[rows, columns]
         greedy = (wanted == highest[rows]) & (wanted > self._highest[rows])

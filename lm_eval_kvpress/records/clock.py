@@ -26,7 +26,7 @@ class PhaseTiming:
         num_tokens: real tokens that went in (``prefill``, ``press``), were scored, or were produced; padding never
             counts.
         peak_memory_bytes: the most that was allocated on a CUDA device, None elsewhere.
-        is_borrowed: whether it was spent before, once for several presses, and not while this clock ran.
+        is_borrowed: whether the time was spent once for several presses, before this clock ran.
     """
 
     phase: str
@@ -46,7 +46,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str, *, num_tokens: int = 0) -> Iterator[Counter[str]]:
-        """Times a block. What the block adds to the yielded counter's ``tokens`` counts as well."""
+        """Time a block. Tokens that the block adds to the yielded counter's ``tokens`` count as well."""
         produced: Counter[str] = Counter(tokens=num_tokens)
         self._hooks.clear()
         self._synchronize()
@@ -63,7 +63,7 @@ class Clock:
             self._timings.append(PhaseTiming("press", in_hooks, produced["tokens"], peak))
 
     def timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, its time taken out of the phase it runs in and booked as ``press``."""
+        """The hook, its time recorded as ``press`` and not as the phase in which it runs."""
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             if self._is_cuda:
@@ -82,11 +82,11 @@ class Clock:
         return run
 
     def borrow(self, timing: PhaseTiming) -> None:
-        """Books time that was spent once for several presses as each of them would have spent it alone."""
+        """Record time that was spent once for several presses, as each of them would have spent it alone."""
         self._timings.append(replace(timing, is_borrowed=True))
 
     def take(self) -> list[PhaseTiming]:
-        """The timings since the last call."""
+        """Return the timings since the last call, and forget them."""
         timings, self._timings = self._timings, []
         return timings
 

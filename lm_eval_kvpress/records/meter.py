@@ -1,4 +1,4 @@
-"""Times a run's batches and books them on the requests that shared them.
+"""Times a run's batches and shares each batch's seconds out among its requests.
 
 Knows clocks. Does not know files, lm-eval, models or presses by name.
 """
@@ -9,18 +9,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
-from lm_eval_kvpress.records.timings import PERCENTILES, BatchRecord, RequestRecord, RunRecords
+from lm_eval_kvpress.records.timings import PERCENTILES, PHASES, BatchRecord, RequestRecord, RunRecords
 from lm_eval_kvpress.records.totals import ContextRecord
 
 
 @dataclass(frozen=True)
 class RequestId:
-    """Joins one to one with lm-eval's samples by the first three; ``repeat`` counts the answers to one request."""
+    """The first three fields are those of lm-eval's samples; ``repeat`` counts the answers to one request."""
 
     task: str
     doc_id: int | None
@@ -50,7 +50,7 @@ class RequestShare:
 
 
 class Recorder(Protocol):
-    """What records are handed to as soon as they are complete."""
+    """Takes records as soon as they are complete, for a file or an endpoint."""
 
     def add(self, record: BatchRecord | RequestRecord) -> None: ...
 
@@ -59,12 +59,12 @@ class Meter:
     """Collects a run's batches and requests.
 
     Args:
-        clock: of the run; every batch takes its timings.
+        clock: times the phases; each batch takes the timings since the last.
         labels: device, dtype, press and protocol, for the batch records.
         recorders: get every record.
 
     Attributes:
-        records: all that were made so far.
+        records: all records so far.
     """
 
     def __init__(self, clock: Clock, labels: Mapping[str, str], recorders: Sequence[Recorder] = ()) -> None:
@@ -75,8 +75,8 @@ class Meter:
         self.records = RunRecords()
 
     def restore(self, records: Iterable[BatchRecord | RequestRecord]) -> None:
-        """Takes up the records of an interrupted run; what they were recorded to has them already. They do not hold the
-        times of single tokens, so a run that was interrupted after a generation has no ITL."""
+        """Go on from the records of an interrupted run, which the recorders have already. They do not hold the times of
+        single tokens, so a run that was interrupted after a generation has no ITL."""
         for record in records:
             if isinstance(record, BatchRecord):
                 self.records.batches.append(record)
@@ -84,7 +84,7 @@ class Meter:
                 self.records.requests.append(record)
 
     def start(self) -> None:
-        """Marks the start of a batch; what a batch that failed left on the clock is dropped."""
+        """Mark the start of a batch; the timings of a batch that failed are dropped."""
         self._clock.take()
         self._started_sec = time.perf_counter()
 
@@ -96,7 +96,7 @@ class Meter:
         *,
         decoding_steps: str | None = None,
     ) -> None:
-        """Books what was timed since `start` on the requests that shared the batch."""
+        """Record a batch with the timings since `start`, for the requests that shared it."""
         seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
         seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
         record = self._record(request_type, batch_size, seconds, timings, decoding_steps)
@@ -107,7 +107,7 @@ class Meter:
             self._open.setdefault(share.id, []).append((record, share, share.weight / total))
 
     def finish(self, request_type: str) -> None:
-        """Writes the records of the requests that were booked since the last call."""
+        """Record the requests of the batches since the last call."""
         for id, parts in self._open.items():
             record = _request_record(id, request_type, parts)
             self.records.requests.append(record)
@@ -118,7 +118,7 @@ class Meter:
         self._open.clear()
 
     def live(self) -> dict[str, str]:
-        """Figures for the progress bar, of the newest batch."""
+        """Figures of the newest batch, for the progress bar."""
         if not self.records.batches:
             return {}
         newest = self.records.batches[-1]
@@ -138,14 +138,7 @@ class Meter:
         timings: Sequence[PhaseTiming],
         decoding_steps: str | None,
     ) -> BatchRecord:
-        seconds: defaultdict[str, float] = defaultdict(float)
-        tokens, peaks = Counter[str](), dict[str, int]()
-        for timing in timings:
-            phase = "score" if timing.phase == "stream" else timing.phase
-            seconds[phase] += timing.seconds
-            tokens[phase] += timing.num_tokens
-            if timing.peak_memory_bytes is not None:
-                peaks[phase] = max(peaks.get(phase, 0), timing.peak_memory_bytes)
+        seconds, tokens, peaks = _by_phase(timings)
         outputs = tokens["score"] + tokens["decode"]
         shape = (request_type, batch_size, (tokens["prefill"] + outputs).bit_length())
         is_warmup = shape not in self._shapes
@@ -180,48 +173,62 @@ class Meter:
             recorder.add(record)
 
 
+def _by_phase(timings: Sequence[PhaseTiming]) -> tuple[Mapping[str, float], Mapping[str, int], Mapping[str, int]]:
+    """Seconds, tokens and the highest peak of memory in bytes, by phase. A stream only scores."""
+    seconds, tokens, peaks = defaultdict[str, float](float), Counter[str](), dict[str, int]()
+    for timing in timings:
+        phase = "score" if timing.phase == "stream" else timing.phase
+        seconds[phase] += timing.seconds
+        tokens[phase] += timing.num_tokens
+        if timing.peak_memory_bytes is not None:
+            peaks[phase] = max(peaks.get(phase, 0), timing.peak_memory_bytes)
+    return seconds, tokens, peaks
+
+
 def _request_record(
     id: RequestId, request_type: str, parts: Sequence[tuple[BatchRecord, RequestShare, float]]
 ) -> RequestRecord:
-    def shared(phase: str) -> float:
-        return sum(getattr(batch, phase) * fraction for batch, _, fraction in parts)
-
-    contexts = [share.context for _, share, _ in parts if share.context is not None]
-    kept = contexts[-1].kept_per_layer if contexts else ()
     times = [time for _, share, _ in parts for time in share.token_times_sec]
-    itls = np.diff(times)
-    p50, p90, p99 = (float(value) for value in np.percentile(itls, PERCENTILES)) if len(itls) else (None, None, None)
+    phases = ("seconds", *(f"{phase}_sec" for phase in PHASES))
     return RequestRecord(
         record="request",
-        task=id.task,
-        doc_id=id.doc_id,
-        idx=id.idx,
-        repeat=id.repeat,
+        **vars(id),
         request_type=request_type,
         num_batches=len(parts),
         is_warmup=any(batch.is_warmup for batch, _, _ in parts),
         num_prompt_tokens=sum(share.num_prompt_tokens for _, share, _ in parts),
         num_output_tokens=sum(share.num_output_tokens for _, share, _ in parts),
-        seconds=shared("seconds"),
-        prefill_sec=shared("prefill_sec"),
-        press_sec=shared("press_sec"),
-        score_sec=shared("score_sec"),
-        decode_sec=shared("decode_sec"),
+        **{name: sum(getattr(batch, name) * fraction for batch, _, fraction in parts) for name in phases},
         latency_sec=times[-1] if times else sum(batch.seconds for batch, _, _ in parts),
-        ttft_sec=times[0] if times else None,
-        tpot_sec=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        itl_p50_sec=p50,
-        itl_p90_sec=p90,
-        itl_p99_sec=p99,
-        num_contexts=len(contexts),
-        num_context_tokens=sum(context.num_tokens for context in contexts),
-        kept_tokens_min=min(kept, default=None),
-        kept_tokens_mean=sum(kept) / len(kept) if kept else None,
-        kept_tokens_max=max(kept, default=None),
-        kv_bytes_before=sum(context.bytes_before for context in contexts),
-        kv_bytes_allocated=sum(context.bytes_allocated for context in contexts),
-        kv_bytes_effective=round(sum(context.bytes_before * _kept_share(context) for context in contexts)),
+        **_token_latencies(times),
+        **_kept_and_bytes([share.context for _, share, _ in parts if share.context is not None]),
     )
+
+
+def _token_latencies(times_sec: Sequence[float]) -> dict[str, Any]:
+    """TTFT, TPOT and percentiles of ITL of one request, None without enough tokens."""
+    itls = np.diff(times_sec)
+    percentiles = map(float, np.percentile(itls, PERCENTILES)) if len(itls) else [None] * len(PERCENTILES)
+    return {
+        "ttft_sec": times_sec[0] if times_sec else None,
+        "tpot_sec": (times_sec[-1] - times_sec[0]) / (len(times_sec) - 1) if len(times_sec) > 1 else None,
+        **{f"itl_p{p}_sec": value for p, value in zip(PERCENTILES, percentiles, strict=True)},
+    }
+
+
+def _kept_and_bytes(contexts: Sequence[ContextRecord]) -> dict[str, Any]:
+    """What was kept of the last context, and sums over all contexts of a request."""
+    kept = contexts[-1].kept_per_layer if contexts else ()
+    return {
+        "num_contexts": len(contexts),
+        "num_context_tokens": sum(context.num_tokens for context in contexts),
+        "kept_tokens_min": min(kept, default=None),
+        "kept_tokens_mean": sum(kept) / len(kept) if kept else None,
+        "kept_tokens_max": max(kept, default=None),
+        "kv_bytes_before": sum(context.bytes_before for context in contexts),
+        "kv_bytes_allocated": sum(context.bytes_allocated for context in contexts),
+        "kv_bytes_effective": round(sum(context.bytes_before * _kept_share(context) for context in contexts)),
+    }
 
 
 def _kept_share(context: ContextRecord) -> float:

@@ -6,9 +6,9 @@ from typing import Any
 
 
 class RollingScore(float):
-    """A document's log-likelihood in nats that also says how many tokens it is a sum over.
+    """A document's log-likelihood in nats, with the number of tokens that it is a sum over.
 
-    lm-eval hands a task one number per rolling request; this number carries the counts that token perplexity needs.
+    lm-eval hands a task one number per rolling request; this one carries the counts that token perplexity needs.
 
     Attributes:
         num_tokens: tokens scored.

@@ -1,4 +1,4 @@
-"""What each phase of each batch and each request cost, and the sums of a run.
+"""Seconds, tokens and bytes of each batch and each request, and the throughput and latency of a run.
 
 Plain values. Names follow vLLM's benchmarks: TTFT is the time to the first token, TPOT = (end-to-end - TTFT) /
 (tokens - 1), ITL the time between two tokens of a request.
@@ -20,12 +20,12 @@ LATENCIES = ("ttft_sec", "tpot_sec")
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One batch: seconds per phase, press apart from prefill; tokens really run, padding not counted.
+    """One batch: seconds per phase, press apart from prefill; tokens really run, without padding.
 
-    ``seconds`` is measured from end to end, on its own: what the phases leave of it was spent between them.
-    Tokens/s are those of the phases, not of ``seconds``; bytes are the most that was allocated, on CUDA only.
+    ``seconds`` is measured from end to end, on its own: the rest beside the phases was spent between them.
+    Tokens/s are per second of the phases; bytes are the most that was allocated, on CUDA only.
     ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
-    ``decoding_steps`` says what a step of generation was made of, which is known once it ran.
+    ``decoding_steps`` names what computed a step of generation.
     """
 
     record: str
@@ -54,7 +54,8 @@ class BatchRecord:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request, over all its batches. Seconds are its share of them, so requests sum to the run; latency is not.
+    """One request, over all its batches. Seconds are its share of theirs, so that requests sum to the run; its latency
+    is the whole time of its batches.
 
     ``kept_tokens_*`` are over layers, for the last context that was prefilled for the request.
     """
@@ -99,7 +100,7 @@ class RunRecords:
 
     Attributes:
         batches, requests: in the order in which they were made.
-        itls: seconds between the tokens of a request, for those whose tokens were timed.
+        itls: seconds between the tokens of each request whose tokens were timed.
     """
 
     batches: list[BatchRecord] = field(default_factory=list)
@@ -107,14 +108,14 @@ class RunRecords:
     itls: dict[RequestRecord, list[float]] = field(default_factory=dict)
 
     def merge(self, other: RunRecords) -> None:
-        """Takes in the records of another process."""
+        """Add the records of another process."""
         self.batches += other.batches
         self.requests += other.requests
         self.itls |= other.itls
 
     def summary(self) -> dict[str, Any]:
-        """Per phase: tokens, seconds, tokens/s; TTFT, TPOT and ITL in seconds. Warm-up is left out of every figure for
-        which there is more; ``includes_warmup`` names the others (ITL goes with TPOT)."""
+        """Tokens, seconds and tokens/s per phase; TTFT, TPOT and ITL in seconds. A figure leaves warm-up out, unless
+        there is nothing else: ``includes_warmup`` names those (ITL goes with TPOT)."""
         chosen: dict[str, list[Any]] = {
             **{phase: _steady([b for b in self.batches if getattr(b, f"{phase}_sec")]) for phase in PHASES},
             **{name: _steady([r for r in self.requests if getattr(r, name) is not None]) for name in LATENCIES},
@@ -133,11 +134,11 @@ class RunRecords:
 
     def _itl(self, requests: Sequence[RequestRecord]) -> dict[str, float] | None:
         if any(request not in self.itls for request in requests):
-            return None  # of a run that was interrupted
+            return None  # the run was interrupted, and single tokens are not on disk
         return _percentiles([itl for request in requests for itl in self.itls[request]])
 
     def decoding_steps(self) -> dict[str, int]:
-        """How many batches were decoded by steps of which make."""
+        """Number of batches by what computed their steps."""
         return dict(Counter(batch.decoding_steps for batch in self.batches if batch.decoding_steps is not None))
 
 
@@ -147,7 +148,7 @@ def _peak_memory(batch: BatchRecord) -> int | None:
 
 
 def _steady(items: Sequence[Timed]) -> list[Timed]:
-    """Those beyond warm-up; all of them where there is nothing else."""
+    """Those beyond warm-up; all of them if there are no others."""
     return [item for item in items if not item.is_warmup] or list(items)
 
 

@@ -19,7 +19,7 @@ class ContextRecord:
 
     Attributes:
         num_tokens: tokens prefilled.
-        kept_per_layer: entries that can be attended afterwards; a mean over heads where heads differ.
+        kept_per_layer: entries that can be attended afterwards; the mean over heads if they keep different entries.
         bytes_before: bytes of its keys and values without a press.
         bytes_allocated: bytes they take afterwards. A masking press leaves them all allocated.
         pressed: whether a press ran over this context.
@@ -40,7 +40,7 @@ class ContextRecord:
 
 @dataclass
 class KeptTotals:
-    """Sums over many contexts, one instance for the pressed and one for the others."""
+    """Sums over many contexts."""
 
     num_contexts: int = 0
     num_tokens: int = 0
@@ -49,11 +49,12 @@ class KeptTotals:
     bytes_allocated: int = 0
 
     def add(self, record: ContextRecord) -> None:
+        """Add one context."""
         kept = list(record.kept_per_layer)
         self.merge(KeptTotals(1, record.num_tokens, kept, record.bytes_before, record.bytes_allocated))
 
     def merge(self, other: KeptTotals) -> None:
-        """Adds the sums over other contexts."""
+        """Add the sums over other contexts."""
         if not other.num_contexts:
             return
         before = self.kept_per_layer or [0.0] * len(other.kept_per_layer)
@@ -82,22 +83,23 @@ class KeptTotals:
 
 @dataclass
 class TaskTotals:
-    """What happened to one task's requests.
+    """Sums over the outcomes of one task's requests.
 
     Attributes:
         pressed, unpressed: contexts that went through a press, and those that did not.
-        num_short_contexts: unpressed because shorter than the press needs.
-        num_shrunk_contexts: pressed with a window shrunk to fit.
-        num_cut_contexts: contexts and prompts that lost their beginning, since they did not fit into ``max_length``.
+        num_short_contexts: contexts left uncompressed because they are shorter than the press needs.
+        num_shrunk_contexts: contexts pressed with a window shrunk to fit.
+        num_cut_contexts: contexts and prompts that lost their beginning because they did not fit into ``max_length``.
         num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
         num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
         num_tokens_generated: tokens produced by ``generate_until``.
-        num_texts, num_texts_compressed: texts produced, and those of which a decoding press evicted entries before
-            their end.
-        num_decode_compressions, max_decode_entries: how often it did, and the most entries per layer that it found.
+        num_texts, num_texts_compressed: texts produced, and those from whose cache a decoding press evicted entries
+            before their end.
+        num_decode_compressions, max_decode_entries: how often a decoding press evicted, and the most entries per layer
+            that it found.
         max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
             scored over, and the most bytes that keys and values of all rows took.
-        notes: how often the press reported something a reader must know.
+        notes: what a reader must know of the press, and for how many contexts.
     """
 
     pressed: KeptTotals = field(default_factory=KeptTotals)
@@ -119,14 +121,14 @@ class TaskTotals:
     notes: Counter[str] = field(default_factory=Counter)
 
     def add_context(self, record: ContextRecord) -> None:
-        """Adds one prefilled context."""
+        """Add one prefilled context."""
         (self.pressed if record.pressed else self.unpressed).add(record)
         self.num_short_contexts += record.is_short
         self.num_shrunk_contexts += record.is_shrunk
         self.notes.update(record.notes)
 
     def add_scores(self, logprobs: Sequence[float], *, pressed: bool) -> None:
-        """Adds the log-probabilities of scored tokens, in nats."""
+        """Add the log-probabilities of scored tokens, in nats."""
         total = math.fsum(logprobs)
         self.num_tokens += len(logprobs)
         self.loglikelihood += total
@@ -135,7 +137,7 @@ class TaskTotals:
             self.loglikelihood_pressed += total
 
     def merge(self, other: TaskTotals) -> None:
-        """Adds what happened to other requests of the task."""
+        """Add the totals of other requests of the task."""
         for name, value in vars(other).items():
             own = getattr(self, name)
             if isinstance(own, KeptTotals):
@@ -146,14 +148,14 @@ class TaskTotals:
                 setattr(self, name, max(own, value) if name.startswith("max_") else own + value)
 
     def _perplexity_under_press(self) -> float | None:
-        """None where contexts with tokens were too short for the press: without one, their tokens count, so this figure
-        would be of other tokens than the baseline's."""
+        """None if contexts with tokens were too short for the press: the baseline counts their tokens, so this figure
+        would cover other tokens than the baseline's."""
         if self.num_short_contexts and self.unpressed.num_tokens:
             return None
         return perplexity(self.loglikelihood_pressed, self.num_tokens_pressed)
 
     def summary(self) -> dict[str, Any]:
-        """Everything above plus token perplexities, ready for JSON; what was not measured is None."""
+        """All totals and the token perplexities, ready for JSON; None where nothing was measured."""
         return {
             "contexts_pressed": self.pressed.summary(),
             "contexts_unpressed": self.unpressed.summary(),
@@ -176,7 +178,7 @@ class TaskTotals:
 
 
 def perplexity(loglikelihood: float, num_tokens: int) -> float | None:
-    """``exp`` of the mean negative log-likelihood; None without tokens, infinite where a float overflows."""
+    """``exp`` of the mean negative log-likelihood; None without tokens, infinite if that overflows a float."""
     if num_tokens == 0:
         return None
     try:

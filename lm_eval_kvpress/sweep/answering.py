@@ -67,7 +67,7 @@ def _run_batch(
     """Run one batch under every cell that has not answered it."""
     shared = [run for run in runs if run.shares]
     if shared:
-        shared[0].session.runner.compressor.hold(requests.contexts(items))
+        shared[0].session.runner.compressor.run_shared(requests.contexts(items))
     for run in runs:
         runner, todo = run.session.runner, [item for item in items if keys[item] not in run.done]
         if todo:

@@ -95,7 +95,7 @@ def test_tokens_are_those_of_kvpress_one_by_one(model: PressableModel, base: str
     found, keeper = decoded(model, CONTEXTS, base, held)
     assert found == expected
     assert not any(attention._forward_pre_hooks for attention in model.attentions)
-    assert len(keeper.acts) == (NUM_NEW - 1 - (held == 0)) // INTERVAL
+    assert len(keeper.compressions) == (NUM_NEW - 1 - (held == 0)) // INTERVAL
 
 
 @pytest.mark.parametrize("prefill", ["snapkv", "pyramidkv"])

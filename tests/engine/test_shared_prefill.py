@@ -36,7 +36,7 @@ def test_every_press_makes_of_a_kept_prefill_what_it_makes_of_its_own(
     for _, model in fitting(models, spec):
         contexts = [tuple(row) for row in torch.cat([tokens(1, 97), tokens(2, 97).flip(1)]).tolist()]
         shared = SharedPrefills(model)
-        shared.hold([*contexts, contexts[0][:50]])
+        shared.run([*contexts, contexts[0][:50]])
         groups = [contexts] if spec.batches else [[context] for context in contexts]
         for group in groups:
             shared.compress(group, spec.build(97))  # what is done to one clone no later one sees
@@ -53,16 +53,16 @@ def test_contexts_are_run_once_and_forgotten_with_their_batch(make_pressable: Ca
     model.model.base_model.register_forward_hook(lambda *_: forwards.append(1))
     shared = SharedPrefills(model)
     contexts = [tuple(row) for row in tokens(3, 20).tolist()]
-    shared.hold([*contexts, contexts[0], contexts[1][:7], ()])
+    shared.run([*contexts, contexts[0], contexts[1][:7], ()])
     assert (len(forwards), shared.num_tokens) == (2, 3 * 20 + 7)
-    shared.hold(contexts[:2])
+    shared.run(contexts[:2])
     for ratio in (0.1, 0.5, 0.9):
         shared.compress(contexts, spec_for("knorm", compression_ratio=ratio).build(20))
         shared.compress(contexts[1:2], None)
     assert (len(forwards), shared.num_tokens) == (2, 3 * 20 + 7)
     assert shared.share_of(contexts).num_tokens == 60
     assert shared.share_of(contexts).seconds == pytest.approx(60 * shared.share_of([(1,)]).seconds)
-    shared.hold([(1, 2, 3)])
+    shared.run([(1, 2, 3)])
     with pytest.raises(KeyError):
         shared.compress(contexts, None)
 
@@ -71,7 +71,7 @@ def test_rows_in_any_order_and_more_than_once(make_pressable: Callable[..., Pres
     model = make_pressable()
     contexts = [tuple(row) for row in tokens(3, 30).tolist()]
     shared = SharedPrefills(model)
-    shared.hold(contexts)
+    shared.run(contexts)
     picked = [contexts[2], contexts[0], contexts[2]]
     press = spec_for("snapkv")
     assert_same(shared.compress(picked, press.build(30)), prefill(model, torch.tensor(picked), press.build(30)), 1e-5)

@@ -172,7 +172,7 @@ def everything(model: PressableModel) -> None:
         decoded(model, press, record=lambda step: step)
     prefill_padded(model, [[1, 2, 3], [4, 5, 6, 7]])
     prefills = SharedPrefills(model)
-    prefills.hold([tuple(CONTEXT)])
+    prefills.run([tuple(CONTEXT)])
     prefills.compress([tuple(CONTEXT)], PRESSES["snapkv"]())
 
 

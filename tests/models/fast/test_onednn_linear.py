@@ -165,7 +165,7 @@ def test_a_shared_prefill_multiplies_as_one_of_its_own(
     press = SnapKVPress(0.5, window_size=4)
     if shared:
         prefills = SharedPrefills(model)
-        prefills.hold([context], for_cache_only=True)
+        prefills.run([context], for_cache_only=True)
         prefills.compress([context], press)
     else:
         prefill(model, torch.tensor([context]), press, for_cache_only=True)

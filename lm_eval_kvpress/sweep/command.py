@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
+from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness import plugin, run_record
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.presses.suggest import near
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             "--device cuda:N, some of the presses and an --output_path of its own"
         )
     cells = settings.cells()
-    versions = {name: version(name) for name in ("lm-eval-kvpress", "lm_eval", "kvpress", "transformers", "torch")}
+    versions = {"lm-eval-kvpress": __version__, **run_record.versions()}
     store = SweepStore(Path(settings.output_path), {**settings.shared, "versions": versions})
     try:
         LAUNCHERS[settings.launcher](settings, cells, store)

@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from transformers import GPTNeoXForCausalLM
 
+from scripts.machine import machine
 from scripts.training.evaluate import LONG_CONTEXT, Figures, measure, perplexity_table, read_texts, recall_table
 
 CARD = """\
@@ -64,7 +63,8 @@ class Facts:
 
 
 def hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    facts = machine()
+    return str(facts["gpu"]) if device == "cuda" else f"{facts['num_threads']} threads of {facts['cpu']}"
 
 
 def export(

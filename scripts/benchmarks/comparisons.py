@@ -81,6 +81,7 @@ COMPARISONS = (
     Comparison("tiny-choice", "none", "pipeline-shared", agrees=True),
     Comparison("tiny-rolling", "none", "stock", agrees=True, memory=True),
     Comparison("tiny-rolling", "snapkv", "stock", rolling="prefix"),
+    Comparison("tiny-generate", "none", "stock"),
     Comparison("tiny-generate", "snapkv", "pipeline"),
     Comparison("tiny-generate", "snapkv", "generate"),
 )

@@ -46,9 +46,9 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., dic
 
 
 def test_sides_agree_and_ratios_are_those_of_the_pairs(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    report = run("--rows", "tiny-choice/*,tiny-generate/*/pipeline", "--repeats", "1")
+    report = run("--rows", "tiny-choice/*,tiny-generate/*/stock,tiny-generate/*/pipeline", "--repeats", "1")
     rows = {row["row"]: row for row in report["rows"]}
-    assert len(rows) == 5
+    assert len(rows) == 6
     for name, row in rows.items():
         if name.startswith("tiny-choice"):
             assert row["largest_difference"] < 1e-4

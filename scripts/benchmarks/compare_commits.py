@@ -39,6 +39,10 @@ from scripts.benchmarks.workloads import WORKLOADS, Workload
 from scripts.machine import commit, described, machine
 from scripts.markdown import table
 
+KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+"""As the Makefile sets it, unless the environment does: glibc keeps freed memory. Versions that set this themselves and
+those that leave it to the environment then compare."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -177,6 +181,7 @@ def worker(checkout: Path, threads: int) -> Iterator[Worker]:
     """Start a process with a checkout's package, and end it on exit."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = {**KEPT_MEMORY, **environment}
     process = subprocess.Popen(
         [sys.executable, "-c", Path(compare_worker.__file__).read_text(encoding="utf-8")],
         cwd=checkout,

@@ -77,7 +77,7 @@ def test_killed_run_ends_with_the_curve_of_one_that_was_not(corpus: Path, whole_
     arguments += ["--tokens", str(NUM_STEPS * TINY.tokens_per_step), "--save-every-sec", "0.2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     killed = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # imports alone take a minute beside other work
     while not (output / "checkpoint.pt").exists() and time.monotonic() < deadline and killed.poll() is None:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)

@@ -75,7 +75,11 @@ def parse_value(name: str, kind: Any, value: Any, allowed: Range = ANY_NUMBER, *
         if not isinstance(value, bool):
             raise UsageError(f"{name}={value} must be true or false")
         return value
-    if kind in (str, Any):
+    if kind is str:
+        if not isinstance(value, str):
+            raise UsageError(f"{name}={value} must be text")
+        return value
+    if kind is Any:
         return value
     assert kind in (int, float), f"{name} has a type that no value is parsed to: {kind}"
     return parse_number(name, kind, value, allowed)

@@ -15,8 +15,8 @@ from lm_eval_kvpress.engine.batching import batches, in_halves
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.answering import BatchLimits
 from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.sweep.answers import Outcome
 from lm_eval_kvpress.sweep.cell_run import CellRun
-from lm_eval_kvpress.sweep.store import Outcome
 
 
 class CellAnswering:
@@ -38,7 +38,7 @@ class CellAnswering:
         for requests in kinds:
             keys = _keys(requests)
             self._run_all(requests, keys, bar)
-            stored = self._run.store.outcomes()
+            stored = self._run.store.answers.outcomes()
             outcomes = {item: stored[key] for item, key in enumerate(keys)}
             requests.record_totals(outcomes, self._run.session.totals)
             yield from requests.answers(outcomes).items()
@@ -75,7 +75,7 @@ def _run_batch(
             outcomes: dict[str, Outcome] = {keys[item]: outcome for item, outcome in zip(todo, found, strict=True)}
             if not requests.splits_requests:
                 runner.meter.finish(requests.request_type)
-            run.store.add(outcomes)
+            run.store.answers.add(outcomes)
             run.done.update(outcomes)
         bar.update(len(items) - len(todo))
         bar.set_postfix({"cell": run.cell.name, **runner.meter.live()}, refresh=False)

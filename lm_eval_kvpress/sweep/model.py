@@ -59,12 +59,12 @@ class SweepModel:
         if streams:
             settings = replace(settings, stream_output=str(store.folder / "stream"))
         store.folder.mkdir(parents=True, exist_ok=True)
-        log = ThroughputLog(store.folder / "throughput.jsonl")
+        log = ThroughputLog(store.throughput)
         shares = settings.press.shares_prefill and not streams
         session = self.lm.open_session(settings, [log], self._shared_prefills if shares else None)
         meter = session.runner.meter
         meter.restore(log.records())
-        return CellRun(cell, session, store, log, store.keys(), len(meter.records.batches))
+        return CellRun(cell, session, store, log, store.answers.keys(), len(meter.records.batches))
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
         """Make ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""

@@ -1,62 +1,64 @@
-"""A sweep's folder: one writer, one set of settings, and what every cell has answered so far.
+"""A sweep's folder: one writer, one set of settings and weights, and a folder per cell.
 
     DIR/sweep.json, DIR/weights         the settings that all cells share, and a checksum of their weights
     DIR/summary.json                    of the call that finished: cells, tokens prefilled, seconds
     DIR/cells/CELL/results/...          a finished cell: results and samples as lm-eval writes them
-    DIR/cells/CELL/answers.jsonl        an unfinished cell: its outcomes, an item per line
+    DIR/cells/CELL/answers.sqlite       an unfinished cell: its outcomes, an item per row
     DIR/cells/CELL/throughput.jsonl     a record per batch and request
 
-Knows files and outcomes. Does not know lm-eval or models. What is there is whole: a line is appended and flushed in one
-write, a torn last one is dropped, and a cell's results appear by a rename.
+Every file is whole: `answers` are transactions, and a cell's results appear by a rename. Does not know lm-eval or
+models.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.engine.outcomes import Generated, Scored
-from lm_eval_kvpress.engine.scoring import BranchScore
+from filelock import FileLock, Timeout
+
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.files import write_whole
-from lm_eval_kvpress.records.totals import ContextRecord
+from lm_eval_kvpress.sweep.answers import Answers
 
-Outcome = Scored | Generated
+ANSWERS, THROUGHPUT = "answers.sqlite", "throughput.jsonl"
+OLD_ANSWERS = "answers.jsonl"  # of versions before the SQLite file
 
 
 class SweepStore:
-    """Opens the folder for this process alone.
+    """Open the folder of a sweep for this process alone.
 
     Raises:
         UsageError: in one line, if another sweep writes there, or what is there is no sweep or of other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self._cells = folder, folder / "cells"
+        self._settings = json.loads(json.dumps(settings))
+        self._lock = FileLock(folder / ".lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the sweep)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UsageError(f"output_path={folder} is being written by another sweep: choose another one") from error
         except OSError as error:
             raise UsageError(f"output_path={folder} cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"output_path={folder} is being written by another sweep: choose another one") from error
-        self._settings = json.loads(json.dumps(settings))
-        self._check()
+            self._check()
+        except UsageError:
+            self.close()
+            raise
 
     def _check(self) -> None:
         file, now = self.folder / "sweep.json", self._settings
         if not file.exists():
-            if (self.folder / "cells").exists():
+            if self._cells.exists():
                 raise UsageError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
             return
+        self._refuse_old_answers()
         if self._holds_nothing():
             return
         try:
@@ -71,13 +73,20 @@ class SweepStore:
                 "choose another folder, or give the same settings"
             )
 
+    def _refuse_old_answers(self) -> None:
+        old = sorted(file.parent.name for file in self._cells.glob(f"*/{OLD_ANSWERS}"))
+        if old:
+            raise UsageError(
+                f"output_path={self.folder} has cells that an older version left unfinished ({', '.join(old)}): delete "
+                "their folders, and they are run again, or choose another folder"
+            )
+
     def _holds_nothing(self) -> bool:
         """Whether no cell has answered anything, as after a mistake in the command."""
-        cells = self.folder / "cells"
-        return not any(any(cells.glob(f"*/{what}")) for what in ("answers.jsonl", "results", "stream/*/*.csv"))
+        return not any(any(self._cells.glob(f"*/{what}")) for what in (ANSWERS, "results", "stream/*/*.csv"))
 
-    def claim(self, fingerprint: str) -> None:
-        """Makes the folder that of these settings and weights; before that nothing in it says so.
+    def begin(self, fingerprint: str) -> None:
+        """Make the folder that of these settings and weights; before that nothing in it says so.
 
         Args:
             fingerprint: of the weights; others of the same name are refused.
@@ -87,7 +96,7 @@ class SweepStore:
         """
         file = self.folder / "weights"
         if self._holds_nothing():
-            shutil.rmtree(self.folder / "cells", ignore_errors=True)
+            shutil.rmtree(self._cells, ignore_errors=True)
             file.unlink(missing_ok=True)
         write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
         if not file.exists():
@@ -96,87 +105,53 @@ class SweepStore:
             raise UsageError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
 
     def cell(self, name: str) -> CellStore:
-        return CellStore(self.folder / "cells" / name)
+        """Return the folder of a cell, which need not exist."""
+        return CellStore(self._cells / name)
 
     def close(self) -> None:
-        self._lock.close()
+        """Let another sweep write there."""
+        self._lock.release()
 
 
 class CellStore:
-    """What one cell has answered."""
+    """The folder of one cell.
+
+    Attributes:
+        answers: what the cell has answered, until it is finished.
+        throughput: the file of its throughput records.
+        results: where the finished cell's results are.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._answers = folder, folder / "answers.jsonl"
-
-    @property
-    def results(self) -> Path:
-        """Where the finished cell's results are."""
-        return self.folder / "results"
+        self.folder = folder
+        self.answers = Answers(folder / ANSWERS)
+        self.throughput, self.results, self._part = folder / THROUGHPUT, folder / "results", folder / "results.part"
 
     @property
     def is_finished(self) -> bool:
+        """Whether the results are there."""
         return self.results.is_dir()
 
-    def keys(self) -> set[str]:
-        """The items that have an outcome; drops what a kill left of a last line."""
-        if not self._answers.exists():
-            return set()
-        with open(self._answers, "rb+") as file:
-            end = 0
-            keys = set()
-            for line in file:
-                if line.endswith(b"\n"):
-                    end += len(line)
-                    keys.add(json.loads(line)["key"])
-            file.truncate(end)
-        return keys
+    def drop_damaged_answers(self) -> str:
+        """Delete answers that cannot be read, and the records of how long they took, so that both are made again.
 
-    def outcomes(self) -> dict[str, Outcome]:
-        """Outcome by item."""
-        return dict(self._read()) if self._answers.exists() else {}
+        Returns:
+            What was wrong, in one line; empty if nothing was.
+        """
+        damage = self.answers.damage()
+        if not damage:
+            return ""
+        self.answers.delete()
+        self.throughput.unlink(missing_ok=True)
+        return f"{self.answers.file} is damaged ({damage}): its answers are made again"
 
-    def _read(self) -> Iterator[tuple[str, Outcome]]:
-        with open(self._answers) as lines:
-            for line in lines:
-                yield _decode(json.loads(line))
-
-    def add(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Appends outcomes in one write."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(_encode(key, outcome)) + "\n" for key, outcome in outcomes.items())
-        with open(self._answers, "a") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def part(self) -> Path:
-        """An empty folder to write the results into."""
-        part = self.folder / "results.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        return part
+    def new_results(self) -> Path:
+        """Return an empty folder to write the results into."""
+        shutil.rmtree(self._part, ignore_errors=True)
+        self._part.mkdir(parents=True)
+        return self._part
 
     def finish(self) -> None:
-        """Makes what was written into `part` the results; the outcomes are no longer needed."""
-        (self.folder / "results.part").replace(self.results)
-        self._answers.unlink(missing_ok=True)
-
-
-def _encode(key: str, outcome: Outcome) -> dict[str, Any]:
-    context = None if outcome.context is None else asdict(outcome.context)
-    if isinstance(outcome, Generated):
-        held = [outcome.num_compressions, outcome.max_entries]
-        return {"key": key, "context": context, "ids": outcome.ids, "held": held}
-    branches = [[branch.logprobs, branch.is_greedy] for branch in outcome.branches]
-    return {"key": key, "context": context, "branches": branches, "pressed": outcome.pressed}
-
-
-def _decode(line: Mapping[str, Any]) -> tuple[str, Outcome]:
-    context = line["context"]
-    if context is not None:
-        lists = {name: tuple(context[name]) for name in ("kept_per_layer", "notes")}
-        context = ContextRecord(**{**context, **lists})
-    if "ids" in line:
-        return line["key"], Generated(tuple(line["ids"]), context, *line["held"])
-    branches = tuple(BranchScore(tuple(logprobs), is_greedy) for logprobs, is_greedy in line["branches"])
-    return line["key"], Scored(branches, line["pressed"], context)
+        """Make what was written into `new_results` the results; the answers are no longer needed."""
+        self._part.replace(self.results)
+        self.answers.delete()

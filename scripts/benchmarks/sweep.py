@@ -21,7 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.sweep.cells import Cell, SweepSettings, parse_settings
+from lm_eval_kvpress.sweep.cells import Cell, cells_of
+from lm_eval_kvpress.sweep.command import settings_from
+from lm_eval_kvpress.sweep.settings import SweepSettings
 from scripts.machine import commit, machine
 
 PRESSES = "snapkv,streaming_llm,pyramidkv,tova,knorm,random"
@@ -34,8 +36,8 @@ def main() -> None:
     given = [f"--{name}={getattr(args, name)}" for name in ("model_args", "presses", "ratios", "tasks", "batch_size")]
     if args.limit:
         given.append(f"--limit={args.limit}")
-    settings = parse_settings([*given, f"--output_path={output / 'sweep'}"])
-    cells = settings.cells()
+    settings = settings_from([*given, f"--output_path={output / 'sweep'}"])
+    cells = cells_of(settings)
     half = len(cells) // 2
     seconds_alone = [_run_alone(settings, cell, output) for cell in cells[:half]]
     seconds_sweep = _timed(["lm-eval-kvpress", "sweep", *given, f"--output_path={output / 'sweep'}"])

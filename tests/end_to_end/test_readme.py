@@ -20,7 +20,8 @@ from test_layering import MAY_IMPORT, PACKAGE
 from lm_eval_kvpress.cli import COMMANDS
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.arguments import ARGUMENTS, parse_arguments
-from lm_eval_kvpress.sweep.cells import parse_settings
+from lm_eval_kvpress.sweep.cells import cells_of
+from lm_eval_kvpress.sweep.command import settings_from
 
 PAGES = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
@@ -106,7 +107,7 @@ def test_sweeps_of_the_docs_have_cells(page: str) -> None:
     sweeps = [command for command in commands(ROOT / page) if command[:2] == ["lm-eval-kvpress", "sweep"]]
     assert sweeps
     for command in sweeps:
-        assert len(parse_settings(command[2:]).cells()) > 1
+        assert len(cells_of(settings_from(command[2:]))) > 1
 
 
 def test_commands_of_the_docs_are_commands_of_ours() -> None:

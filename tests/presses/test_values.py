@@ -45,6 +45,7 @@ def test_values_get_the_type_of_their_argument(kind: Any, typed: Any, value: Any
         (float, "half", ANY_NUMBER, "x=half must be a number"),
         (float, float("nan"), ANY_NUMBER, "x=nan must be a number"),
         (float, None, ANY_NUMBER, "x=None must be a number"),
+        (str, 3, ANY_NUMBER, "x=3 must be text"),
         (bool, "yes", ANY_NUMBER, "x=yes must be true or false"),
         (Literal["a", "b"], "c", ANY_NUMBER, "x=c is not known: choose one of a, b"),
         (int | Literal["auto"], "car", ANY_NUMBER, "x=car must be a whole number"),

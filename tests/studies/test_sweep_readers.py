@@ -14,7 +14,8 @@ from report_files import results_file
 from repository import ROOT
 
 from lm_eval_kvpress.report.result_files import read_results
-from lm_eval_kvpress.sweep.cells import parse_settings
+from lm_eval_kvpress.sweep.cells import cells_of
+from lm_eval_kvpress.sweep.command import settings_from
 from scripts import demo
 from scripts.studies import one_pass_table, recall_curves
 from scripts.studies.cells import kept_share, notes, read_cells
@@ -38,7 +39,7 @@ def write_cell(folder: Path, press: str, ratio: float, tasks: Figures, **protoco
 
 @pytest.mark.parametrize("settings", [demo.SETTINGS, recall_curves.SETTINGS, one_pass_table.SETTINGS])
 def test_settings_beside_a_script_are_a_sweeps(settings: Path, tmp_path: Path) -> None:
-    cells = parse_settings(["--config", str(settings), "--output_path", str(tmp_path)]).cells()
+    cells = cells_of(settings_from(["--config", str(settings), "--output_path", str(tmp_path)]))
     presses = yaml.safe_load(settings.read_text())["presses"]
     assert {cell.arguments["press"] for cell in cells} == set(presses) and "none" in presses
     assert "python -m" not in settings.read_text() and (ROOT / "scripts") in settings.parents

@@ -1,0 +1,205 @@
+"""The cells of a sweep in this process: load the model once, then let lm-eval evaluate one cell after the other.
+
+Each cell ends as a standard lm-eval results file with its samples, as the run of that cell alone would have written it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.identity import weights_fingerprint
+from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
+from lm_eval_kvpress.presses.suggest import near
+from lm_eval_kvpress.records.files import write_whole
+from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.store import SweepStore
+
+logger = logging.getLogger("lm_eval_kvpress")
+
+MODELS: Mapping[str, type[KVPress]] = {"pythia-kvpress": PythiaKVPress, "kvpress": KVPress}
+
+
+def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> None:
+    """Run all unfinished cells.
+
+    Raises:
+        UsageError: for an unknown task, other weights than before, or a cell that does not fit the model.
+    """
+    start = time.perf_counter()
+    todo = [cell for cell in cells if not store.cell(cell.name).is_finished]
+    say(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
+    if not todo:
+        return
+    _remind_of_baseline(cells)
+    check_tasks(settings, task_manager(settings, todo[0]))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    model = load_model(settings)
+    store.begin(weights_fingerprint(model.lm.model))
+    with _opened(model, todo, store) as runs:
+        for peers in sharing_prefills(runs):
+            _evaluate_all(model, settings, peers)
+    summary = {
+        "num_cells": len(cells),
+        "num_cells_run": len(todo),
+        "num_tokens_prefilled": model.num_tokens_shared + sum(run.num_tokens_prefilled for run in runs),
+        "num_tokens_prefilled_shared": model.num_tokens_shared,
+        "seconds": time.perf_counter() - start,
+    }
+    write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
+    say(
+        f"{len(todo)} cells finished by this call in {summary['seconds']:.0f} s, "
+        f"{summary['num_tokens_prefilled']:,} tokens prefilled; "
+        f"next: lm-eval-kvpress report {store.folder} -o report.html"
+    )
+
+
+def say(message: str) -> None:
+    """Print a line about the sweep, beside the progress bars and apart from results."""
+    print(message, file=sys.stderr)
+
+
+def _remind_of_baseline(cells: Sequence[Cell]) -> None:
+    presses = [cell.arguments["press"] for cell in cells if "stream_budget" not in cell.arguments]
+    if presses and "none" not in presses:  # a stream has no baseline
+        say("no cell is the baseline, from which differences are taken: add none to the presses")
+
+
+# ------------------------------------------------------------------------------------------------------ tasks and model
+
+
+def task_manager(settings: SweepSettings, cell: Cell) -> TaskManager:
+    """Find the tasks, and hand them the model arguments and metadata as lm-eval's command line does."""
+    paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
+    metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
+    return TaskManager(include_path=paths, metadata=metadata)
+
+
+def check_tasks(settings: SweepSettings, tasks: TaskManager) -> None:
+    """Refuse unknown tasks before the model is loaded.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    for name in settings.tasks:
+        if name not in tasks.all_tasks and not Path(name).is_file():
+            hint = near(name, tasks.all_tasks)
+            raise UsageError(f"unknown task '{name}': {hint.rstrip() or '`lm_eval ls tasks` lists them'}")
+
+
+def load_model(settings: SweepSettings) -> SweepModel:
+    """Load the weights that all cells share."""
+    arguments = dict(settings.model_args)
+    pretrained = arguments.pop("pretrained", None)
+    if pretrained is None:
+        pretrained = MODELS[settings.model].DEFAULT_PRETRAINED
+    if settings.device is not None:
+        arguments["device"] = settings.device
+    return SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+@contextmanager
+def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore) -> Iterator[list[CellRun]]:
+    """Open cells, with what an earlier call answered; their throughput logs are closed at the end."""
+    for cell in cells:
+        if problem := store.cell(cell.name).drop_damaged_answers():
+            say(problem)
+    with ExitStack() as logs:
+        runs = [model.open(cell, store.cell(cell.name)) for cell in cells]
+        for run in runs:
+            logs.callback(run.log.close)
+        if num_kept := sum(len(run.done) for run in runs):
+            say(f"{num_kept} answers of unfinished cells are there from an earlier call")
+        yield runs
+
+
+def sharing_prefills(runs: Sequence[CellRun]) -> list[list[CellRun]]:
+    """Group cells of one protocol that share their prefills; each other cell is a group of its own."""
+    groups: dict[Any, list[CellRun]] = {}
+    for run in runs:
+        groups.setdefault(run.cell.protocol if run.shares else run.cell.name, []).append(run)
+    return list(groups.values())
+
+
+def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun]) -> None:
+    """Evaluate the cells of a group one after the other; the first has all of them answered."""
+    tasks = task_manager(settings, peers[0].cell)
+    if not peers[0].shares:
+        say(f"{peers[0].cell.name} runs on prefills of its own")
+    with _messages() as name_cell:
+        for index, run in enumerate(peers):
+            name_cell(run.cell.name)
+            model.turn_to(run, peers[index:])
+            _evaluate(model, settings, tasks, run)
+            say(f"{run.cell.name} is finished")
+
+
+@contextmanager
+def _messages() -> Iterator[Callable[[str], None]]:
+    """Print this package's messages, each with the name of the cell that the yielded function was last given."""
+    handler, level = logging.StreamHandler(sys.stderr), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lambda cell: handler.setFormatter(logging.Formatter(f"{cell}: %(message)s"))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run: CellRun) -> None:
+    """Have lm-eval evaluate a cell, and write its results and samples as lm-eval's command does."""
+    tracker = EvaluationTracker(output_path=str(run.store.new_results()))
+    results = lm_eval.simple_evaluate(
+        model=model.lm,
+        tasks=settings.tasks,
+        task_manager=tasks,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        gen_kwargs=settings.gen_kwargs,
+        torch_random_seed=settings.seed,
+    )
+    assert results is not None
+    results["config"] |= _config(settings, run)
+    results["config"]["kvpress"]["sweep"] = {
+        "cell": run.cell.name,
+        "shares_prefill": run.shares,
+        "settings": settings.as_typed(),
+    }
+    tracker.general_config_tracker.log_experiment_args(
+        settings.model, results["config"]["model_args"], None, None, False
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    run.store.finish()
+
+
+def _config(settings: SweepSettings, run: CellRun) -> dict[str, Any]:
+    """What lm-eval records of a model that it makes itself."""
+    return {
+        "model": settings.model,
+        "model_args": {**settings.model_args, **run.cell.arguments},
+        "batch_size": settings.batch_size,
+        "device": settings.device,
+    }

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_runs import DATA, KINDS, manager
+
+from lm_eval_kvpress.sweep import run
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small tasks, one per request type."""
+    folder = tmp_path_factory.mktemp("sweep_tasks")
+    (folder / "data.py").write_text(DATA)
+    for name, kind in KINDS.items():
+        text = yaml.safe_dump({"task": f"sweep_{name}", "test_split": "test", **kind})
+        (folder / f"{name}.yaml").write_text(text + "custom_dataset: !function data.load\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def only_these_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))

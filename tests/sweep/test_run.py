@@ -1,0 +1,235 @@
+"""Sweeps: every cell equals the run of that cell alone, a killed sweep goes on, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from repository import ROOT
+from sweep_runs import KINDS, PRESSES, assert_same, command_line, figures, manager, results_of
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.sweep import command, run
+from lm_eval_kvpress.sweep.answers import Answers
+from lm_eval_kvpress.sweep.store import CellStore
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint_dir: Path, tasks_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was not disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
+        assert command.main(command_line(checkpoint_dir, tasks_dir, output)) == 0
+    return output
+
+
+def test_every_cell_equals_the_run_of_that_cell_alone(whole: Path, checkpoint_dir: Path, tasks_dir: Path) -> None:
+    found = results_of(whole)
+    assert len(found) == 1 + 5 * 2
+    for name, (results, samples) in found.items():
+        arguments = results["config"]["model_args"]
+        alone = lm_eval.simple_evaluate(
+            model=KVPress(batch_size=4, device="cpu", **arguments),
+            tasks=[f"sweep_{kind}" for kind in KINDS],
+            task_manager=manager(tasks_dir),
+        )
+        assert figures(results) == pytest.approx(figures(json.loads(json.dumps(alone, default=str))), rel=1e-6), name
+        for task, of_task in samples.items():
+            for one, other in zip(of_task, alone["samples"][task], strict=True):
+                assert one["doc_hash"] == other["doc_hash"]
+                if task == "sweep_gen":
+                    assert one["resps"] == [list(resp) for resp in other["resps"]], name
+                    continue
+                pairs = zip(_numbers(one["filtered_resps"]), _numbers(other["filtered_resps"]), strict=True)
+                assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs), (name, task)
+        ours, theirs = results["config"]["kvpress"], alone["config"]["kvpress"]
+        for key in ("press", "protocol", "dtype", "versions", "attn_implementation", "decoding_steps"):
+            assert ours[key] == json.loads(json.dumps(theirs[key])), (name, key)
+        for task in ours["tasks"]:
+            pressed = ours["tasks"][task]["contexts_pressed"]
+            assert pressed == theirs["tasks"][task]["contexts_pressed"], (name, task)
+            assert ours["tasks"][task]["notes"] == theirs["tasks"][task]["notes"]
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [float({"True": 1, "False": 0}.get(str(value), value))]
+
+
+def test_cells_differ_and_say_what_they_are(whole: Path) -> None:
+    found = results_of(whole)
+    rolling = {name: figures(results)["sweep_rolling/word_perplexity,none"] for name, (results, _) in found.items()}
+    assert len({f"{value:.9g}" for value in rolling.values()}) == len(rolling), rolling
+    for name, (results, _) in found.items():
+        about = results["config"]["kvpress"]["sweep"]
+        assert about["cell"] == name
+        assert about["shares_prefill"] == (not name.startswith("observed_attention"))
+        assert about["settings"]["presses"] == PRESSES.split(",")
+        assert results["config"]["model"] == "pythia-kvpress"
+
+
+def test_prefill_tokens_are_run_once(whole: Path) -> None:
+    """All cells that share: of each distinct head once, whatever the number of cells. The others each their own."""
+    summary = json.loads((whole / "summary.json").read_text())
+    (of_none,) = (results for name, (results, _) in results_of(whole).items() if name == "none")
+    tasks = of_none["config"]["kvpress"]["tasks"].values()
+    booked = sum(task["contexts_unpressed"]["num_tokens"] for task in tasks)
+    assert 0 < summary["num_tokens_prefilled_shared"] <= booked
+    alone = [
+        sum(json.loads(line).get("num_prefill_tokens", 0) for line in log.read_text().splitlines())
+        for log in (whole / "cells").glob("observed_attention*/throughput.jsonl")
+    ]
+    assert alone and summary["num_tokens_prefilled"] == summary["num_tokens_prefilled_shared"] + sum(alone)
+    assert (summary["num_cells"], summary["num_cells_run"]) == (11, 11)
+
+
+def test_a_finished_sweep_computes_nothing_again_and_more_cells_can_be_added(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"presses": "none,knorm", "tasks": "sweep_choice"}
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/results/*/*")}
+    load, loaded = run.load_model, []
+    monkeypatch.setattr(run, "load_model", lambda settings: (loaded.append(1), load(settings))[1])
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5", **small)) == 0
+    assert not loaded
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, ratios="0.5,0.9", **small)) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(results_of(tmp_path)) == 3
+
+
+def test_streams_are_cells_too_and_keep_their_losses_by_position(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"presses": "none,streaming_llm,knorm", "rolling": "prefix,stream", "ratios": None, "budgets": "64"}
+    model_args = f"pretrained={checkpoint_dir},stream_chunk=16"
+    arguments = command_line(
+        checkpoint_dir, tasks_dir, tmp_path, **{**settings, "model_args": model_args, "tasks": "sweep_rolling"}
+    )
+    assert command.main(arguments) == 0
+    found = results_of(tmp_path)
+    assert set(found) == {
+        "none_rolling=prefix",
+        "streaming_llm_kv_budget=64_rolling=prefix",
+        "knorm_kv_budget=64_rolling=prefix",
+        "streaming_llm_stream_budget=64_rolling=stream",
+        "knorm_stream_budget=64_rolling=stream",
+    }
+    assert "no cell is the baseline" not in capsys.readouterr().err
+    cell = tmp_path / "cells" / "knorm_stream_budget=64_rolling=stream"
+    assert len(list((cell / "stream" / "sweep_rolling").glob("*.csv"))) == 6
+
+
+def test_unknown_tasks_are_refused_before_the_model_is_loaded(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_model", lambda settings: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match="unknown task 'sweep_chioce': did you mean 'sweep_choice'"):
+        command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen,sweep_chioce"))
+    assert not (tmp_path / "sweep.json").exists(), "the folder is free for the command as it was meant"
+
+
+@pytest.mark.parametrize("stream", [{"rolling": "stream"}, {"model_args": "rolling=stream,stream_chunk=16"}])
+def test_streams_beyond_the_trained_positions_are_refused(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, stream: dict[str, str]
+) -> None:
+    """And a protocol of model_args reaches the cells, whichever way it was given."""
+    model_args = ",".join([f"pretrained={checkpoint_dir}", *([stream["model_args"]] if "model_args" in stream else [])])
+    settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": None, "budgets": "4096"}
+    with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
+        command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, **settings))
+
+
+class Killed(BaseException):
+    """Ends a sweep as a signal would: nothing below may catch it."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_figures(
+    whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    draw, add, new_results, calls = random.Random(seed), Answers.add, CellStore.new_results, [0]
+
+    def dying(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] >= limit:
+                raise Killed
+            return method(self, *arguments)
+
+        return call
+
+    monkeypatch.setattr(Answers, "add", dying(add))
+    monkeypatch.setattr(CellStore, "new_results", dying(new_results))
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
+    for _ in range(3):
+        calls[0], limit = 0, draw.randint(2, 60)
+        with pytest.raises(Killed):
+            command.main(arguments)
+            raise Killed  # it was quicker than its killer
+    limit = 10**9
+    assert command.main(arguments) == 0
+    assert_same(tmp_path, whole)
+
+
+def test_damaged_answers_are_named_in_one_line_and_made_again(
+    whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def dying(self: CellStore) -> Path:
+        raise Killed
+
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(CellStore, "finish", dying)
+        with pytest.raises(Killed):
+            command.main(arguments)
+    file = tmp_path / "cells" / "knorm_compression_ratio=0.5" / "answers.sqlite"
+    file.write_bytes(b"not a database, for long enough that it is no empty one" * 99)
+    capfd.readouterr()
+    assert command.main(arguments) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
+    assert line == f"{file} is damaged (DatabaseError: file is not a database): its answers are made again"
+    assert_same(tmp_path, whole)
+    finished = (
+        results["config"]["kvpress"]["throughput"]["num_requests"] for results, _ in results_of(tmp_path).values()
+    )
+    assert len(set(finished)) == 1, "the records of the dropped answers went with them"
+
+
+@pytest.mark.slow
+def test_ten_real_kills_at_random_moments(checkpoint_dir: Path, tasks_dir: Path, whole: Path, tmp_path: Path) -> None:
+    """Real SIGKILLs of a real process, spread over its working time."""
+    code = (
+        "import sys; from lm_eval.tasks import TaskManager; from lm_eval_kvpress.sweep import command, run\n"
+        "run.task_manager = lambda s, c: TaskManager(include_path=s.include_path, include_defaults=False)\n"
+        "print('ready', flush=True); sys.exit(command.main(sys.argv[1:]))"
+    )
+    draw, kills, folder = random.Random(0), 0, tmp_path / "0"
+    while kills < 10 or not (folder / "summary.json").exists():
+        if (folder / "summary.json").exists():  # done before the tenth kill: once more from the start
+            assert_same(folder, whole)
+            folder = tmp_path / str(kills)
+        arguments = [sys.executable, "-c", code, *command_line(checkpoint_dir, tasks_dir, folder)]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout is not None
+        process.stdout.readline()
+        if kills < 10:
+            time.sleep(draw.uniform(0.2, 2.5))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        process.wait()
+        process.stdout.close()
+    assert_same(folder, whole)

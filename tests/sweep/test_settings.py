@@ -1,0 +1,99 @@
+"""Settings of a sweep, from YAML and the command line, and the cells that they make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.sweep.cells import cells_of
+from lm_eval_kvpress.sweep.command import settings_from
+from lm_eval_kvpress.sweep.settings import parse_settings
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("presses: [none", "is no YAML"),
+        ("- none", "must hold settings by name"),
+        ("press: [none]", "did you mean 'presses'"),
+        ("presses: [{name: knorm}]", "has no key 'press'"),
+        ("presses: [{press: snapkv, window: 3}]", "unknown argument 'window'"),
+    ],
+)
+def test_bad_yaml_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        cells_of(settings_from(["--config", str(file), "--tasks", "t", "--output_path", "o"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    content = {
+        "model_args": {"pretrained": "builtin", "dtype": "float32"},
+        "presses": [
+            "none",
+            {"press": "snapkv", "window_size": 32},
+            "adakv:knorm",
+            {"press": "dms:knorm", "threshold": -9},
+        ],
+        "ratios": [0.25, 0.5],
+        "query_tokens": [1, 32],
+        "tasks": ["kvpress_demo"],
+        "output_path": "out",
+    }
+    file.write_text(yaml.safe_dump(content))
+    settings = settings_from(["--config", str(file), "--limit", "3"])
+    assert settings.limit == 3 and settings.model_args == content["model_args"]
+    names = [cell.name for cell in cells_of(settings)]
+    assert len(names) == len(set(names)) == 2 * (1 + 2 + 2 + 1)
+    assert "snapkv_window_size=32_compression_ratio=0.25_query_tokens=32" in names
+    assert "adakv.knorm_compression_ratio=0.5_query_tokens=1" in names
+    assert settings_from(["--config", str(file), "--presses", "none"]).presses == ["none"]
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(json.loads(json.dumps(settings.as_typed()))))
+    assert settings_from(["--config", str(again)]) == settings, "what the results hold can be run again"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("batch_size", "big", "batch_size=big must be a whole number"),
+        ("limit", "few", "limit=few must be a number"),
+        ("tasks", [1], "tasks=1 must be text"),
+        ("presses", [3], "presses: 3 has no key 'press'"),
+        ("gen_kwargs", '{"do_sample"', "gen_kwargs: give NAME=VALUE,... or a JSON object"),
+        ("query_tokens", "1,two", "query_tokens=two must be a whole number"),
+    ],
+)
+def test_values_of_a_wrong_type_are_one_line(key: str, value: Any, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cells_of(parse_settings({"tasks": "t", "presses": "none", "output_path": "o", key: value}))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_are_of_the_type_of_their_setting() -> None:
+    settings = parse_settings(
+        {
+            "tasks": "a,b",
+            "presses": ["none"],
+            "output_path": "o",
+            "ratios": 0.5,
+            "budgets": [],
+            "batch_size": "auto",
+            "limit": "3",
+            "gen_kwargs": '{"do_sample": false}',
+            "model_args": "pretrained=builtin,dtype=float32",
+            "device": None,
+        }
+    )
+    assert (settings.tasks, settings.ratios, settings.budgets) == (["a", "b"], [0.5], [])
+    assert (settings.batch_size, settings.limit, settings.device) == ("auto", 3.0, None)
+    assert settings.gen_kwargs == {"do_sample": False}
+    assert settings.model_args == {"pretrained": "builtin", "dtype": "float32"}

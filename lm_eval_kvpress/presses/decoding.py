@@ -96,9 +96,15 @@ def parse_decoding(
     spec = parse_press(name, {**arguments, BUDGET: target_size})
     if spec.name not in DECODING_PRESSES:
         raise UsageError(
-            f"press=decoding:{spec.name} is not defined on a cache that is compressed again and again: use one of "
+            f"press=decoding:{spec.name} cannot compress one cache again and again: use one of "
             f"{', '.join(DECODING_PRESSES)}"
         )
+    _check_sizes(spec, target_size, interval)
+    return DecodingSpec(spec, target_size, interval)
+
+
+def _check_sizes(spec: PressSpec, target_size: int, interval: int) -> None:
+    """Refuse a budget that leaves nothing to choose, and an interval that is shorter than the press's window."""
     window, sinks = spec.arguments.get("window_size", 0), spec.arguments.get("n_sink", 0)
     if interval <= window:
         raise UsageError(
@@ -109,4 +115,3 @@ def parse_decoding(
         raise UsageError(
             f"target_size={target_size} is all that decoding:{spec.name} always keeps ({window + sinks}): raise it"
         )
-    return DecodingSpec(spec, target_size, interval)

@@ -34,13 +34,13 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
     """Set a press to keep ``budget`` entries whatever the length, with the chunk as its window if it has one.
 
     Raises:
-        UsageError: if the press is not defined on a standing cache, draws the same numbers again at every step, or
+        UsageError: if the press cannot compress one cache again and again, draws the same numbers at every step, or
             must keep more than the budget.
     """
     if press.name not in STREAM_PRESSES:
         raise UsageError(
-            f"press={press.name} is not defined on a standing cache, which rolling=stream compresses again and again: "
-            f"use one of {', '.join(STREAM_PRESSES)}"
+            f"press={press.name} cannot compress one cache again and again, as rolling=stream does: use one of "
+            f"{', '.join(STREAM_PRESSES)}"
         )
     if press.name == "random" and press.arguments["seed"] is not None:
         raise UsageError(

@@ -15,8 +15,8 @@ from lm_eval_kvpress.harness.model import KVPress
 
 BAD = [
     ({"rolling": "stream", "press": "snapkv"}, "stream_budget"),
-    ({"rolling": "stream", "press": "none", "stream_budget": 64}, "standing cache"),
-    ({"rolling": "stream", "press": "adakv:snapkv", "stream_budget": 64}, "standing cache"),
+    ({"rolling": "stream", "press": "none", "stream_budget": 64}, "cannot compress one cache again and again"),
+    ({"rolling": "stream", "press": "adakv:snapkv", "stream_budget": 64}, "cannot compress one cache again and again"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 63, "stream_chunk": 64}, "must keep"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "stream_chunk": 0}, "at least 1"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "compression_ratio": 0.5}, "compression_ratio"),

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from lm_eval_kvpress.errors import UsageError
+
 CountTokens = Callable[[str], int]
 Filler = Callable[[random.Random, int], str]
 
@@ -117,7 +119,7 @@ def sample_value(rng: random.Random, kind: str, attribute: str) -> str:
     if kind == "key":
         letters = "".join(rng.choice("bcdfghjklmnprstvwxz") for _ in range(2))
         return f"{letters}-{rng.randrange(100, 1000)}"
-    raise ValueError(f"unknown kind of fact {kind!r}; valid: {', '.join(KINDS)}")
+    raise UsageError(f"unknown kind of fact {kind!r}; valid: {', '.join(KINDS)}")
 
 
 def sample_subject(rng: random.Random) -> str:
@@ -178,12 +180,12 @@ def recall_document(
 
     filler(rng, num_tokens): prose between the facts, by default `generated_filler`. count_tokens(text): by
     default characters / 4.5. The document's own `distance` is the one measured with it.
-    Raises ValueError for an unknown kind or a distance below 48, where the other three facts do not fit.
+    Raises UsageError for an unknown kind or a distance below 48, where the other three facts do not fit.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of fact {kind!r}; valid: {', '.join(KINDS)}")
+        raise UsageError(f"unknown kind of fact {kind!r}; valid: {', '.join(KINDS)}")
     if distance < 48:
-        raise ValueError(f"distance is {distance}; at least 48 tokens are needed to hold the other facts")
+        raise UsageError(f"distance is {distance}; at least 48 tokens are needed to hold the other facts")
     count = count_tokens or count_by_characters
     fill = filler or partial(generated_filler, count_tokens=count)
     rng = random.Random(f"recall {seed} {distance} {kind}")

@@ -56,6 +56,8 @@ OWNERS = {
 
 # Package or file -> what it must not import, of ours or of others.
 NEVER = {
+    "presses": {"torch", "transformers.models", "transformers.cache_utils"},
+    "cache": {"transformers.modeling_utils", "transformers.AutoModel", "transformers.PreTrainedModel"},
     "report": {"torch", "lm_eval", "transformers", "kvpress"},
     "recall": {"torch", "lm_eval", "transformers", "kvpress", "numpy"},
     "verify.dense_reference": {PACKAGE.name},
@@ -69,17 +71,23 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "builtin" not in path.parts}
+FILES = {
+    module_name(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "builtin" not in path.relative_to(PACKAGE).parts
+}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports anywhere, less the standard library."""
+    """Every module that a file imports anywhere, also by a string that names one of ours, less the standard library."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} imports relatively; name the whole module"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"{PACKAGE.name}(\.\w+)+(:\w+)?", str(node.value)):
+            names = [node.value.partition(":")[0]]
         else:
             continue
         yield from (name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
@@ -105,6 +113,12 @@ def test_imports_run_downward(name: str) -> None:
     package = name.partition(".")[0]
     allowed = {package, "__init__"} | MAY_IMPORT.get(package, set()) | EVERYWHERE
     assert {module for module in our_modules(name) if module.partition(".")[0] not in allowed} == set()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_names_what_it_imports_of_ours(name: str) -> None:
+    whole = {PACKAGE.name, f"{PACKAGE.name}.*"}
+    assert whole.isdisjoint(imports(FILES[name])), "through the whole package anything can be reached"
 
 
 def test_every_package_has_a_line() -> None:

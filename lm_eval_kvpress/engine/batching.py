@@ -1,6 +1,6 @@
 """Groups, batches and packs of token sequences, and the halving of a batch that does not fit into memory.
 
-Knows token ids as integers. Does not know models, presses or text.
+Knows token ids as integers, and of torch its error for memory that ran out. Does not know models, presses or text.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class StaticStep:
     Args:
         steps: the cache, after the first token has been chosen.
         sampler: chooses tokens.
-        ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and room for those to come.
+        ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and places for those to come.
         column: where the newest tokens stand.
         step: how many tokens have been chosen.
         make_step: of `FastPaths.step_maker`; None for the model's modules.
@@ -77,7 +77,7 @@ class StaticStep:
 
     @property
     def kernels(self) -> str:
-        """What the step is made of, once it has run."""
+        """What computes the step, for the record, once it has run."""
         return getattr(self._forward, "kernels", None) or self._steps.model.fast.step_kind()
 
     def _mask(self, index: int) -> torch.Tensor:

@@ -143,8 +143,8 @@ class _Ends:
 
 
 def _ids(contexts: Sequence[Sequence[int]], num_new: int) -> torch.Tensor:
-    """Contexts on the right of ``(B, N)`` and room for new tokens behind them. What is empty holds the row's own first
-    token, so that a repetition penalty sees no token that is not in the row."""
+    """Contexts, right-aligned in ``(B, N)``, and places for new tokens behind them. What is empty holds the row's own
+    first token, so that a repetition penalty sees no token that is not in the row."""
     width = max(map(len, contexts))
     rows = [[row[0]] * (width - len(row)) + list(row) + [row[0]] * num_new for row in contexts]
     return torch.tensor(rows)

@@ -37,7 +37,7 @@ PACK_TOKENS = 4_096
 
 
 class Runner:
-    """Runs batches and books their time on a meter.
+    """Run batches and record their time on a meter.
 
     Args:
         model: the model, presentable to kvpress.

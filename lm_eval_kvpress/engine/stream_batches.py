@@ -24,7 +24,8 @@ class StreamBatches:
     """Documents that need no computation first, the others after them, longest first.
 
     A document is saved as soon as it ends, also while others of its batch go on. So a batch that ran out of memory, or
-    a run that was killed, computes only what was not finished.
+    a run that was killed, computes only what was not finished. What a failed batch finished has no record of its time,
+    and its largest cache is that of the failed batch.
 
     Args:
         documents: one per request.

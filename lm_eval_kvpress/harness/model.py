@@ -29,7 +29,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import identity, messages, parity, ranks, run_record
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
-from lm_eval_kvpress.harness.command_line import share_log_handlers
+from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.requests import (
     answer_padding,
@@ -72,6 +72,7 @@ class KVPress(CheckedHFLM):
     answering: Answering
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
+        show_usage_errors_in_one_line()  # here too: an lm-eval that scans entry points needs no start-up file
         share_log_handlers("lm_eval")
         settings, hflm_arguments = parse_arguments(arguments)
         self._arguments_of_answers = identity.arguments_of_answers(hflm_arguments)

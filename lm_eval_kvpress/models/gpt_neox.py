@@ -165,8 +165,7 @@ def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> 
 @contextmanager
 def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     """Lend a prepared model the names and hook arguments that kvpress presses use; take them back on exit."""
-    if not is_prepared(model):
-        raise ValueError("the model is not prepared: call gpt_neox.prepare(model) first")
+    assert is_prepared(model), "call gpt_neox.prepare(model) first"
     config, attentions = model.config, attention_modules(model)
     head_dim = config.hidden_size // config.num_attention_heads
     base = SimpleNamespace(

@@ -115,12 +115,18 @@ class PressableModel:
     def head_can_be_cut(self) -> bool:
         """Whether columns of the logits can be computed alone: the head is a plain layer on which nobody has a hook."""
         head = self.model.get_output_embeddings()
-        hooks = (head._forward_hooks, head._forward_pre_hooks, head.__dict__.get("forward"))  # accelerate's the last
+        everywhere = nn.modules.module  # hooks that watch every module there is
+        hooks = (
+            *(head._forward_hooks, head._forward_pre_hooks, head.__dict__.get("forward")),  # accelerate's the last
+            *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
+        )
         return type(head) is nn.Linear and not any(hooks)
 
     @property
     def linear_library(self) -> str:
         """The library that multiplies by the head's weight, for the record."""
+        if not self.head_can_be_cut:
+            return "torch"
         return self.fast.linear_library(self.model.get_output_embeddings().weight)
 
     def logits(self, hidden: torch.Tensor, start: int = 0, end: int | None = None) -> torch.Tensor:

@@ -50,6 +50,7 @@ class ThroughputLog:
         except Timeout as error:
             raise LogError(f"throughput_log={path} is being written by another run: choose another file") from error
         except OSError as error:
+            self._lock.release()
             raise LogError(f"throughput_log={path} cannot be written: {error.strerror}") from error
         self._is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         if self._is_regular:  # a pipe or a device holds nothing to go on from

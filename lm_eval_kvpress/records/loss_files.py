@@ -57,7 +57,7 @@ class LossFiles:
             )
 
     def load(self, task: str, document: Sequence[int], name: str) -> StoredLosses | None:
-        """A finished document, or None. One that an older version saved without its counts is not finished.
+        """A finished document, or None. One without its counts is not finished.
 
         Raises:
             UsageError: if the file holds fewer or more losses than the document has tokens.

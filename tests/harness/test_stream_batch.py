@@ -69,7 +69,7 @@ def test_side_by_side_equals_one_by_one(checkpoint_dir: Path, tmp_path: Path, pr
 def test_entries_that_tie_fall_alike_whoever_streams_beside_them(
     checkpoint_dir: Path, tmp_path: Path, chunk: int
 ) -> None:
-    """Of a repeated word all keys of the first layer have the same norm, up to the rounding of their rotation."""
+    """A repeated word gives the first layer keys of one norm, up to the rounding of their rotation."""
     words = ("the mill ", "river ", "the ")
     documents = [word * length for word, length in zip(words, LENGTHS[chunk], strict=False)]
     arguments: dict[str, Any] = {"press": "knorm", "stream_budget": BUDGET[chunk], "stream_chunk": chunk}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,12 +11,17 @@ from rich.text import Text
 UNLIMITED = 100_000  # columns of a file or pipe, in which rich would wrap at 80
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table, a line per row, without a last line break."""
-    lines = [header, *rows]
-    assert all(len(line) == len(header) for line in lines), [line for line in lines if len(line) != len(header)]
-    body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([body[0], f"|{'---|' * len(header)}", *body[1:]])
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table, a line per row, without a last line break.
+
+    Raises:
+        AssertionError: for a row that has not one cell per column of the header.
+    """
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for row in rows:
+        assert len(row) == len(header), (row, header)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

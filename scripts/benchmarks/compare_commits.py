@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks import compare_worker
 from scripts.benchmarks.measuring import Estimate, count, estimate, write
 from scripts.benchmarks.models import BUILTIN, DTYPES, PYTHIA_SHAPES, builtin_tokenizer, random_model
@@ -37,7 +38,6 @@ from scripts.benchmarks.sides import RATIO
 from scripts.benchmarks.texts import Text
 from scripts.benchmarks.workloads import WORKLOADS, Workload
 from scripts.machine import commit, described, machine
-from scripts.markdown import table
 
 KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 """As the Makefile sets it, unless the environment does: glibc keeps freed memory. Versions that set this themselves and
@@ -234,7 +234,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The heading and one row per model, workload and press."""
     headings = ["model", "workload", "press", "before, s", "after, s", "times as fast", "answers"]
     heading = f"{report['before']} to {report['after']}: {described(report['machine'])}; {report['dtype']}."
-    return f"{heading}\n\n{table(headings, [_cells(row) for row in report['rows']])}\n"
+    return f"{heading}\n\n{markdown_table(headings, [_cells(row) for row in report['rows']])}\n"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

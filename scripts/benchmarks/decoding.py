@@ -33,11 +33,11 @@ import torch
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks import document
 from scripts.benchmarks.generation import Bench, Case, Measurement, random_prompts
 from scripts.benchmarks.measuring import Estimate, count, estimate, rounds, seconds
 from scripts.benchmarks.models import BUILTIN, DTYPES, SHAPES, random_model
-from scripts.markdown import table
 
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 2**29}
 TARGETS = {"roofline": 0.6, "generate": 8.0, "press": 1.9}
@@ -214,7 +214,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         for model, report in found["decoding"].items()
         for row in report["rows"]
     ]
-    return table(["model", "batch", "prompt", "press", *figures], rows) + "\n"
+    return markdown_table(["model", "batch", "prompt", "press", *figures], rows) + "\n"
 
 
 def cells(model: str, row: Mapping[str, Any], report: Mapping[str, Any], *, on_gpu: bool) -> list[str]:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks import document
 from scripts.benchmarks.comparisons import COMPARISONS, Comparison, chosen
 from scripts.benchmarks.measuring import Estimate, count, counts
@@ -42,7 +43,6 @@ from scripts.benchmarks.sides import RATIO, Models
 from scripts.benchmarks.texts import Text
 from scripts.benchmarks.workloads import WORKLOADS
 from scripts.machine import ROOT
-from scripts.markdown import table
 
 MODELS = ("builtin", *PYTHIA_SHAPES)
 
@@ -177,7 +177,7 @@ def merged(earlier: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[
 
 def markdown(found: Mapping[str, Any]) -> str:
     headings = ("model", "workload", "press", "against", "batch", "s", "their s", "times as fast", "target", "memory")
-    return table(headings, [cells(row) for row in found["evaluation"]["rows"]]) + "\n"
+    return markdown_table(headings, [cells(row) for row in found["evaluation"]["rows"]]) + "\n"
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:

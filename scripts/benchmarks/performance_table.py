@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks import decoding
 from scripts.benchmarks.document import FILE
 from scripts.benchmarks.measuring import Estimate
 from scripts.machine import described
-from scripts.markdown import table
 
 WORKLOADS = (
     ("choice-800", "none"),
@@ -109,7 +109,7 @@ def requests_table(rows: Sequence[Mapping[str, Any]]) -> str:
             if stock or pipeline:
                 lines.append([model, workload, press, *figures(stock, pipeline)])
     sides = ["ours, s", "stock HFLM, s", "times as fast", "kvpress pipeline, s", "times as fast"]
-    return table(["model", "workload", "press", *sides], lines)
+    return markdown_table(["model", "workload", "press", *sides], lines)
 
 
 def figures(stock: Mapping[str, Any] | None, pipeline: Mapping[str, Any] | None) -> list[str]:

@@ -27,11 +27,11 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks.generation import Bench, Case, Measurement, random_prompts, story_prompts
 from scripts.benchmarks.measuring import count, counts, estimate, rounds, write
 from scripts.benchmarks.models import BUILTIN, DTYPES, SHAPES, random_model
 from scripts.machine import ROOT, commit, machine
-from scripts.markdown import table
 
 PRESSES = "none,snapkv,streaming_llm,pyramidkv"
 
@@ -135,7 +135,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     speeds = ["prefill tok/s", "press ms", "TTFT ms", "TPOT ms", "decode tok/s"]
     perplexity = [f"{task} ppl" for task in tasks]
     headings = ["press", "batch", "prompt", "new", "kept", *speeds, "KV MiB", "peak MiB", *perplexity]
-    return table(headings, [cells(row, tasks) for row in report["rows"]]) + f"\n\n{legend(report)}\n"
+    return markdown_table(headings, [cells(row, tasks) for row in report["rows"]]) + f"\n\n{legend(report)}\n"
 
 
 def cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:

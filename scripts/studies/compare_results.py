@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 
 Key = tuple[str, str, str]
 """Folder below the compared one, press with its arguments, task."""
@@ -223,7 +223,7 @@ def _as_number(part: Any) -> float | None:
 
 def markdown(differences: Sequence[Difference], tolerance: float) -> str:
     headings = ["run", "press", "task", "metrics", "kept", "answers", ""]
-    return table(headings, [_cells(one, tolerance) for one in differences])
+    return markdown_table(headings, [_cells(one, tolerance) for one in differences])
 
 
 def _cells(one: Difference, tolerance: float) -> list[str]:

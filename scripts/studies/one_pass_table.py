@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm_eval_kvpress.report.cell import Cell
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 from scripts.studies.cells import SCORED_UNDER_PRESS, fell_back, metric, read_cells, removed
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -35,7 +35,7 @@ def markdown(cells: Sequence[Cell]) -> str:
     headings = [f"{title}, {protocol}" for title in TASKS.values() for protocol in METRICS]
     places = sorted(dict.fromkeys(place[:2] for place in by_place), key=lambda place: place[0])
     rows = [_row({protocol: by_place[(*place, protocol)] for protocol in METRICS}) for place in places]
-    return table(["press", "removed", *headings], rows)
+    return markdown_table(["press", "removed", *headings], rows)
 
 
 def _row(cells: Mapping[str, Cell]) -> list[str]:

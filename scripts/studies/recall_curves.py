@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lm_eval_kvpress.report.cell import Cell
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 from scripts.studies.cells import SCORED_UNDER_PRESS, fell_back, kept_share, metric, notes, read_cells, removed
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -81,7 +81,7 @@ def _point(seen: Cell, held_back: Cell) -> Point:
 def markdown(points: Sequence[Point]) -> str:
     """One row per point."""
     headings = ["press", "removed", "recall, question seen", "recall, question held back", "story perplexity"]
-    return table(headings, [_cells(point) for point in points])
+    return markdown_table(headings, [_cells(point) for point in points])
 
 
 def _cells(point: Point) -> list[str]:

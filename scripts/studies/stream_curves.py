@@ -26,8 +26,8 @@ import torch
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.report.bootstrap import interval
+from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks.streams import CHUNK, SETTINGS, Setting, first_books, steps_of
-from scripts.markdown import table
 
 INSIDE, FAR = slice(1024, 2048), slice(10_000, 20_000)
 """Positions inside the trained window with a full cache at every budget here, and far beyond it."""
@@ -144,7 +144,7 @@ def markdown(rows: Sequence[dict[str, Any]], num_books: int, num_tokens: int) ->
         ]
         for row in rows
     ]
-    return "\n".join([*text, "", table(["cache", "budget", "inside", "far", *ratios], cells)]) + "\n"
+    return "\n".join([*text, "", markdown_table(["cache", "budget", "inside", "far", *ratios], cells)]) + "\n"
 
 
 def draw(by_setting: dict[str, np.ndarray], trained: int, file: Path) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
 from lm_eval_kvpress.recall import KINDS, RecallDocument, recall_document
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 
 WINDOW = 2048
 GROUPS = {64: 1, 128: 16, 256: 32, 512: 64}  # tokens of context -> tokens predicted at once
@@ -181,7 +181,7 @@ def measure(model_folder: Path, held_out: Sequence[str], per_text: int, per_cell
 
 def perplexity_table(figures: Figures) -> str:
     rows = [[context, f"{value:.2f}"] for context, value in figures.perplexity.items()]
-    return table(["tokens of context", "perplexity"], rows)
+    return markdown_table(["tokens of context", "perplexity"], rows)
 
 
 def recall_table(figures: Figures) -> str:
@@ -190,7 +190,7 @@ def recall_table(figures: Figures) -> str:
     for distance in sorted({cell.distance for cell in figures.recall}):
         values = [*figures.recall_at(distance, "generated"), *figures.recall_at(distance, "prose")]
         rows.append([str(distance), *(f"{value:.3f}" for value in values)])
-    return table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 from scripts.studies.findings.rows import Findings, OneForward, Perplexity, SplitDifference, datasets, presses
 from scripts.studies.findings.writing import percent, picture, section
 
@@ -31,7 +31,7 @@ def protocols_section(findings: Findings, figure: str | None) -> str:
         *(protocol_sentence(rows, dataset) for dataset in datasets(rows)),
         "A press is a hook that prunes a layer's cache after that layer's attention has run. A single forward under "
         f"each press ({findings.forwards[0].num_tokens} tokens) shows the order of events:",
-        table(
+        markdown_table(
             ["press", "entries left in the cache", "largest logit", "largest change of a logit"],
             [
                 [f.press, percent(f.kept_share), f"{f.largest_logit:.2f}", f"{f.largest_difference:.2g}"]
@@ -94,7 +94,7 @@ def split_section(findings: Findings) -> str:
         *perplexity_tables(rows, with_split=True),
         split_sentence(rows),
         "Which entries are kept, over all layers and heads:",
-        table(
+        markdown_table(
             ["press", "contexts", "entries kept", "of these evicted with the wrong split"],
             [
                 [d.press, str(d.num_contexts), f"{d.num_kept:,}", percent(d.num_different / d.num_kept)]
@@ -103,7 +103,7 @@ def split_section(findings: Findings) -> str:
         ),
         difference_sentence(findings.differences),
         "Questions about a fact in the context (more of them below):",
-        table(["press", "split", "right answers", "mean change against no press, nats"], answers),
+        markdown_table(["press", "split", "right answers", "mean change against no press, nats"], answers),
         "`lm-eval-kvpress verify` looks for a wrong split where it is: at the projections and the kept entries.",
     )
 
@@ -157,7 +157,7 @@ def ratio_section(findings: Findings, figure: str | None) -> str:
             if press != "none"
         ]
         blocks.append(f"{dataset}, `prefix`, no press {plain:.2f}:")
-        blocks.append(table(["press", *(f"removed {ratio:g}" for ratio in removed)], cells))
+        blocks.append(markdown_table(["press", *(f"removed {ratio:g}" for ratio in removed)], cells))
         extremes = [
             f"{press} {value(of_dataset, press, removed[0]) / plain - 1:+.2%} and "
             f"{value(of_dataset, press, removed[-1]) / plain - 1:+.1%}"
@@ -209,4 +209,4 @@ def perplexity_table(rows: Sequence[Perplexity], *, with_split: bool) -> str:
                 *(f"{mine[column].perplexity:.3f}" for column in columns),
             ]
         )
-    return table(["press", *(["split"] if with_split else []), "kept", *head], lines)
+    return markdown_table(["press", *(["split"] if with_split else []), "kept", *head], lines)

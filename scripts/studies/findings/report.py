@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.markdown import table
+from lm_eval_kvpress.tables import markdown_table
 from scripts.studies.findings.perplexity_sections import protocols_section, ratio_section, split_section
 from scripts.studies.findings.rows import Findings
 from scripts.studies.findings.writing import percent, picture, section
@@ -77,7 +77,7 @@ def first_token_section(findings: Findings) -> str:
         "The first-token rule",
         f"{findings.removed:g} removed; four answers of one token each, about a fact some 400 tokens back. "
         "`query_tokens` is how many tokens of the context are held back and fed after compression.",
-        table(["press", "query_tokens", "largest change, nats", "mean change, nats", "right answers"], cells),
+        markdown_table(["press", "query_tokens", "largest change, nats", "mean change, nats", "right answers"], cells),
         sentence,
     )
 
@@ -113,7 +113,7 @@ def speed_section(findings: Findings, figure: str | None) -> str:
         "Speed",
         f"{rows[0].num_prompt_tokens:,} tokens of prompt, {rows[0].num_new_tokens} new ones; every setting warmed up, "
         "the device synchronized at the edges of each phase, prefill apart from decoding; medians with 95 % intervals.",
-        table(["press", "batch", "kept", *SPEED_COLUMNS], cells),
+        markdown_table(["press", "batch", "kept", *SPEED_COLUMNS], cells),
         picture(figure, "Decoded tokens per second"),
         "; ".join(told) + ".",
         "The origin, with Pythia-2.8B on a GPU of 8 GB, reported (tok/s at batch 1 / 4) baseline 11.15 / 3.18, SnapKV "

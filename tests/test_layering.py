@@ -6,9 +6,9 @@ One line per package, bottom up; a new package needs one here.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -78,19 +78,19 @@ FILES = {
 }
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports anywhere, also by a string that names one of ours, less the standard library."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} imports relatively; name the whole module"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and re.fullmatch(rf"{PACKAGE.name}(\.\w+)+(:\w+)?", str(node.value)):
-            names = [node.value.partition(":")[0]]
-        else:
-            continue
-        yield from (name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
+            found.add(node.value.partition(":")[0])
+    return frozenset(name for name in found if name.partition(".")[0] not in sys.stdlib_module_names)
 
 
 def our_modules(name: str) -> set[str]:
@@ -101,7 +101,7 @@ def our_modules(name: str) -> set[str]:
         if parts[0] == PACKAGE.name:
             candidates = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
             found.update([candidate for candidate in candidates if candidate in FILES][:1])
-    return found
+    return found - {name}
 
 
 def is_part_of(name: str, owner: str) -> bool:

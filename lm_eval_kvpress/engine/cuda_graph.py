@@ -1,9 +1,9 @@
-"""Decoding as one step that can be recorded and repeated: a CUDA graph, so that no token waits for Python.
+"""Decoding steps as a CUDA graph, so that no token waits for Python.
 
-A captured graph repeats its kernels on the same addresses and shapes. So the step here is a function over tensors that
-stay where they are: whole buffers of a known size, whose unwritten end a mask hides, and counters on the device that
-the step itself moves on. Nothing in it comes from the host or goes there. The first step runs as it is, which warms
-up what libraries make at their first call; the record runs nothing; what follows are replays.
+A captured graph repeats its kernels on the same addresses and shapes. So the step here works on tensors that stay where
+they are: whole buffers of a known size, whose unwritten end a mask hides, and counters on the device that the step
+itself advances. It reads nothing from the host and writes nothing to it. The first step runs as it is, which warms up
+libraries; then a step is captured, which runs nothing, and replayed from there on.
 
 Knows torch and `decode_state`. Does not know text or presses.
 
@@ -26,10 +26,10 @@ logger = logging.getLogger("lm_eval_kvpress")
 
 NUM_WARM_UP = 1
 LEAST_REPLAYS = 8
-"""A record costs about as much as a few steps: shorter generations are not worth one."""
+"""A capture costs about as much as a few steps, so it must save at least this many."""
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None] | None]
-"""Records what a function does, without doing it, and returns what does it; None where that cannot be recorded."""
+"""Captures a function without running it and returns its replay; None if it cannot be captured."""
 
 
 class Chooses(Protocol):
@@ -41,48 +41,48 @@ class Chooses(Protocol):
 class StaticStep:
     """Feeds the newest token of each row, chooses the next one and writes it behind it.
 
-    From here on `steps` is this object's: its buffers are attended whole, its masks open one entry per call.
+    It takes the state over: buffers are attended whole from now on, and masks open one entry per call.
 
     Args:
-        steps: the cache, after the first token has been chosen.
+        state: the growing cache, after the first token has been chosen.
         sampler: chooses tokens.
-        ids: ``(B, N)``, all tokens of each row, the chosen one at ``column`` included, and places for those to come.
-        column: where the newest tokens stand.
-        step: how many tokens have been chosen.
+        ids: ``(B, N)``, all tokens of each row, with empty columns after ``column`` for tokens to come.
+        column: the column of the newest tokens.
+        step: number of tokens chosen so far.
         make_step: of `FastPaths.step_maker`; None for the model's modules.
     """
 
     def __init__(
         self,
-        steps: DecodeState,
+        state: DecodeState,
         sampler: Chooses,
         ids: torch.Tensor,
         column: int,
         step: int,
         make_step: Callable[..., Any] | None = None,
     ) -> None:
-        self._steps, self._sampler, self._ids = steps, sampler, ids
-        self._tokens, self._positions = ids[:, column, None].clone(), steps.positions[:, None].clone()
+        self._state, self._sampler, self._ids = state, sampler, ids
+        self._tokens, self._positions = ids[:, column, None].clone(), state.positions[:, None].clone()
         self._column, self._step = (torch.tensor([count], device=ids.device) for count in (column + 1, step))
-        lengths = {layer.length for layer in steps.layers}
+        lengths = {layer.length for layer in state.layers}
         self._places = {length: torch.tensor([length], device=ids.device) for length in lengths}
         self._masks: list[tuple[torch.Tensor, int]] = []
-        for index, layer in enumerate(steps.layers):
-            steps.biases[index] = self._mask(index)
+        for index, layer in enumerate(state.layers):
+            state.biases[index] = self._mask(index)
             layer.write_at(self._places[layer.length])
-        self._forward: Callable[..., torch.Tensor] = steps.run
+        self._forward: Callable[..., torch.Tensor] = state.forward
         if make_step is not None:
-            places = [self._places[layer.length] for layer in steps.layers]
-            self._forward = make_step(steps.layers, steps.biases, places, steps.run)
+            places = [self._places[layer.length] for layer in state.layers]
+            self._forward = make_step(state.layers, state.biases, places, state.forward)
 
     @property
     def kernels(self) -> str:
-        """What computes the step, for the record, once it has run."""
-        return getattr(self._forward, "kernels", None) or self._steps.model.fast.step_kind()
+        """What computes the step, known once it has run."""
+        return getattr(self._forward, "kernels", None) or self._state.model.fast.step_kind()
 
     def _mask(self, index: int) -> torch.Tensor:
-        """A layer's mask, closed where nothing has been written; one for all layers that hide the same entries."""
-        layer, mask = self._steps.layers[index], self._steps.masks[index]
+        """A layer's mask, closed where nothing is written yet; layers that hide the same entries share one."""
+        layer, mask = self._state.layers[index], self._state.masks[index]
         mask = layer.keys.new_zeros(1, 1, 1, layer.capacity) if mask is None else mask.clone()
         mask[..., layer.length :] = torch.finfo(mask.dtype).min
         for other, length in self._masks:
@@ -95,14 +95,14 @@ class StaticStep:
         for mask, length in self._masks:
             mask.index_fill_(3, self._places[length], 0)
         hidden = self._forward(self._tokens, self._positions)
-        chosen = self._sampler.choose(self._ids, self._steps.model.logits(hidden), self._step)
+        chosen = self._sampler.choose(self._ids, self._state.model.logits(hidden), self._step)
         self._tokens.copy_(chosen[:, None])
         self._ids.index_copy_(1, self._column, self._tokens)
         torch._foreach_add_([self._positions, self._column, self._step, *self._places.values()], 1)
 
 
 class Repeated:
-    """Runs a step a few times, then records it and replays the record; where it cannot be recorded, goes on running."""
+    """Runs a step once, then captures and replays it; runs it each time if it cannot be captured."""
 
     def __init__(self, step: Callable[[], None], record: Recorder) -> None:
         self._run, self._step, self._record = step, step, record
@@ -116,17 +116,19 @@ class Repeated:
 
 
 class GraphRecorder:
-    """Records the decoding steps of one model as CUDA graphs; after one that cannot be recorded it tries no more."""
+    """Captures the decoding steps of one model as CUDA graphs; after a capture that failed it tries no more.
+
+    Attributes:
+        newest: what computed the steps of the newest batch; None if it had no step, or ended before a capture.
+    """
 
     def __init__(self, model: PressableModel) -> None:
         self._model, self._has_failed = model, False
         self.newest: str | None = None
-        """How the steps of the newest batch were made, which decides what a token costs; None if it had none, or ended
-        before one could be recorded."""
 
     def for_steps(self, num_steps: int, *, is_compressed: bool = False) -> Recorder | None:
-        """The recorder for a batch of so many steps, or None where the growing cache is used: everywhere but on a GPU,
-        where attending to whole buffers costs more than it saves, and where a press compresses the cache as it grows.
+        """This recorder for a batch of so many steps, or None where steps are run one by one: without a GPU, because
+        attending whole buffers then costs more than a graph saves, and where a press compresses the growing cache.
         """
         if not is_compressed and self._can_record(num_steps):
             self.newest = None
@@ -148,7 +150,7 @@ class GraphRecorder:
             replay = cuda_graph(step)
             self.newest = f"{getattr(step, 'kernels', 'modules')}, CUDA graph"
             return replay
-        except RuntimeError as error:  # whatever a kernel or a driver has against being captured
+        except RuntimeError as error:  # kernels and drivers refuse a capture in many ways
             cause = _first_cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # a smaller batch is the answer
@@ -159,10 +161,10 @@ class GraphRecorder:
 
 
 def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Records a step as a CUDA graph.
+    """Capture a step as a CUDA graph and return its replay.
 
-    When a capture fails ``torch.cuda.graph`` leaves its own stream current, and the device's random numbers waiting
-    for the end of the capture: both are put back.
+    After a failed capture ``torch.cuda.graph`` leaves its own stream current and the device's random numbers waiting
+    for the end of the capture; both are restored here.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -179,14 +181,14 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a broken capture complains of the break, and hides its cause."""
+    """The first error: the end of a broken capture raises another one, which hides the cause."""
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return error
 
 
 def why_not_recorded(model: PressableModel) -> str:
-    """Why the steps of a model on a GPU cannot be captured, as far as it can be known; nothing if they can."""
+    """A known reason why the steps of a model on a GPU cannot be captured, or an empty string."""
     if len({parameter.device for parameter in model.model.parameters()}) > 1:
         return "the model is spread over several devices"
     rope_type = getattr(getattr(model.model.base_model, "rotary_emb", None), "rope_type", "default")

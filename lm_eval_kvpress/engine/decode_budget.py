@@ -60,7 +60,7 @@ class BudgetKeeper:
         self._num_tokens = num_tokens
         return num_forwards > 0 and num_forwards % self._plan.interval == 0
 
-    def held(self, row: int, num_new_tokens: int) -> tuple[int, int]:
+    def counts(self, row: int, num_new_tokens: int) -> tuple[int, int]:
         """How often a row was compressed before its last token, and the most entries that it then had."""
         target = self._plan.target_size
         found = [

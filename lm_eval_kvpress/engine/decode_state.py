@@ -1,4 +1,4 @@
-"""The growing cache of a ragged batch while it is decoded: its buffers, masks and positions, a forward per step.
+"""The growing cache of a ragged batch while it is decoded: buffers, masks and positions, and one forward per step.
 
 Token ids in, hidden states out. Does not know how tokens are chosen, text or presses.
 
@@ -18,20 +18,20 @@ from lm_eval_kvpress.models.pressable import PressableModel, placeholder_mask
 
 
 class DecodeState:
-    """Feeds held-back tokens, then one token per row and step.
+    """Takes the held-back tokens first, then one token per row and step.
 
     Args:
         model: the model.
-        cache: where to start from; it is copied.
-        held: how many tokens `first` will be given, per row; they stand on the right.
-        num_new: tokens to be fed after them, at most.
+        cache: the compressed contexts; it is copied.
+        held: number of held-back tokens per row, which are padded on the left.
+        num_new: the most tokens that follow them.
 
     Attributes:
-        biases: the mask of each layer for the next forward; give them to `pressable.masked`.
+        biases: the mask of each layer for the next forward, for `pressable.masked`.
         layers: the growing buffers.
-        masks: per layer what single tokens may attend, ``(B, 1 or heads, 1, C)``, open for all that is to come; None
-            where nothing is hidden.
-        positions: of the next token, ``(B,)``.
+        masks: per layer which entries single tokens may attend, ``(B, 1 or heads, 1, C)``, open for entries to come;
+            None where nothing is hidden.
+        positions: positions of the next tokens, ``(B,)``.
     """
 
     def __init__(self, model: PressableModel, cache: CompressedCache, held: Sequence[int], num_new: int) -> None:
@@ -48,14 +48,14 @@ class DecodeState:
         self.positions = torch.tensor(cache.next_position, device=model.device)
         self._placeholder = placeholder_mask(model)
 
-    def over(self, cache: CompressedCache, num_new: int) -> DecodeState:
-        """Steps that go on over another cache, under the masks that were given away."""
-        steps = DecodeState(self.model, cache, [0] * len(cache.num_seen), num_new)
-        steps.biases = self.biases
-        return steps
+    def with_cache(self, cache: CompressedCache, num_new: int) -> DecodeState:
+        """The state that goes on from another cache. It shares `biases`, which attention modules read already."""
+        state = DecodeState(self.model, cache, [0] * len(cache.num_seen), num_new)
+        state.biases = self.biases
+        return state
 
-    def first(self, queries: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Feeds the held-back tokens; the hidden state after the last, ``(B, E)``."""
+    def feed_held_back(self, queries: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Feed the held-back tokens; return the hidden state after the last, ``(B, E)``."""
         device, width = self.model.device, max(len(query) for query in queries)
         padding = torch.tensor([width - len(query) for query in queries], device=device)
         columns = torch.arange(width, device=device)
@@ -71,30 +71,30 @@ class DecodeState:
                 cached, visible.to(layer.keys.device), layer.keys.dtype, self.model.num_query_heads
             )
         self.positions = self.positions + width - padding
-        return self.run(tokens, positions)
+        return self.forward(tokens, positions)
 
-    def next(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feeds one token per row, ``(B,)``; its hidden state, ``(B, E)``."""
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed one token per row, ``(B,)``; return its hidden state, ``(B, E)``."""
         for index, (mask, layer) in enumerate(zip(self.masks, self.layers, strict=True)):
             self.biases[index] = None if mask is None else mask[..., : layer.length + 1]
         positions = self.positions[:, None]
         self.positions = self.positions + 1
-        return self.run(tokens[:, None], positions)
+        return self.forward(tokens[:, None], positions)
 
-    def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """One forward over ``(B, Q)`` tokens under `biases`; the last hidden state, ``(B, E)``."""
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run ``(B, Q)`` tokens under `biases`; return the last hidden state, ``(B, E)``."""
         hidden = self.model.hidden_states(
             tokens,
             position_ids=positions,
             past_key_values=self.reader,
             attention_mask=self._placeholder,
-            cache_position=positions[0],  # spares counting; with a mask of 4 dimensions nothing reads it
+            cache_position=positions[0],  # else transformers counts it; with a mask of 4 dimensions nothing reads it
             use_cache=True,
         )
         return hidden[:, -1]
 
-    def standing(self) -> CompressedCache:
-        """What is cached now, as a value that looks into the buffers."""
+    def as_cache(self) -> CompressedCache:
+        """The entries cached so far. Its tensors are views of the buffers."""
         layers = [LayerKV(layer.keys, layer.values, self._hidden(index)) for index, layer in enumerate(self.layers)]
         return CompressedCache(tuple(layers), self._num_seen, tuple(self.positions.tolist()))
 

@@ -1,4 +1,4 @@
-"""Generates from a ragged batch of compressed caches, one forward per token. Token ids in, token ids out.
+"""Generate from a ragged batch of compressed caches, one forward per token. Token ids in, token ids out.
 
 Does not know text, lm-eval or presses.
 
@@ -7,8 +7,8 @@ Letters in shape comments: B rows, N tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -36,16 +36,16 @@ def decode(
     record: Recorder | None = None,
     keeper: BudgetKeeper | None = None,
 ) -> list[list[int]]:
-    """Generates for each row from its compressed cache, one forward per token for the whole ragged batch.
+    """Generate for each row from its compressed cache, one forward per token for the whole ragged batch.
 
     Args:
-        contexts: the full context of each row, compressed part included (for processors that look at it).
-        num_held_back: how many of a context's last tokens were held back; all rows or none may have zero.
+        contexts: the full context of each row, with its compressed part, which some logits processors look at.
+        num_held_back: how many of a context's last tokens were held back; zero for all rows or for none.
         stop_ids: tokens that end a row; they are part of the result.
-        stopped: told the new tokens so far, ``(B, n)``, says which rows are complete for other reasons.
+        stopped: says from the new tokens so far, ``(B, n)``, which rows are complete for other reasons.
         on_token: called when the tokens of a step have reached the host.
-        record: how steps are recorded and repeated; None for the growing cache.
-        keeper: compresses the growing cache as it is due; steps are not recorded then.
+        record: captures a step, to be replayed; None runs each step.
+        keeper: compresses the growing cache; steps are not captured then.
 
     Returns:
         the new tokens of each row, up to and including the one that ended it.
@@ -53,39 +53,90 @@ def decode(
     assert max(num_held_back) == 0 or min(num_held_back) > 0, (
         f"some rows hold back nothing, others do: {list(num_held_back)}"
     )
-    prompt, ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
-    sampler, record = sampler.on(model.device), record if keeper is None else None
-    make_step = model.fast.step_maker() if record else None  # before the masks' hooks
-    steps = DecodeState(model, cache, num_held_back, max_new_tokens)
+    steps = _Steps(model, cache, contexts, num_held_back, max_new_tokens, sampler, record, keeper)
     ends = _Ends(len(contexts), max_new_tokens, stop_ids, stopped, on_token)
     arrivals = Arrivals(max_new_tokens, len(contexts), model.device)
-
-    def choose(hidden: torch.Tensor, step: int) -> None:
-        ids[:, prompt + step] = sampler.choose(ids, model.logits(hidden).to(ids.device), step)
-
-    with masked(model.attentions, steps.biases), nullcontext() if keeper is None else keeper.watching():
-        queries = [list(context[len(context) - held :]) for context, held in zip(contexts, num_held_back, strict=True)]
-        choose(steps.first(queries) if max(num_held_back) else prefill_hidden(cache), 0)
-        repeated = record and Repeated(StaticStep(steps, sampler, ids, prompt, 1, make_step), record)
+    with steps.watching():
         for step in range(max_new_tokens):
-            if step and repeated:
-                repeated()
-            elif step:
-                if keeper is not None and keeper.is_due(step - (max(num_held_back) == 0), step):
-                    steps = steps.over(keeper.compress(steps.standing()), max_new_tokens - step)
-                choose(steps.next(ids[:, prompt + step - 1]), step)
-            arrivals.send(ids[:, prompt + step])
+            arrivals.send(steps.choose(step))
             if ends.see(arrivals.take(wait=step == 0)):  # the first token's time is one of the figures
                 break
         ends.see(arrivals.take(wait=True))
     return ends.cut(arrivals.take(wait=True))
 
 
+class _Steps:
+    """Chooses the tokens of a batch, one per row and step; the arguments are those of `decode`."""
+
+    def __init__(
+        self,
+        model: PressableModel,
+        cache: CompressedCache,
+        contexts: Sequence[Sequence[int]],
+        num_held_back: Sequence[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        record: Recorder | None,
+        keeper: BudgetKeeper | None,
+    ) -> None:
+        self._model, self._cache, self._contexts, self._num_held_back = model, cache, contexts, num_held_back
+        self._max_new_tokens, self._sampler, self._keeper = max_new_tokens, sampler.on(model.device), keeper
+        self._record = record if keeper is None else None
+        self._make_step = model.fast.step_maker() if self._record else None  # before the masks' hooks
+        self._state = DecodeState(model, cache, num_held_back, max_new_tokens)
+        self._num_prompt, self._ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
+        self._repeated: Repeated | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The context in which tokens are chosen: attention reads this batch's masks."""
+        with (
+            masked(self._model.attentions, self._state.biases),
+            nullcontext() if self._keeper is None else self._keeper.watching(),
+        ):
+            yield
+
+    def choose(self, step: int) -> torch.Tensor:
+        """The tokens of a step, ``(B,)``; steps are counted from 0 and called in order."""
+        if step == 0:
+            self._write(self._first_hidden(), 0)
+            if self._record:
+                column = self._num_prompt
+                static = StaticStep(self._state, self._sampler, self._ids, column, 1, self._make_step)
+                self._repeated = Repeated(static, self._record)
+        elif self._repeated:
+            self._repeated()
+        else:
+            self._compress_if_due(step)
+            self._write(self._state.feed(self._chosen(step - 1)), step)
+        return self._chosen(step)
+
+    def _first_hidden(self) -> torch.Tensor:
+        """The hidden state that predicts the first token: of the held-back tokens, or else of the prefill."""
+        if not max(self._num_held_back):
+            return prefill_hidden(self._cache)
+        pairs = zip(self._contexts, self._num_held_back, strict=True)
+        return self._state.feed_held_back([list(context[len(context) - held :]) for context, held in pairs])
+
+    def _compress_if_due(self, step: int) -> None:
+        num_forwards = step - (max(self._num_held_back) == 0)
+        if self._keeper is not None and self._keeper.is_due(num_forwards, step):
+            compressed = self._keeper.compress(self._state.as_cache())
+            self._state = self._state.with_cache(compressed, self._max_new_tokens - step)
+
+    def _write(self, hidden: torch.Tensor, step: int) -> None:
+        logits = self._model.logits(hidden).to(self._ids.device)
+        self._ids[:, self._num_prompt + step] = self._sampler.choose(self._ids, logits, step)
+
+    def _chosen(self, step: int) -> torch.Tensor:
+        return self._ids[:, self._num_prompt + step]
+
+
 class Arrivals:
     """Chosen tokens on their way to the host.
 
-    On a GPU each step's copy is queued behind it and looked at while the next step runs, so that neither waits for the
-    other; what a step beyond a row's end makes is cut off. Elsewhere tokens are there at once.
+    On a GPU each step's copy is queued behind it and read while the next step runs, so that neither waits for the
+    other; tokens of a step beyond a row's end are cut off. Elsewhere tokens are there at once.
     """
 
     def __init__(self, num_tokens: int, num_rows: int, device: torch.device) -> None:
@@ -95,7 +146,7 @@ class Arrivals:
         self._num_sent = 0
 
     def send(self, tokens: torch.Tensor) -> None:
-        """Sends one token per row, ``(B,)``."""
+        """Send one token per row, ``(B,)``."""
         self._tokens[self._num_sent].copy_(tokens, non_blocking=self._lags)
         self._num_sent += 1
         if self._lags:
@@ -103,7 +154,7 @@ class Arrivals:
             self._events[-1].record()
 
     def take(self, *, wait: bool = False) -> torch.Tensor:
-        """What has come, ``(n, B)``: all but the newest step, or all of it after waiting."""
+        """The tokens that have arrived, ``(n, B)``: all but the newest step, or all of them after waiting."""
         num_here = self._num_sent - (self._lags and not wait)
         if self._lags and num_here:
             self._events[num_here - 1].synchronize()
@@ -126,7 +177,7 @@ class _Ends:
         self._num_seen = 0
 
     def see(self, tokens: torch.Tensor) -> bool:
-        """Looks at the steps of ``(n, B)`` that are new; whether all rows have ended."""
+        """Look at the new steps of ``(n, B)`` tokens; return whether all rows have ended."""
         while self._open and self._num_seen < len(tokens):
             self._num_seen += 1
             newest = tokens[self._num_seen - 1].tolist()
@@ -143,8 +194,8 @@ class _Ends:
 
 
 def _ids(contexts: Sequence[Sequence[int]], num_new: int) -> torch.Tensor:
-    """Contexts, right-aligned in ``(B, N)``, and places for new tokens behind them. What is empty holds the row's own
-    first token, so that a repetition penalty sees no token that is not in the row."""
+    """Contexts, padded on the left, with columns for new tokens behind them, ``(B, N)``. Empty places hold the row's
+    own first token, so that a repetition penalty sees no token that is not in the row."""
     width = max(map(len, contexts))
     rows = [[row[0]] * (width - len(row)) + list(row) + [row[0]] * num_new for row in contexts]
     return torch.tensor(rows)

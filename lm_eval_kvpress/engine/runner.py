@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine import batching
-from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.decoding import decode
@@ -33,11 +33,11 @@ from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.records.totals import ContextRecord
 
 PACK_TOKENS = 4_096
-"""At most so many continuation tokens are scored in one forward per context."""
+"""The most continuation tokens per context that one forward scores."""
 
 
 class Runner:
-    """Run batches and record their time on a meter.
+    """Runs batches, each timed by the clock and recorded on the meter.
 
     Args:
         model: the model, presentable to kvpress.
@@ -45,7 +45,7 @@ class Runner:
         clock, meter: of this press's run.
         autocast: makes the context in which forwards run.
         decoding: the press that acts while tokens are produced, if there is one.
-        graphs: records decoding steps of the model, for all of its runners.
+        graphs: captures decoding steps of the model; shared by all of its runners.
     """
 
     def __init__(
@@ -62,25 +62,18 @@ class Runner:
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
 
     def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
-        """Scores all continuations of each context, which is prefilled once.
+        """Score all continuations of each context, which is prefilled once.
 
         Args:
-            ids: of all requests; a group's ``members`` are places in it.
+            ids: ids of all requests; a group's ``members`` are indices into it.
+
+        Raises:
+            UsageError: for a log-likelihood that is not finite.
         """
         self.meter.start()
-        split = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
         with self._autocast():
             batch = self.compressor.compress([group.context for group in groups])
-        scores: list[list[BranchScore]] = [[] for _ in groups]
-        for turn in range(max(len(packs) for packs in split)):
-            rows = [row for row, packs in enumerate(split) if turn < len(packs)]
-            packs = [
-                Pack(batch.queries[row], tuple(groups[row].continuations[index] for index in split[row][turn]))
-                for row in rows
-            ]
-            part = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
-            for row, branches in zip(rows, self._score(part, packs), strict=True):
-                scores[row] += branches
+        scores = self._score_packs(batch, groups)
         shares = []
         for group, branches, record in zip(groups, scores, batch.records, strict=True):
             for member, branch in zip(group.members, branches, strict=True):
@@ -90,8 +83,30 @@ class Runner:
         self.meter.batch("loglikelihood", len(groups), shares)
         return _scored(scores, batch.pressed, batch.records)
 
+    def _score_packs(self, batch: CompressedBatch, groups: Sequence[batching.ContextGroup]) -> list[list[BranchScore]]:
+        """Score the continuations of each context: one pack per context and forward, until all have been scored."""
+        packs = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
+        scores: list[list[BranchScore]] = [[] for _ in groups]
+        for turn in range(max(map(len, packs))):
+            rows = [row for row in range(len(groups)) if turn < len(packs[row])]
+            turns = [
+                Pack(batch.queries[row], tuple(groups[row].continuations[index] for index in packs[row][turn]))
+                for row in rows
+            ]
+            cache = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
+            for row, branches in zip(rows, self._score(cache, turns), strict=True):
+                scores[row] += branches
+        return scores
+
     def score_windows(self, windows: Sequence[Window], ids: Sequence[RequestId]) -> list[Scored]:
-        """Scores the targets of windows that are all pressed, or all plain. One id per window."""
+        """Score the targets of windows that are all pressed, or all plain.
+
+        Args:
+            ids: the request of each window.
+
+        Raises:
+            UsageError: for a log-likelihood that is not finite.
+        """
         self.meter.start()
         contexts = [window.context for window in windows]
         records: Sequence[ContextRecord | None] = [None] * len(windows)
@@ -113,39 +128,51 @@ class Runner:
         return _scored(scores, pressed, records)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
-        """Continues prompts from their compressed caches."""
+        """Continue prompts from their compressed caches."""
         self.meter.start()
-        contexts, keeper = [prompt.context for prompt in prompts], self._keeper()
-        start, times = time.perf_counter(), list[float]()
+        keeper, start = self._keeper(), time.perf_counter()
         with self._autocast():
-            batch = self.compressor.compress(contexts)
-            start -= batch.borrowed_sec
+            batch = self.compressor.compress([prompt.context for prompt in prompts])
             with self.clock.phase("decode") as produced:
-                rows = decode(
-                    self.model,
-                    batch.cache,
-                    contexts,
-                    num_held_back=[len(query) for query in batch.queries],
-                    max_new_tokens=settings.max_new_tokens,
-                    sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
-                    stop_ids=settings.stop_ids,
-                    stopped=settings.stopped,
-                    on_token=lambda: times.append(time.perf_counter() - start),
-                    record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
-                    keeper=keeper,
-                )
+                rows, times_sec = self._decode(batch, prompts, settings, keeper, start - batch.borrowed_sec)
                 produced["tokens"] += sum(len(row) for row in rows)
         shares = [
             RequestShare(
-                prompt.id, len(prompt.context), len(row), context=record, token_times_sec=tuple(times[: len(row)])
+                prompt.id, len(prompt.context), len(row), context=record, token_times_sec=times_sec[: len(row)]
             )
             for prompt, row, record in zip(prompts, rows, batch.records, strict=True)
         ]
         self.meter.batch("generate_until", len(prompts), shares, decoding_steps=self._graphs.newest)
-        held = [(0, 0) if keeper is None else keeper.held(index, len(row)) for index, row in enumerate(rows)]
+        held = [(0, 0) if keeper is None else keeper.counts(index, len(row)) for index, row in enumerate(rows)]
         return [
-            Generated(tuple(row), record, *facts) for row, record, facts in zip(rows, batch.records, held, strict=True)
+            Generated(tuple(row), record, *counts)
+            for row, record, counts in zip(rows, batch.records, held, strict=True)
         ]
+
+    def _decode(
+        self,
+        batch: CompressedBatch,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        keeper: BudgetKeeper | None,
+        start_sec: float,
+    ) -> tuple[list[list[int]], tuple[float, ...]]:
+        """The new tokens of each prompt, and for each step the seconds since ``start_sec``."""
+        times_sec = list[float]()
+        rows = decode(
+            self.model,
+            batch.cache,
+            [prompt.context for prompt in prompts],
+            num_held_back=[len(query) for query in batch.queries],
+            max_new_tokens=settings.max_new_tokens,
+            sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
+            stop_ids=settings.stop_ids,
+            stopped=settings.stopped,
+            on_token=lambda: times_sec.append(time.perf_counter() - start_sec),
+            record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
+            keeper=keeper,
+        )
+        return rows, tuple(times_sec)
 
     def stream(
         self,
@@ -156,11 +183,11 @@ class Runner:
         on_tokens: Callable[[int, int], None] = lambda index, num_tokens: None,
         on_finished: Callable[[int, Streamed], None] = lambda index, outcome: None,
     ) -> list[Streamed]:
-        """Stream documents, each at least one token, side by side.
+        """Stream documents of at least one token each, side by side.
 
         Args:
             prefix_token: predicts each document's first token.
-            on_tokens: called with a document's index and how many more of its tokens are scored, step by step.
+            on_tokens: called after each step with a document's index and how many of its tokens were scored.
             on_finished: called with a document's index and outcome as soon as it ends, while others go on.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Scores continuations through a compressed cache, teacher-forced. Token ids in, log-probabilities out.
+"""Score continuations through a compressed cache, teacher-forced. Token ids in, log-probabilities out.
 
-Does not know text, lm-eval or presses. The continuations of a context are packed behind each other in one row, each
-allowed to see the cache, the shared held-back tokens and itself: a tree of depth two. No row of the cache is ever
-repeated, and the cache is left as it was.
+The continuations of a context are packed behind each other in one row, and each sees the cache, the shared held-back
+tokens and itself: a tree of depth two. No row of the cache is repeated, and the cache is left as it was. Does not know
+text, lm-eval or presses.
 
 Letters in shape comments: B rows, Q packed new tokens, E hidden size, P predicting positions, N scored tokens.
 """
@@ -53,7 +53,7 @@ class BranchScore:
 
 @torch.inference_mode()
 def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
-    """Scores every branch of every pack, teacher-forced, through the compressed cache of its row.
+    """Score every branch of every pack, teacher-forced, through the compressed cache of its row.
 
     Returns:
         one list per pack with one `BranchScore` per branch, in order.
@@ -75,7 +75,7 @@ def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) 
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """How packs lie in a padded batch.
+    """Packs as a padded batch.
 
     Attributes:
         tokens, offsets, segments: ``(B, Q)``: ids; distance from the row's next position; 0 for the query, 1.. for the
@@ -136,7 +136,7 @@ class _Layout:
         return ((other == 0) | (other == owner)) & earlier
 
     def regroup(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> list[list[BranchScore]]:
-        """Cuts ``(N,)`` results back into packs and branches."""
+        """Split ``(N,)`` results into packs and branches."""
         values, flags = logprobs.tolist(), greedy.tolist()
         place, packs = 0, []
         for lengths in self.lengths:
@@ -163,10 +163,10 @@ def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layou
 
 
 class _LayerBiases(Sequence[torch.Tensor | None]):
-    """One additive mask per layer, made when that layer runs and shared with the next one where both hide the same.
+    """One additive mask per layer, made when the layer runs; the next layer takes the same one if it hides the same.
 
-    Head-wise masks of all layers at once can be larger than the model: of Pythia-2.8B, 1,024 tokens scored over 1,024
-    take 128 MiB a layer in 16 bit.
+    Head-wise masks of all layers together can be larger than the model: for Pythia-2.8B, 1,024 tokens scored over 1,024
+    take 128 MiB per layer in 16 bit.
     """
 
     def __init__(self, model: PressableModel, cache: CompressedCache, visible: torch.Tensor) -> None:

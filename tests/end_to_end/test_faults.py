@@ -232,14 +232,14 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")
 def _(patch: MonkeyPatch) -> None:
-    first = DecodeState.first
+    feed = DecodeState.feed_held_back
 
     def then_physical(self: DecodeState, queries: Sequence[Sequence[int]]) -> torch.Tensor:
-        hidden = first(self, queries)
+        hidden = feed(self, queries)
         self.positions = torch.full_like(self.positions, self.layers[0].length)
         return hidden
 
-    patch.setattr(DecodeState, "first", then_physical)
+    patch.setattr(DecodeState, "feed_held_back", then_physical)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -163,10 +163,10 @@ def test_no_tensor_of_a_step_moves(model: PressableModel, monkeypatch: pytest.Mo
 
     def watched(self: cuda_graph.StaticStep) -> None:
         call(self)
-        steps = self._steps
+        state = self._state
         held = [self._tokens, self._positions, self._column, self._step, self._ids, *self._places.values()]
-        held += [t for layer in steps.layers for t in (layer.keys, layer.values)]
-        held += [bias for bias in steps.biases if bias is not None]
+        held += [t for layer in state.layers for t in (layer.keys, layer.values)]
+        held += [bias for bias in state.biases if bias is not None]
         seen.append([(t.data_ptr(), t.shape) for t in held])
 
     monkeypatch.setattr(cuda_graph.StaticStep, "__call__", watched)

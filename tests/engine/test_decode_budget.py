@@ -134,8 +134,8 @@ def test_of_equal_scores_the_newest_entries_stay(model: PressableModel, monkeypa
 def test_what_came_after_a_rows_last_token_is_not_counted(model: PressableModel, held: int) -> None:
     _, keeper = decoded(model, CONTEXTS[:1], "knorm", held)
     before_the_first = INTERVAL + (held == 0)  # without held-back tokens the first one takes no forward
-    assert keeper.held(0, before_the_first) == (0, 0)
-    assert keeper.held(0, before_the_first + 1)[0] == 1
+    assert keeper.counts(0, before_the_first) == (0, 0)
+    assert keeper.counts(0, before_the_first + 1)[0] == 1
 
 
 def test_the_budget_is_held_and_changes_the_tokens(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from lm_eval_kvpress.engine import batch_size
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress
@@ -101,3 +102,18 @@ def test_the_summary_of_a_stream_does_not_claim_that_nothing_was_compressed(
         lm.get_model_info()
     assert "held every layer to 70 entries" in caplog.text
     assert "compressed nothing" not in caplog.text
+
+
+def test_batch_size_auto_counts_the_entries_of_the_cache(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "CPU_TOKENS", 2 * (40 + 8))
+    lm = KVPress(
+        pretrained=str(checkpoint_dir),
+        device="cpu",
+        rolling="stream",
+        press="knorm",
+        stream_budget=40,
+        stream_chunk=8,
+        batch_size="auto",
+    )
+    lm.loglikelihood_rolling(requests(), disable_tqdm=True)
+    assert [batch.batch_size for batch in lm.session.runner.meter.records.batches] == [2, 1]

@@ -102,7 +102,7 @@ def test_a_step_repeats_no_keys(
     steps = DecodeState(model, cache, [0], 1)
     attended.clear()
     with torch.inference_mode(), masked(model.attentions, steps.biases):
-        steps.next(torch.tensor([7]))
+        steps.feed(torch.tensor([7]))
     assert attended == [(2, 2, 2)] * 3, "two query heads of a group are two rows; keys have two heads, not four"
 
 

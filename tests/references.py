@@ -15,6 +15,7 @@ dims.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -295,3 +296,23 @@ def step_logits(model: PressableModel, cache: DynamicCache, token: int, position
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=model.model.dtype) if is_eager else None,
     )
     return out.logits[0, -1].float()
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> list[float]:
+    """What sampling should follow, by sorting and adding up in plain Python."""
+    weights = [math.exp(value / temperature) for value in logits.double().tolist()]
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    if top_k is not None:
+        order = order[:top_k]
+    if top_p is not None:
+        total, reached, short = sum(weights[token] for token in order), 0.0, []
+        for token in order:
+            short.append(token)
+            reached += weights[token] / total
+            if reached >= top_p:
+                break
+        order = short
+    total = sum(weights[token] for token in order)
+    return [weights[token] / total if token in order else 0.0 for token in range(len(weights))]

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "report": set(),
     "models": {"cache"},
-    "records": {"presses"},
+    "records": set(),
     "engine": {"presses", "cache", "models", "records"},
     "harness": {"presses", "cache", "models", "records", "engine", "recall"},
     "verify": {"presses", "cache", "models", "records", "engine", "harness", "recall"},

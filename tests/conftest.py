@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.fast import gpt_neox_step, triton_support
-from lm_eval_kvpress.models.present import present
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report

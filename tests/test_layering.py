@@ -45,7 +45,7 @@ OWNERS = {
     "kvpress": {"presses"},
     "lm_eval": {"harness", "sweep", "verify", "cli"},
     "triton": {"models.fast"},
-    "lm_eval_kvpress.models.fast": {"models.fast", "models.present"},
+    "lm_eval_kvpress.models.fast": {"models.fast", "models.architectures"},
     "transformers.models": {"models", "cache.stream_layer", "cache.window_layer"},
     "itables": {"report"},
     "jinja2": {"report"},

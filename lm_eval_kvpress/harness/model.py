@@ -41,7 +41,7 @@ from lm_eval_kvpress.harness.requests import (
 )
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.models.present import present
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records.loss_files import LossFiles

@@ -1,4 +1,4 @@
-"""Times a run's batches and shares each batch's seconds out among its requests.
+"""Measure a run's batches, and share each batch's seconds out among its requests.
 
 Knows clocks. Does not know files, lm-eval, models or presses by name.
 """
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
-from lm_eval_kvpress.records.timings import PERCENTILES, PHASES, BatchRecord, RequestRecord, RunRecords
+from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord, RunRecords, token_latencies
 from lm_eval_kvpress.records.totals import ContextRecord
 
 
@@ -200,20 +200,9 @@ def _request_record(
         num_output_tokens=sum(share.num_output_tokens for _, share, _ in parts),
         **{name: sum(getattr(batch, name) * fraction for batch, _, fraction in parts) for name in phases},
         latency_sec=times[-1] if times else sum(batch.seconds for batch, _, _ in parts),
-        **_token_latencies(times),
+        **token_latencies(times),
         **_kept_and_bytes([share.context for _, share, _ in parts if share.context is not None]),
     )
-
-
-def _token_latencies(times_sec: Sequence[float]) -> dict[str, Any]:
-    """TTFT, TPOT and percentiles of ITL of one request, None without enough tokens."""
-    itls = np.diff(times_sec)
-    percentiles = map(float, np.percentile(itls, PERCENTILES)) if len(itls) else [None] * len(PERCENTILES)
-    return {
-        "ttft_sec": times_sec[0] if times_sec else None,
-        "tpot_sec": (times_sec[-1] - times_sec[0]) / (len(times_sec) - 1) if len(times_sec) > 1 else None,
-        **{f"itl_p{p}_sec": value for p, value in zip(PERCENTILES, percentiles, strict=True)},
-    }
 
 
 def _kept_and_bytes(contexts: Sequence[ContextRecord]) -> dict[str, Any]:

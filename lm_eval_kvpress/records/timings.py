@@ -94,6 +94,21 @@ class RequestRecord:
 Timed = TypeVar("Timed", BatchRecord, RequestRecord)
 
 
+def token_latencies(times_sec: Sequence[float]) -> dict[str, Any]:
+    """TTFT, TPOT and percentiles of ITL of one request in seconds; None without enough tokens.
+
+    Args:
+        times_sec: when each token came, from the start of the request's batch.
+    """
+    itls = np.diff(times_sec)
+    percentiles = map(float, np.percentile(itls, PERCENTILES)) if len(itls) else [None] * len(PERCENTILES)
+    return {
+        "ttft_sec": times_sec[0] if times_sec else None,
+        "tpot_sec": (times_sec[-1] - times_sec[0]) / (len(times_sec) - 1) if len(times_sec) > 1 else None,
+        **{f"itl_p{p}_sec": value for p, value in zip(PERCENTILES, percentiles, strict=True)},
+    }
+
+
 @dataclass
 class RunRecords:
     """The records of a run.

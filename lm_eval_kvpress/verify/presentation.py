@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.harness.parity import rounding, worst
-from lm_eval_kvpress.models.present import present
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.verify import dense_reference
 from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.subject import Subject, load_untouched

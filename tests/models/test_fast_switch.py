@@ -32,7 +32,7 @@ from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.engine.scoring import Pack, score
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models import fast as fast_package
-from lm_eval_kvpress.models.present import SWITCH, present
+from lm_eval_kvpress.models.architectures import SWITCH, present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfi
 
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.models import llama_like
-from lm_eval_kvpress.models.present import ARCHITECTURES, check_config
+from lm_eval_kvpress.models.architectures import ARCHITECTURES, check_config
 from lm_eval_kvpress.models.pressable import PressableModel
 
 REFUSED = {

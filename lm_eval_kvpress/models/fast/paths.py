@@ -1,4 +1,4 @@
-"""The fast paths of a model: which of this package's ways apply to it. `models.present` is their only user."""
+"""The fast paths of a model: which of this package's ways apply to it. `models.architectures` is their only user."""
 
 from __future__ import annotations
 

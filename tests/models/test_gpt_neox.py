@@ -169,7 +169,7 @@ def test_quantised_weights_are_refused_where_no_basis_change_is_needed_too(make_
 
 def test_an_unprepared_model_cannot_be_presented(make_neox: MakeNeox) -> None:
     model = make_neox()
-    with pytest.raises(ValueError, match="prepare"), gpt_neox.presented(model):
+    with pytest.raises(AssertionError, match="prepare"), gpt_neox.presented(model):
         pass
     assert "model" not in model.__dict__
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lm_eval_kvpress import __version__
-from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.presses.suggest import near
 
 BAD_INPUT = 2  # the exit status that argparse uses
@@ -41,7 +41,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Call one command. A `UsageError` is one line on stderr; any other error is a defect and keeps its traceback."""
+    """Call one command. What a user can mend is one line on stderr; a defect keeps its traceback."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:
@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = COMMANDS[args.command].target.partition(":")
     try:
         status: int = getattr(importlib.import_module(module), function)(args.arguments)
-    except UsageError as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:
+        if (line := one_line(error)) is None:
+            raise
+        print(f"{parser.prog} {args.command}: {line}", file=sys.stderr)
         return BAD_INPUT
     return status
 

@@ -114,6 +114,15 @@ def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err == "lm-eval-kvpress bad: unknown press: do this\n"
 
 
+def test_a_full_disk_is_one_line_whoever_wrote(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_of(monkeypatch, "imagined", "raise OSError(28, 'No space left on device', '/full/results.json')")
+    assert cli.main(["bad"]) == 2
+    expected = "/full/results.json: No space left on device: make room there, and run the same command again"
+    assert capsys.readouterr().err == f"lm-eval-kvpress bad: {expected}\n"
+
+
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     command_of(monkeypatch, "imagined", "raise ValueError('a defect')")
     with pytest.raises(ValueError, match="a defect"):

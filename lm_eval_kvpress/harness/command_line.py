@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.errors import one_line
 
 COMMANDS = ("lm_eval", "lm-eval", "lm-eval-kvpress")
 PACKAGES = ("lm_eval", "lm_eval_kvpress")
@@ -30,16 +30,17 @@ def is_a_command(program: str) -> bool:
 
 
 class UsageErrorsInOneLine:
-    """A ``sys.excepthook`` that prints a `UsageError` as one line and hands every other error to the hook before it."""
+    """A ``sys.excepthook`` that prints what a user can mend as one line and hands on every other error."""
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self._previous = previous
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, UsageError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        line = one_line(error)
+        if line is None:
             self._previous(kind, error, trace)
+        else:
+            print(f"error: {line}", file=sys.stderr)
 
 
 def show_usage_errors_in_one_line() -> None:

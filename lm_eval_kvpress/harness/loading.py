@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.architectures import check_config as check_presentable
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
 from lm_eval_kvpress.models.pressable import PressableModel
-from lm_eval_kvpress.records.files import make_writable
 
 
 class CheckedHFLM(HFLM):

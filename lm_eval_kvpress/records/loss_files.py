@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.records.files import write_whole
+from lm_eval_kvpress.files import write_whole
 
 SETTINGS = "settings.json"
 

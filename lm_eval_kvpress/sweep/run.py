@@ -20,11 +20,11 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.presses.suggest import near
-from lm_eval_kvpress.records.files import write_whole
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.model import SweepModel

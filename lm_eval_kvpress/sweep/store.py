@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.records.files import write_whole
+from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.sweep.answers import Answers
 
 ANSWERS, THROUGHPUT = "answers.sqlite", "throughput.jsonl"

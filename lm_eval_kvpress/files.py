@@ -1,0 +1,112 @@
+"""Files that appear whole or not at all, on disk before they count; and errors of writing in one line.
+
+Knows files alone. A rename is atomic, but it is on disk only once the folder is synced as well:
+https://man7.org/linux/man-pages/man2/fsync.2.html
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lm_eval_kvpress.errors import UsageError
+
+GOES_ON = "make room, and the same command goes on from what is complete"
+"""What to do after a failed write of a run that can be resumed."""
+
+
+@contextmanager
+def write_errors(what: object, advice: str = GOES_ON) -> Iterator[None]:
+    """Turn an `OSError` of the block, such as that of a full disk or a closed pipe, into one line.
+
+    Args:
+        what: the file, after the argument that named it if there is one: ``-o report.md``.
+        advice: what is complete, and what to do next.
+
+    Raises:
+        UsageError: naming all three.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written ({error.strerror or error}): {advice}") from error
+
+
+def write_whole(file: Path, text: str, advice: str = GOES_ON) -> None:
+    """Write a text file that appears in full or not at all, also if the process is killed or the power fails.
+
+    Once this returns, the file is on disk. The folder must be there.
+
+    Raises:
+        UsageError: in one line with ``advice``, if it cannot be written; the file before is left as it was.
+    """
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with write_errors(file, advice):
+        try:
+            with beside.open("w", encoding="utf-8", newline="") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(file)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: new files, renames, deletions. Windows cannot and need not be asked."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_whole` left anywhere below a folder when it was killed. Only for who alone writes there."""
+    for part in folder.rglob("*.part"):
+        if part.is_file():
+            part.unlink(missing_ok=True)
+
+
+def make_writable(argument: str, folder: Path) -> None:
+    """Make a folder that a run will write to, or say before any work why that cannot be done.
+
+    Args:
+        argument: that names the folder, for the message.
+
+    Raises:
+        UsageError: in one line.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{argument}={folder} cannot be written: {error.strerror}") from error
+
+
+def refuse_special(argument: str, file: Path) -> None:
+    """Refuse a path that is there and is no regular file: opening a pipe waits for its other end, maybe for ever.
+
+    Args:
+        argument: that names the file, for the message.
+
+    Raises:
+        UsageError: in one line.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{argument} {file} cannot be looked at: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UsageError(f"{argument} {file} is {kind}: name a file")

@@ -1,0 +1,24 @@
+"""Which errors a command shows in one line, and which keep their traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from lm_eval_kvpress.errors import UsageError, one_line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO])
+def test_an_error_of_the_disk_is_one_line_with_its_file(number: int) -> None:
+    line = one_line(OSError(number, os.strerror(number), "/full/results.json"))
+    assert line is not None and "\n" not in line
+    assert line.startswith(f"/full/results.json: {os.strerror(number)}: ")
+    assert one_line(OSError(number, os.strerror(number))) is not None, "a write to an open file names none"
+
+
+def test_bad_input_is_its_own_line_and_a_defect_has_none() -> None:
+    assert one_line(UsageError("unknown press: do this")) == "unknown press: do this"
+    assert one_line(ValueError("a defect")) is None
+    assert one_line(FileNotFoundError(errno.ENOENT, "No such file", "weights")) is None

@@ -27,7 +27,6 @@ from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
 from lm_eval_kvpress.engine.outcomes import Streamed
 from lm_eval_kvpress.engine.stream_eviction import Evictor, Scorer
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
-from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 
@@ -92,9 +91,6 @@ def stream(
         documents: token ids, each at least one. Rows leave the batch as their documents end.
         prefix_token: predicts each document's first token.
         press_for: a press for a standing cache of so many entries, set to keep ``plan.budget`` of them.
-
-    Raises:
-        UsageError: if ``plan.rotate`` and the model's RoPE cannot be rotated back.
     """
     order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
     inputs = [torch.tensor([prefix_token, *documents[index][:-1]]) for index in order]
@@ -136,11 +132,7 @@ class _Rotations:
         places = torch.arange(num_places, device=model.device)[None]
         like = torch.zeros(1, dtype=model.model.dtype, device=model.device)
         rotary = model.model.base_model.rotary_emb
-        if rotary.attention_scaling != 1.0 or "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
-            raise UsageError(
-                f"rope_type '{rotary.rope_type}' rescales or recomputes rotations, which cannot be undone: "
-                "rolling=stream with stream_positions=cache needs plain RoPE"
-            )
+        assert rotary.attention_scaling == 1.0, "rescaled keys cannot be turned back; `check_rope` refuses them"
         self._cos, self._sin = rotary(like, places)
 
     @property

@@ -6,6 +6,7 @@ presses work.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.settings import Settings
-from lm_eval_kvpress.models.architectures import check_config as check_presentable
+from lm_eval_kvpress.models.architectures import check_config, check_numbers
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
+from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.models.pressable import PressableModel
 
 
@@ -78,7 +80,7 @@ class CheckedHFLM(HFLM):
             )
 
     def _check_config(self, config: PretrainedConfig) -> None:
-        check_presentable(config)
+        check_numbers(config)
         check_settings(self._settings_at_load, config, self._asked_max_length)
 
     def _check_device(self) -> None:
@@ -97,7 +99,7 @@ class CheckedHFLM(HFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
             super()._get_config(pretrained, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: of a config.json's values
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
                 f"cannot load pretrained={pretrained}: {reason} Offline, pass the folder of a local checkpoint, or "
@@ -154,4 +156,15 @@ def check_settings(settings: Settings, config: PretrainedConfig, max_length: int
         )
     settings.rolling_window(max_length or positions)
     settings.check_stream(positions)
+    check_config(config, positions_of(settings, max_length or positions))
     settings.press.check_layers(config.num_hidden_layers)
+
+
+def positions_of(settings: Settings, max_length: int) -> Positions:
+    """The positions that a run with these settings may use."""
+    if settings.rolling != "stream":
+        return Positions(max_length)
+    if settings.stream_positions == "original":
+        return Positions(math.inf)
+    assert settings.stream_budget is not None
+    return Positions(max(max_length, settings.stream_budget + settings.stream_chunk), rotates_back=True)

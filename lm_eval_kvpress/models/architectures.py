@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models import gpt_neox, llama_like
 from lm_eval_kvpress.models.fast.paths import fast_paths
+from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.models.pressable import PressableModel
 
 SWITCH = "LM_EVAL_KVPRESS_FAST"
@@ -28,17 +29,18 @@ class Architecture:
     Attributes:
         present: makes a `PressableModel` of a loaded model, and may change its weights in memory once; raises
             `UsageError` for weights that cannot be presented.
-        check_config: raises `UsageError` for a config that cannot be presented, before weights are read.
+        check_config: raises `UsageError` for a config that cannot be presented, or not at the positions of a run,
+            before weights are read.
     """
 
     present: Callable[[PreTrainedModel], PressableModel]
-    check_config: Callable[[PretrainedConfig], None] = lambda config: None
+    check_config: Callable[[PretrainedConfig, Positions], None]
 
 
 _LLAMA_LIKE = Architecture(llama_like.present, llama_like.check_config)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt_neox": Architecture(gpt_neox.present),
+    "gpt_neox": Architecture(gpt_neox.present, gpt_neox.check_config),
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
@@ -48,13 +50,28 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By ``config.model_type``."""
 
 
-def check_config(config: PretrainedConfig) -> None:
-    """Refuse a config whose model cannot be presented, before weights are read.
+def check_config(config: PretrainedConfig, positions: Positions) -> None:
+    """Refuse a config whose model cannot be presented, or not at the positions of a run, before weights are read.
 
     Raises:
         UsageError: in one line.
     """
-    _architecture(config).check_config(config)
+    _architecture(config).check_config(config, positions)
+
+
+def check_numbers(config: PretrainedConfig) -> None:
+    """Refuse a config of a known architecture without layers or positions; the rest of the package counts on both.
+
+    Raises:
+        UsageError: in one line.
+    """
+    _architecture(config)
+    for name in ("num_hidden_layers", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(
+                f"the checkpoint's config.json says {name}={value!r}, where a whole number above 0 belongs"
+            )
 
 
 def present(model: PreTrainedModel, *, fast: bool = True) -> PressableModel:

@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.lend import lend
+from lm_eval_kvpress.models.positions import Positions, rope_type
 from lm_eval_kvpress.models.pressable import PressableModel
 
 
@@ -69,6 +71,27 @@ class ProjectionView:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., E)`` to ``(..., H * D)``, before RoPE."""
         return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
+ROPE_TYPES = ("default", "linear")
+"""Those whose frequencies are fixed and whose cosines are not rescaled: a zero frequency is the identity under them."""
+
+
+def check_config(config: PretrainedConfig, positions: Positions) -> None:
+    """Refuse a rotary embedding that partial RoPE over whole heads cannot follow.
+
+    Raises:
+        UsageError: in one line.
+    """
+    _check_rope_type(rope_type(config))
+
+
+def _check_rope_type(kind: str) -> None:
+    if kind not in ROPE_TYPES:
+        raise UsageError(
+            f"rope_type '{kind}' rescales or recomputes the rotary frequencies, which partial RoPE over whole heads "
+            "cannot follow; use a checkpoint with default or linear RoPE"
+        )
 
 
 def present(model: GPTNeoXForCausalLM) -> PressableModel:
@@ -131,12 +154,8 @@ def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
 
 
 def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: int) -> None:
-    rotary = model.gpt_neox.rotary_emb
-    if rotary.attention_scaling != 1.0 or rotary.rope_type not in ("default", "linear"):
-        raise UsageError(
-            f"rope_type '{rotary.rope_type}' rescales or recomputes the rotary frequencies, which partial RoPE over "
-            "whole heads cannot follow; use a checkpoint with default or linear RoPE"
-        )
+    _check_rope_type(model.gpt_neox.rotary_emb.rope_type)
+    assert model.gpt_neox.rotary_emb.attention_scaling == 1.0
     if head_dim % 2 or rotary_dims % 2:
         raise UsageError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
 

@@ -15,29 +15,25 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.lend import lend
+from lm_eval_kvpress.models.positions import Positions, check_rope, check_windows, rope_parameters
 from lm_eval_kvpress.models.pressable import PressableModel
 
 
-def check_config(config: PretrainedConfig) -> None:
+def check_config(config: PretrainedConfig, positions: Positions) -> None:
     """Refuse what one full-attention mask per layer, or a press that rotates whole heads, cannot express.
 
     Raises:
-        UsageError: if a layer uses sliding-window attention, or RoPE covers a part of each head (Phi-4-mini).
+        UsageError: if a sliding window could hide a position, RoPE covers a part of each head (Phi-4-mini), or its
+            frequencies could change during the run.
     """
-    layer_types = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    if any("sliding" in kind for kind in layer_types) or (window and not layer_types):
-        raise UsageError(
-            f"{config.model_type} with sliding-window attention (window {window}) is not supported: kvpress compresses "
-            "full-attention layers only; use a checkpoint without sliding windows"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}  # before transformers 5: a field of its own
-    rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1))
+    check_windows(config, positions)
+    rotated = rope_parameters(config).get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1))
     if rotated != 1:
         raise UsageError(
             f"{config.model_type} with partial RoPE ({rotated:g} of each head) is not supported: "
             "kvpress rotates whole heads; use a checkpoint with RoPE over the full head"
         )
+    check_rope(config, positions)
 
 
 def present(model: PreTrainedModel) -> PressableModel:

@@ -132,10 +132,3 @@ def test_a_later_chunk_never_changes_an_earlier_loss(
     one, other = (losses(model, [tokens], 7, streaming_llm, num_sinks=num_sinks)[0] for tokens in (text, changed))
     assert one[:first_changed] == other[:first_changed]
     assert max(abs(a - b) for a, b in zip(one[first_changed:], other[first_changed:], strict=True)) > 1e-2
-
-
-def test_rotations_that_cannot_be_turned_back_are_refused(make_pressable: Callable[..., PressableModel]) -> None:
-    model = make_pressable("sdpa")
-    model.model.base_model.rotary_emb.attention_scaling = 0.8
-    with pytest.raises(ValueError, match="plain RoPE"):
-        losses(model, documents(30), 7, streaming_llm)

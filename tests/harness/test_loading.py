@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval_requests import ours
+from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import loading
@@ -90,6 +91,85 @@ def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir:
         KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000, allow_extrapolation=True)
     assert lm.max_length == 1_000_000
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 96},
+    **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * index for index in range(8)]},
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 96}
+
+
+def llama_folder(checkpoint_dir: Path, folder: Path, **config: Any) -> Path:
+    """A tiny Llama beside the tokenizer of the tiny GPTNeoX."""
+    shutil.copytree(checkpoint_dir, folder)
+    base = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        **base, vocab_size=512, max_position_embeddings=512, initializer_range=0.2, bos_token_id=0, eos_token_id=0
+    )
+    llama.update(config)
+    LlamaForCausalLM(llama).save_pretrained(folder)
+    return folder
+
+
+def test_longrope_below_its_switch_equals_stock_hflm_in_any_batch(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Beyond it stock has other frequencies for every forward, which cached keys cannot follow."""
+    folder = llama_folder(checkpoint_dir, tmp_path / "longrope", rope_parameters=LONGROPE)
+    stock = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, max_length=96)
+    lm = ours(folder, rolling="one_pass", batch_size=4, max_length=96)
+    for answer, requests in (
+        ("loglikelihood", loglikelihood_requests()),
+        ("loglikelihood_rolling", rolling_requests()),
+        ("generate_until", generation_requests(until=[], max_gen_toks=8)),
+    ):
+        theirs, mine = (getattr(one, answer)(requests, disable_tqdm=True) for one in (stock, lm))
+        if answer == "loglikelihood":
+            theirs, mine = [score for score, _ in theirs], [score for score, _ in mine]
+        if answer == "generate_until":
+            assert mine == theirs
+        else:
+            torch.testing.assert_close([float(x) for x in mine], [float(x) for x in theirs], atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rope", "arguments", "says"),
+    [
+        (LONGROPE, {}, "Pass max_length=96"),
+        (LONGROPE, {"max_length": 97}, "max_length=97 may cross"),
+        (
+            {**LONGROPE, "attention_factor": 1.0},
+            {"max_length": 96, "rolling": "stream", "stream_positions": "original", "allow_extrapolation": True},
+            "a document of any length may cross",
+        ),
+        (YARN, {"rolling": "stream"}, "'yarn' rescales the keys"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, {"max_length": 600}, "beyond 512 positions"),
+    ],
+    ids=["longrope", "longrope, one too long", "longrope, stream", "yarn, stream", "dynamic"],
+)
+def test_rope_that_a_run_cannot_follow_is_refused_before_weights_are_read(
+    checkpoint_dir: Path, tmp_path: Path, rope: dict[str, Any], arguments: dict[str, Any], says: str
+) -> None:
+    folder = llama_folder(checkpoint_dir, tmp_path / "rope", rope_parameters=rope)
+    (folder / "model.safetensors").unlink()
+    stream = {"press": "streaming_llm", "stream_budget": 64, "stream_chunk": 16} if "rolling" in arguments else {}
+    with pytest.raises(UsageError, match=says) as caught:
+        ours(folder, **{"allow_extrapolation": "max_length" in arguments, **stream, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_window_that_can_hide_nothing_is_no_window(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Phi-3.5-mini has one of 262,144 positions over 131,072."""
+    folder = llama_folder(checkpoint_dir, tmp_path / "window", max_position_embeddings=512)
+    config = json.loads((folder / "config.json").read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128}
+    (folder / "config.json").write_text(json.dumps({**config, **mistral}))
+    with pytest.raises(UsageError, match="pass max_length=128"):
+        ours(folder)
+    stock = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, max_length=128)
+    lm = ours(folder, batch_size=4, max_length=128)
+    theirs, mine = (one.loglikelihood(loglikelihood_requests(), disable_tqdm=True) for one in (stock, lm))
+    torch.testing.assert_close([a for a, _ in mine], [a for a, _ in theirs], atol=1e-3, rtol=1e-6)
 
 
 def test_a_loaded_model_with_the_wrong_attention_is_refused(

@@ -20,6 +20,15 @@ from lm_eval_kvpress.sweep.settings import SweepSettings
 
 Arguments = Mapping[str, Any]
 
+LISTED = ("rolling", "query_tokens")
+"""Arguments of which a sweep lists the values, one protocol for each combination."""
+
+PROTOCOL = (*LISTED, "rolling_context", "rolling_score")
+"""Arguments of a cell on which the windows of a document, or the tokens of a context that are prefilled, depend."""
+
+OF_THE_MODEL = ("parity", "fast", "throughput_log", "stream_output", "metrics_port")
+"""Settings that a cell cannot have for itself: the loaded model has them, or the sweep gives every cell its own."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,7 +45,7 @@ class Cell:
     @property
     def protocol(self) -> tuple[tuple[str, Any], ...]:
         """Cells of one protocol ask for the same windows of the same contexts."""
-        return tuple((key, self.arguments[key]) for key in ("rolling", "query_tokens") if key in self.arguments)
+        return tuple((key, self.arguments[key]) for key in PROTOCOL if key in self.arguments)
 
 
 def cells_of(settings: SweepSettings) -> list[Cell]:
@@ -49,6 +58,7 @@ def cells_of(settings: SweepSettings) -> list[Cell]:
     for protocol in _protocols(settings):
         for press in settings.presses:
             own = _press_arguments(press)
+            _refuse_two_values(own, protocol)
             for size in _sizes(settings, own, protocol):
                 cell = _cell({**own, **size, **protocol})
                 _check(settings, cell)
@@ -59,18 +69,22 @@ def cells_of(settings: SweepSettings) -> list[Cell]:
 
 
 def _protocols(settings: SweepSettings) -> Iterator[Arguments]:
-    rolling = [{"rolling": value} for value in settings.rolling] or [{}]
-    query_tokens = [{"query_tokens": value} for value in settings.query_tokens] or [{}]
-    for one, other in itertools.product(rolling, query_tokens):
-        yield {**one, **other}
+    lists = ([{name: value} for value in getattr(settings, name)] or [{}] for name in LISTED)
+    for rolling, query_tokens in itertools.product(*lists):
+        yield {**rolling, **query_tokens}
 
 
 def _press_arguments(press: Any) -> dict[str, Any]:
     """An item of the setting ``presses`` as model arguments."""
     own = {"press": press} if isinstance(press, str) else press
-    if not isinstance(own, dict) or "press" not in own:
-        raise UsageError(f"presses: {json.dumps(press)} has no key 'press'")
+    if not isinstance(own, dict) or not isinstance(own.get("press"), str):
+        raise UsageError(f"presses: {json.dumps(press, default=str)} has no key 'press' that names a press")
     return own
+
+
+def _refuse_two_values(own: Arguments, protocol: Arguments) -> None:
+    for key in own.keys() & protocol.keys():
+        raise UsageError(f"presses: {own['press']} has its own {key}, and the sweep lists some: give it in one place")
 
 
 def _sizes(settings: SweepSettings, own: Arguments, protocol: Arguments) -> Sequence[Arguments]:
@@ -80,15 +94,17 @@ def _sizes(settings: SweepSettings, own: Arguments, protocol: Arguments) -> Sequ
         spec = parse_press(prefill, {key: own[key] for key in press_argument_names(prefill) & own.keys()})
     except UsageError as error:
         raise UsageError(f"presses: {error}") from error
-    if protocol.get("rolling", settings.model_args.get("rolling")) == "stream":
+    if {**settings.model_args, **own, **protocol}.get("rolling") == "stream":
         has_press = not spec.is_none or decoding is not None
-        return _stream_sizes(settings) if has_press else []  # a stream without a press has no budget
+        return _stream_sizes(settings, own) if has_press else []  # a stream without a press has no budget
     is_sized = bool({RATIO, BUDGET} & own.keys()) or RATIO not in spec.arguments
     sizes = [{RATIO: ratio} for ratio in settings.ratios] + [{BUDGET: budget} for budget in settings.budgets]
     return [{}] if is_sized or not sizes else sizes
 
 
-def _stream_sizes(settings: SweepSettings) -> Sequence[Arguments]:
+def _stream_sizes(settings: SweepSettings, own: Arguments) -> Sequence[Arguments]:
+    if "stream_budget" in own:
+        return [{}]
     if not settings.budgets:
         raise UsageError("rolling=stream keeps a budget: give --budgets")
     return [{"stream_budget": budget} for budget in settings.budgets]
@@ -100,8 +116,15 @@ def _cell(arguments: Arguments) -> Cell:
 
 
 def _check(settings: SweepSettings, cell: Cell) -> None:
+    """Refuse a cell that cannot be run, or whose own arguments would be recorded as used and change nothing."""
     shared = {key: value for key, value in settings.model_args.items() if key != "pretrained"}
     try:
-        parse_arguments({**shared, **cell.arguments})
+        _, of_loading = parse_arguments({**shared, **cell.arguments})
     except UsageError as error:
         raise UsageError(f"cell {cell.name}: {error}") from error
+    for key in cell.arguments:
+        if key in {*OF_THE_MODEL, *of_loading}:
+            raise UsageError(
+                f"cell {cell.name}: {key} is of the loaded model, which all cells share: give it under model_args, or "
+                "give this press a sweep of its own"
+            )

@@ -26,6 +26,10 @@ WRITTEN = ("throughput_log", "stream_output", "metrics_port")
 """Model arguments that name files or ports: every cell writes into its own folder."""
 
 
+OF_LMEVAL = ("batch_size", "max_batch_size", "device")
+"""Settings that lm-eval's model takes as arguments too."""
+
+
 @dataclass(frozen=True)
 class SweepSettings:
     """A sweep. The YAML file has the same keys, and the command line the same names.
@@ -117,6 +121,8 @@ def _check(settings: SweepSettings) -> None:
     for key in settings.model_args:
         if key in SWEPT:
             raise UsageError(f"model_args: {key} is what a sweep varies: give it under {SWEPT[key]}")
+        if key in OF_LMEVAL:
+            raise UsageError(f"model_args: {key} is a setting of its own, as for lm-eval's command: give it as --{key}")
         if key in WRITTEN:
             raise UsageError(f"model_args: leave {key} out; every cell of a sweep writes into its own folder")
 

@@ -18,6 +18,7 @@ BAD = [
     ({"model_args": "pretrained=x,press=knorm"}, "press is what a sweep varies: give it under presses"),
     ({"model_args": "pretrained=x,compression_ratio=0.5"}, "give it under ratios"),
     ({"model_args": "pretrained=x,throughput_log=x.jsonl"}, "leave throughput_log out"),
+    ({"model_args": "pretrained=x,batch_size=4"}, "give it as --batch_size"),
     ({"model_args": "pretrained=x,presss=1"}, "unknown argument 'presss'"),
     ({"rolling": "streams"}, "rolling=streams is not known"),
     ({"rolling": "stream", "presses": "knorm"}, "give --budgets"),

@@ -23,6 +23,13 @@ from lm_eval_kvpress.sweep.settings import parse_settings
         ("press: [none]", "did you mean 'presses'"),
         ("presses: [{name: knorm}]", "has no key 'press'"),
         ("presses: [{press: snapkv, window: 3}]", "unknown argument 'window'"),
+        ("presses: [{press: knorm, dtype: bfloat16}]", "dtype is of the loaded model"),
+        ("presses: [{press: knorm, revision: step1000}]", "revision is of the loaded model"),
+        ("presses: [{press: knorm, max_length: 128}]", "max_length is of the loaded model"),
+        ("presses: [{press: knorm, attn_implementation: eager}]", "attn_implementation is of the loaded model"),
+        ("presses: [{press: knorm, parity: true}]", "parity is of the loaded model"),
+        ("presses: [{press: knorm, throughput_log: a.jsonl}]", "throughput_log is of the loaded model"),
+        ("{presses: [{press: knorm, query_tokens: 4}], query_tokens: [1, 32]}", "query_tokens.* give it in one place"),
     ],
 )
 def test_bad_yaml_is_one_line(text: str, says: str, tmp_path: Path) -> None:
@@ -31,6 +38,12 @@ def test_bad_yaml_is_one_line(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says) as caught:
         cells_of(settings_from(["--config", str(file), "--tasks", "t", "--output_path", "o"]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_press_may_have_its_own_protocol() -> None:
+    presses = [{"press": "knorm", "query_tokens": 4}, {"press": "tova", "rolling": "stream", "stream_budget": 64}]
+    cells = cells_of(parse_settings({"tasks": "t", "presses": presses, "output_path": "o"}))
+    assert [cell.protocol for cell in cells] == [(("query_tokens", 4),), (("rolling", "stream"),)]
 
 
 def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ class GenerationBatches:
 
     def identity(self, item: int) -> Any:
         settings = self._settings
-        return self._prompt(item), sorted(settings.options.items()), settings.max_new_tokens, self._members[item]
+        how = sorted(settings.options.items()), settings.max_new_tokens, sorted(settings.stop_ids), settings.until
+        return self._prompt(item), how, self._members[item]
 
     def contexts(self, items: Sequence[int]) -> list[Tokens]:
         return [self._prompt(item).context for item in items]

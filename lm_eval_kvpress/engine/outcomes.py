@@ -102,9 +102,11 @@ class GenerationSettings:
         max_new_tokens: tokens per prompt, at most.
         stop_ids: token ids that end a text.
         stopped: says from the new tokens, ``(B, n)``, which texts are complete.
+        until: the strings that `stopped` looks for.
     """
 
     options: Mapping[str, Any]
     max_new_tokens: int
     stop_ids: frozenset[int]
     stopped: Callable[[torch.Tensor], Sequence[bool]]
+    until: tuple[str, ...] = ()

@@ -37,7 +37,8 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
             f"{lm.max_length} tokens of max_length"
         )
     sampler_for(options, [0], 1)  # refuses before the first prefill
-    return GenerationSettings(options, max_new_tokens, _stop_ids(lm), StopStrings(lm.tokenizer, until)), until
+    stopped = StopStrings(lm.tokenizer, until)
+    return GenerationSettings(options, max_new_tokens, _stop_ids(lm), stopped, tuple(until)), until
 
 
 def _stop_ids(lm: HFLM) -> frozenset[int]:

@@ -6,6 +6,7 @@ What has been answered is on disk before the next cell is run: a sweep that is k
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,12 +45,13 @@ class CellAnswering:
             yield from requests.answers(outcomes).items()
 
     def _run_all(self, requests: RequestBatches[Any], keys: Sequence[str], bar: tqdm[Any]) -> None:
-        """Run what some peer has not answered yet, batch by batch."""
+        """Run what some peer has not answered yet, batch by batch; the bar counts answers of all of them."""
         unfinished = [peer for peer in self._peers if not peer.done.issuperset(keys)]
-        bar.total += len(keys) * (len(unfinished) - 1) if unfinished else 0
+        counted = unfinished or [self._run]
+        bar.total += len(keys) * (len(counted) - 1)
+        bar.update(sum(len(peer.done.intersection(keys)) for peer in counted))
         for items in batches(requests, *self._shared_limits(requests)):
             missing = [item for item in items if any(keys[item] not in peer.done for peer in unfinished)]
-            bar.update((len(items) - len(missing)) * len(unfinished))
             if missing:
                 in_halves(lambda part: _run_batch(requests, part, keys, unfinished, bar), missing)
         for peer in unfinished:
@@ -77,13 +79,18 @@ def _run_batch(
                 runner.meter.finish(requests.request_type)
             run.store.answers.add(outcomes)
             run.done.update(outcomes)
-        bar.update(len(items) - len(todo))
         bar.set_postfix({"cell": run.cell.name, **runner.meter.live()}, refresh=False)
     return [None] * len(items)
 
 
 def _keys(requests: RequestBatches[Any]) -> list[str]:
-    """A name for each item that says all that its outcome depends on, within the sweep's settings."""
+    """A name for each item that says all that its outcome depends on, within the sweep's settings.
+
+    A document that repeats itself has windows that are alike: their names differ by a count.
+    """
     num_items = sum(len(segment) for segment in requests.segments())
-    texts = (repr((requests.request_type, requests.identity(item))) for item in range(num_items))
-    return [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
+    seen, keys = Counter[str](), []
+    for text in (repr((requests.request_type, requests.identity(item))) for item in range(num_items)):
+        keys.append(hashlib.sha256(f"{text} {seen[text]}".encode()).hexdigest()[:24])
+        seen[text] += 1
+    return keys

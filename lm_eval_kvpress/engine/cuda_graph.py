@@ -50,6 +50,7 @@ class StaticStep:
         column: the column of the newest tokens.
         step: number of tokens chosen so far.
         make_step: of `FastPaths.step_maker`; None for the model's modules.
+        highest: ``(B, tokens)``, gets the largest logit of each step.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class StaticStep:
         column: int,
         step: int,
         make_step: Callable[..., Any] | None = None,
+        *,
+        highest: torch.Tensor,
     ) -> None:
-        self._state, self._sampler, self._ids = state, sampler, ids
+        self._state, self._sampler, self._ids, self._highest = state, sampler, ids, highest
         self._tokens, self._positions = ids[:, column, None].clone(), state.positions[:, None].clone()
         self._column, self._step = (torch.tensor([count], device=ids.device) for count in (column + 1, step))
         lengths = {layer.length for layer in state.layers}
@@ -94,8 +97,9 @@ class StaticStep:
     def __call__(self) -> None:
         for mask, length in self._masks:
             mask.index_fill_(3, self._places[length], 0)
-        hidden = self._forward(self._tokens, self._positions)
-        chosen = self._sampler.choose(self._ids, self._state.model.logits(hidden), self._step)
+        logits = self._state.model.logits(self._forward(self._tokens, self._positions))
+        self._highest.index_copy_(1, self._step, logits.amax(dim=-1, keepdim=True))
+        chosen = self._sampler.choose(self._ids, logits, self._step)
         self._tokens.copy_(chosen[:, None])
         self._ids.index_copy_(1, self._column, self._tokens)
         torch._foreach_add_([self._positions, self._column, self._step, *self._places.values()], 1)

@@ -21,6 +21,19 @@ from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.models.pressable import PressableModel, masked
 
 
+class LogitsNotFiniteError(ArithmeticError):
+    """A token was chosen from logits of which the largest is not finite, which would be no choice.
+
+    Attributes:
+        row: of the batch.
+        num_tokens: its new tokens before that one.
+    """
+
+    def __init__(self, row: int, num_tokens: int) -> None:
+        super().__init__(f"row {row} has logits that are not finite after {num_tokens} new tokens")
+        self.row, self.num_tokens = row, num_tokens
+
+
 @torch.inference_mode()
 def decode(
     model: PressableModel,
@@ -49,6 +62,9 @@ def decode(
 
     Returns:
         the new tokens of each row, up to and including the one that ended it.
+
+    Raises:
+        LogitsNotFiniteError: once all rows have ended, if one has a token that was chosen from such logits.
     """
     assert max(num_held_back) == 0 or min(num_held_back) > 0, (
         f"some rows hold back nothing, others do: {list(num_held_back)}"
@@ -62,7 +78,9 @@ def decode(
             if ends.see(arrivals.take(wait=step == 0)):  # the first token's time is one of the figures
                 break
         ends.see(arrivals.take(wait=True))
-    return ends.cut(arrivals.take(wait=True))
+    rows = ends.cut(arrivals.take(wait=True))
+    steps.check([len(row) for row in rows])
+    return rows
 
 
 class _Steps:
@@ -85,6 +103,7 @@ class _Steps:
         self._make_step = model.fast.step_maker() if self._record else None  # before the masks' hooks
         self._state = DecodeState(model, cache, num_held_back, max_new_tokens)
         self._num_prompt, self._ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
+        self._highest = torch.zeros(len(contexts), max_new_tokens, device=model.device)  # logit, per row and step
         self._repeated: Repeated | None = None
 
     @contextmanager
@@ -102,7 +121,9 @@ class _Steps:
             self._write(self._first_hidden(), 0)
             if self._record:
                 column = self._num_prompt
-                static = StaticStep(self._state, self._sampler, self._ids, column, 1, self._make_step)
+                static = StaticStep(
+                    self._state, self._sampler, self._ids, column, 1, self._make_step, highest=self._highest
+                )
                 self._repeated = Repeated(static, self._record)
         elif self._repeated:
             self._repeated()
@@ -126,7 +147,18 @@ class _Steps:
 
     def _write(self, hidden: torch.Tensor, step: int) -> None:
         logits = self._model.logits(hidden).to(self._ids.device)
+        self._highest[:, step] = logits.amax(dim=-1)
         self._ids[:, self._num_prompt + step] = self._sampler.choose(self._ids, logits, step)
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Refuse rows, of so many new tokens each, that hold one chosen from logits that are not finite.
+
+        The largest logit shows NaN and infinity alike, before anything is done to the logits. Looked at once at the
+        end, it makes no step wait for the device.
+        """
+        for row, step in (~self._highest.isfinite()).nonzero().tolist():
+            if step < lengths[row]:
+                raise LogitsNotFiniteError(row, step)
 
     def _chosen(self, step: int) -> torch.Tensor:
         return self._ids[:, self._num_prompt + step]

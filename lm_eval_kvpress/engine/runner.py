@@ -7,7 +7,6 @@ batch and what the outcomes answer.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,14 +17,14 @@ from lm_eval_kvpress.engine import batching
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
-from lm_eval_kvpress.engine.decoding import decode
+from lm_eval_kvpress.engine.decoding import LogitsNotFiniteError, decode
+from lm_eval_kvpress.engine.not_finite import check_finite, not_finite
 from lm_eval_kvpress.engine.outcomes import Document, Generated, GenerationSettings, Prompt, Scored, Streamed
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import DocumentStream, stream
 from lm_eval_kvpress.engine.windows import Window
-from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.records.clock import Clock
@@ -77,7 +76,7 @@ class Runner:
         shares = []
         for group, branches, record in zip(groups, scores, batch.records, strict=True):
             for member, branch in zip(group.members, branches, strict=True):
-                self._check_finite(branch, f"request {member} of task '{ids[member].task}'")
+                self._check_finite(branch.logprobs, f"request {member} of task '{ids[member].task}'")
                 num_tokens = len(branch.logprobs)
                 shares.append(RequestShare(ids[member], len(group.context), num_tokens, context=record))
         self.meter.batch("loglikelihood", len(groups), shares)
@@ -119,7 +118,7 @@ class Runner:
             cache, queries = self.model.empty_cache(len(windows)), contexts
         scores = self._score(cache, [Pack(q, (window.targets,)) for q, window in zip(queries, windows, strict=True)])
         for id, branches in zip(ids, scores, strict=True):
-            self._check_finite(branches[0], f"document {id.doc_id} of task '{id.task}'")
+            self._check_finite(branches[0].logprobs, f"document {id.doc_id} of task '{id.task}'")
         shares = [
             RequestShare(id, len(window.context), len(window.targets), context=record)
             for id, window, record in zip(ids, windows, records, strict=True)
@@ -128,7 +127,11 @@ class Runner:
         return _scored(scores, pressed, records)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
-        """Continue prompts from their compressed caches."""
+        """Continue prompts from their compressed caches.
+
+        Raises:
+            UsageError: for logits that are not finite.
+        """
         self.meter.start()
         keeper, start = self._keeper(), time.perf_counter()
         with self._autocast():
@@ -159,19 +162,24 @@ class Runner:
     ) -> tuple[list[list[int]], tuple[float, ...]]:
         """The new tokens of each prompt, and for each step the seconds since ``start_sec``."""
         times_sec = list[float]()
-        rows = decode(
-            self.model,
-            batch.cache,
-            [prompt.context for prompt in prompts],
-            num_held_back=[len(query) for query in batch.queries],
-            max_new_tokens=settings.max_new_tokens,
-            sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
-            stop_ids=settings.stop_ids,
-            stopped=settings.stopped,
-            on_token=lambda: times_sec.append(time.perf_counter() - start_sec),
-            record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
-            keeper=keeper,
-        )
+        try:
+            rows = decode(
+                self.model,
+                batch.cache,
+                [prompt.context for prompt in prompts],
+                num_held_back=[len(query) for query in batch.queries],
+                max_new_tokens=settings.max_new_tokens,
+                sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
+                stop_ids=settings.stop_ids,
+                stopped=settings.stopped,
+                on_token=lambda: times_sec.append(time.perf_counter() - start_sec),
+                record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
+                keeper=keeper,
+            )
+        except LogitsNotFiniteError as error:
+            id = prompts[error.row].id
+            what = f"document {id.doc_id} of task '{id.task}' has a logit after {error.num_tokens} new tokens"
+            raise not_finite(what, self.model, self.compressor.press.name) from None
         return rows, tuple(times_sec)
 
     def stream(
@@ -200,7 +208,8 @@ class Runner:
         with self._autocast(), self.clock.phase("stream") as scored:
             for step in stream(self.model, tokens, prefix_token, plan, press_for):
                 for index, losses in zip(step.documents, step.losses, strict=True):
-                    self._check_losses(documents[index], step.start, losses)
+                    id = documents[index].id
+                    self._check_finite(losses, f"document {id.doc_id} of task '{id.task}'", num_before=step.start)
                     streams[index].add(step, losses)
                     scored["tokens"] += len(losses)
                     on_tokens(index, len(losses))
@@ -209,14 +218,6 @@ class Runner:
         shares = [RequestShare(doc.id, 1, len(doc.tokens), weight=len(doc.tokens)) for doc in documents]
         self.meter.batch("loglikelihood_rolling", len(documents), shares)
         return [one.outcome() for one in streams]
-
-    def _check_losses(self, document: Document, start: int, losses: Sequence[float]) -> None:
-        if not all(map(math.isfinite, losses)):
-            raise UsageError(
-                f"document {document.id.doc_id} of task '{document.id.task}' has a loss that is not finite after "
-                f"{start} tokens (dtype {self.model.model.dtype}): overflow in float16 is the usual cause; try "
-                "dtype=float32"
-            )
 
     def _keeper(self) -> BudgetKeeper | None:
         decoding = self._decoding
@@ -235,12 +236,8 @@ class Runner:
         with self._autocast(), self.clock.phase("score", num_tokens=num_tokens):
             return score(self.model, cache, packs)
 
-    def _check_finite(self, branch: BranchScore, what: str) -> None:
-        if not all(map(math.isfinite, branch.logprobs)):
-            raise UsageError(
-                f"{what} has a log-likelihood that is not finite (dtype {self.model.model.dtype}, "
-                f"press={self.compressor.press.name}): overflow in float16 is the usual cause; try dtype=float32"
-            )
+    def _check_finite(self, logprobs: Sequence[float], what: str, *, num_before: int = 0) -> None:
+        check_finite(logprobs, what, self.model, self.compressor.press.name, num_before=num_before)
 
 
 def _scored(

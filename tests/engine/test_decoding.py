@@ -80,6 +80,7 @@ def decoded(
     stop_ids: frozenset[int] = frozenset(),
     stopped: Callable[[Tensor], Sequence[bool]] = lambda new: [False] * len(new),
     num_new: int = NUM_NEW,
+    record: Any = None,
 ) -> list[list[int]]:
     """One ragged batch over all contexts."""
     holds = [held] * len(contexts) if isinstance(held, int) else list(held)
@@ -93,6 +94,7 @@ def decoded(
         sampler=sampler,
         stop_ids=stop_ids,
         stopped=stopped,
+        record=record,
     )
 
 
@@ -181,6 +183,28 @@ def test_decoding_leaves_the_cache_as_it_was(subject: Subject) -> None:
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
     assert all(not attention._forward_pre_hooks for attention in subject.model.attentions)
+
+
+@pytest.mark.parametrize("record", [None, lambda step: step], ids=["by modules", "static"])
+def test_logits_that_are_not_finite_are_an_error_up_to_the_end_of_a_row(
+    make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, record: Any
+) -> None:
+    model, logits, num_steps = make_pressable(), PressableModel.logits, []
+
+    def broken(self: PressableModel, hidden: Tensor, *rest: Any) -> Tensor:
+        num_steps.append(1)
+        found = logits(self, hidden, *rest)
+        if len(num_steps) == 5:
+            found[1, 9] = torch.nan
+        return found
+
+    monkeypatch.setattr(PressableModel, "logits", broken)
+    options: dict[str, Any] = {"record": record, "stopped": lambda new: [False, new.shape[1] == 4]}
+    assert len(decoded(model, CONTEXTS[:2], "knorm", **options)[1]) == 4, "what comes after a row's end is no answer"
+    num_steps.clear()
+    with pytest.raises(decoding.LogitsNotFiniteError) as caught:
+        decoded(model, CONTEXTS[:2], "knorm", record=record)
+    assert (caught.value.row, caught.value.num_tokens) == (1, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ from lm_eval_requests import generation_requests, loglikelihood_requests, ours, 
 
 from lm_eval_kvpress.engine import runner
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.model import KVPress
 
 
 @pytest.mark.parametrize("policy", ["keep", "shrink", "error"])
@@ -67,11 +68,49 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
     assert contexts == 2 * 6, "a batch that failed is booked once, not again for its halves"
 
 
-def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(checkpoint_dir: Path) -> None:
-    lm = ours(checkpoint_dir)
+def with_a_broken_head(checkpoint_dir: Path, value: float, **arguments: Any) -> KVPress:
+    """Our model with one broken column of its output layer: some logits are NaN or infinite, and others are not."""
+    lm = ours(checkpoint_dir, **arguments)
     with torch.no_grad():
-        lm.model.get_output_embeddings().weight[:] = torch.nan
-    with pytest.raises(ValueError, match="request .* of task 'choice'.*not finite"):
+        lm.model.get_output_embeddings().weight[7] = value
+    return lm
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loglikelihood_that_is_not_finite_ends_the_run_and_names_the_request(
+    checkpoint_dir: Path, value: float
+) -> None:
+    lm = with_a_broken_head(checkpoint_dir, value)
+    with pytest.raises(UsageError, match="request .* of task 'choice'.*not finite.*embed_out.weight holds NaN or inf"):
         lm.loglikelihood(loglikelihood_requests(), disable_tqdm=True)
-    with pytest.raises(ValueError, match="document .* of task 'rolling'.*not finite"):
+    with pytest.raises(UsageError, match="document .* of task 'rolling'.*not finite"):
         lm.loglikelihood_rolling(rolling_requests(), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({}, id="none"),
+        pytest.param({"press": "decoding:knorm", "target_size": 32, "compression_interval": 2}, id="decoding press"),
+        pytest.param({"query_tokens": 0}, id="first token from the prefill"),
+    ],
+)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}], ids=["greedy", "drawn"]
+)
+def test_a_text_of_logits_that_are_not_finite_ends_the_run_and_names_the_document(
+    checkpoint_dir: Path, value: float, arguments: dict[str, Any], sampling: dict[str, Any]
+) -> None:
+    lm = with_a_broken_head(checkpoint_dir, value, **arguments)
+    with pytest.raises(UsageError, match="document .* of task 'gen' has a logit after 0 new tokens.*not finite"):
+        lm.generate_until(generation_requests(until=[], max_gen_toks=3, **sampling), disable_tqdm=True)
+
+
+def test_a_stream_or_certificate_of_logits_that_are_not_finite_ends_the_run(checkpoint_dir: Path) -> None:
+    stream = {"press": "knorm", "rolling": "stream", "stream_budget": 64}
+    with pytest.raises(UsageError, match="document .* of task 'rolling'.*after 0 tokens.*not finite"):
+        with_a_broken_head(checkpoint_dir, torch.nan, **stream).loglikelihood_rolling(rolling_requests(), True)
+    with pytest.raises(UsageError, match="of task 'parity'|of task ''"):
+        broken = with_a_broken_head(checkpoint_dir, torch.nan)
+        KVPress(pretrained=broken.model, tokenizer=broken.tokenizer, parity=True)

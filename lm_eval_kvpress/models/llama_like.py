@@ -1,7 +1,7 @@
 """Presents the architectures that kvpress supports by itself: Llama, Mistral, Phi-3, Qwen2, Qwen3.
 
 Their modules have the names that presses look for, so weights stay as they are; only the rotary embedding is lent to
-every attention.
+every attention, and the width of a head to the config.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 @contextmanager
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Lend the rotary embedding to every attention, where presses expect it."""
+    """Lend the rotary embedding to every attention, and to the config the width of a head, which Qwen2 and Phi-3 lack.
+
+    CriticalKV reads the latter.
+    """
+    attentions = attention_modules(model)
     with ExitStack() as loans:
-        for attention in attention_modules(model):
+        loans.enter_context(lend(model.config, head_dim=attentions[0].head_dim))
+        for attention in attentions:
             loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))
         yield model

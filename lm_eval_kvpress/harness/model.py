@@ -115,6 +115,7 @@ class KVPress(CheckedHFLM):
         return new_session(
             self.press_model,
             settings,
+            name=self.pretrained_name,
             max_length=self.max_length,
             autocast=self._autocast,
             graphs=self._graphs,
@@ -223,6 +224,7 @@ class KVPress(CheckedHFLM):
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
         return {
+            "run": self.session.runner.meter.labels.run,
             "pretrained": self.pretrained_name,
             **run_record.asked(self.session.settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,

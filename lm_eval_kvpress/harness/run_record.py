@@ -1,15 +1,19 @@
 """The facts of a run for lm-eval's results file: what was asked, what was measured, with which versions.
 
-Knows settings and sums. Does not know models, requests or lm-eval.
+Knows settings and sums; of a model only where and in what it computes. Does not know requests or lm-eval.
 """
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.records.timings import RunLabels
 
 
 def asked(settings: Settings, max_length: int) -> dict[str, Any]:
@@ -29,6 +33,29 @@ def asked(settings: Settings, max_length: int) -> dict[str, Any]:
             "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
         },
     }
+
+
+def labels(settings: Settings, max_length: int, name: str, model: PressableModel) -> RunLabels:
+    """Name a new run, for each of its throughput records.
+
+    Args:
+        name: of the checkpoint.
+        model: loaded from it.
+    """
+    facts = asked(settings, max_length)
+    return RunLabels(
+        run=uuid.uuid4().hex[:12],
+        model=name,
+        press=facts["press"]["name"],
+        arguments=_as_typed(facts["press"]["arguments"]),
+        protocol=_as_typed(facts["protocol"]),
+        device=str(model.device),
+        dtype=str(model.model.dtype).removeprefix("torch."),
+    )
+
+
+def _as_typed(arguments: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
 
 
 def measured(facts: RankFacts) -> dict[str, Any]:

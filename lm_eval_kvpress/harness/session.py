@@ -16,6 +16,7 @@ from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
+from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -66,6 +67,7 @@ def new_session(
     model: PressableModel,
     settings: Settings,
     *,
+    name: str,
     max_length: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     graphs: GraphRecorder,
@@ -77,6 +79,7 @@ def new_session(
     Args:
         model: the loaded model, presented to kvpress.
         settings: that fit the model.
+        name: of the checkpoint, for the records.
         max_length: tokens of a context with its continuation, at most.
         autocast: makes the context in which forwards run.
         graphs: of the model, for all of its sessions.
@@ -92,12 +95,6 @@ def new_session(
         clock=clock,
         shared=shared_prefills,
     )
-    labels = {
-        "device": str(model.device),
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-        "press": settings.press_name,
-        "protocol": f"query_tokens={settings.query_tokens} rolling={settings.rolling}",
-    }
-    meter = Meter(clock, labels, recorders)
+    meter = Meter(clock, run_record.labels(settings, max_length, name, model), recorders)
     runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs)
     return Session(settings, runner, settings.rolling_window(max_length))

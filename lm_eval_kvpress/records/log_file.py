@@ -22,7 +22,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
 
 CSV_HEADER = ",".join(field.name for field in fields(RequestRecord))
-JSONL_START = '{"record": "'
+JSONL_START = '{"run": "'
 
 
 class LogError(UsageError):

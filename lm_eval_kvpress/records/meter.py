@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
-from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord, RunRecords, token_latencies
+from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord, RunLabels, RunRecords, token_latencies
 from lm_eval_kvpress.records.totals import ContextRecord
 
 
@@ -60,15 +60,16 @@ class Meter:
 
     Args:
         clock: times the phases; each batch takes the timings since the last.
-        labels: device, dtype, press and protocol, for the batch records.
+        labels: of the run, for every record.
         recorders: get every record.
 
     Attributes:
+        labels: as given.
         records: all records so far.
     """
 
-    def __init__(self, clock: Clock, labels: Mapping[str, str], recorders: Sequence[Recorder] = ()) -> None:
-        self._clock, self._labels, self._recorders = clock, dict(labels), tuple(recorders)
+    def __init__(self, clock: Clock, labels: RunLabels, recorders: Sequence[Recorder] = ()) -> None:
+        self._clock, self.labels, self._recorders = clock, labels, tuple(recorders)
         self._started_sec = 0.0
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
         self._shapes: set[tuple[str, int, int]] = set()
@@ -109,7 +110,7 @@ class Meter:
     def finish(self, request_type: str) -> None:
         """Record the requests of the batches since the last call."""
         for id, parts in self._open.items():
-            record = _request_record(id, request_type, parts)
+            record = _request_record(self.labels, id, request_type, parts)
             self.records.requests.append(record)
             self._write(record)
             self.records.itls[record] = [
@@ -144,6 +145,7 @@ class Meter:
         is_warmup = shape not in self._shapes
         self._shapes.add(shape)
         return BatchRecord(
+            **vars(self.labels),
             record="batch",
             batch=len(self.records.batches),
             request_type=request_type,
@@ -161,10 +163,6 @@ class Meter:
             prefill_peak_memory_bytes=peaks.get("prefill"),
             score_peak_memory_bytes=peaks.get("score"),
             decode_peak_memory_bytes=peaks.get("decode"),
-            device=self._labels["device"],
-            dtype=self._labels["dtype"],
-            press=self._labels["press"],
-            protocol=self._labels["protocol"],
             decoding_steps=decoding_steps,
         )
 
@@ -186,11 +184,12 @@ def _by_phase(timings: Sequence[PhaseTiming]) -> tuple[Mapping[str, float], Mapp
 
 
 def _request_record(
-    id: RequestId, request_type: str, parts: Sequence[tuple[BatchRecord, RequestShare, float]]
+    labels: RunLabels, id: RequestId, request_type: str, parts: Sequence[tuple[BatchRecord, RequestShare, float]]
 ) -> RequestRecord:
     times = [time for _, share, _ in parts for time in share.token_times_sec]
     phases = ("seconds", *(f"{phase}_sec" for phase in PHASES))
     return RequestRecord(
+        **vars(labels),
         record="request",
         **vars(id),
         request_type=request_type,

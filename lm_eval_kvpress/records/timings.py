@@ -19,7 +19,29 @@ LATENCIES = ("ttft_sec", "tpot_sec")
 
 
 @dataclass(frozen=True)
-class BatchRecord:
+class RunLabels:
+    """What tells the records of one run from those of another in the same file.
+
+    Attributes:
+        run: a name that no other run has; the results hold it as ``config.kvpress.run``. Each process of a run with
+            several has its own.
+        model: the checkpoint, as the user typed it.
+        press, arguments: the press's name, and its arguments as ``name=value``, separated by spaces.
+        protocol: how contexts were compressed and scored, in the same way.
+        device, dtype: where and in what the model computed.
+    """
+
+    run: str
+    model: str
+    press: str
+    arguments: str
+    protocol: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class BatchRecord(RunLabels):
     """One batch: seconds per phase, press apart from prefill; tokens really run, without padding.
 
     ``seconds`` is measured from end to end, on its own: the rest beside the phases was spent between them.
@@ -45,15 +67,11 @@ class BatchRecord:
     prefill_peak_memory_bytes: int | None
     score_peak_memory_bytes: int | None
     decode_peak_memory_bytes: int | None
-    device: str
-    dtype: str
-    press: str
-    protocol: str
-    decoding_steps: str | None = None  # absent from the logs of older versions
+    decoding_steps: str | None
 
 
 @dataclass(frozen=True)
-class RequestRecord:
+class RequestRecord(RunLabels):
     """One request, over all its batches. Seconds are its share of theirs, so that requests sum to the run; its latency
     is the whole time of its batches.
 

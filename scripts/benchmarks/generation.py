@@ -20,10 +20,11 @@ from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId
-from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord, RunLabels
 from scripts.benchmarks.texts import story_text
 
 QUERY_TOKENS = 1
+UNLABELLED = RunLabels(run="", model="", press="", arguments="", protocol="", device="", dtype="")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Bench:
     def measure(self, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measurement:
         """Prefill, compress and decode one batch."""
         records: list[BatchRecord | RequestRecord] = []
-        meter = Meter(self._clock, dict.fromkeys(("device", "dtype", "press", "protocol"), ""), [_Collector(records)])
+        meter = Meter(self._clock, UNLABELLED, [_Collector(records)])
         compressor = self._compressors[case.press]
         runner = Runner(self._model, compressor, self._clock, meter, nullcontext, graphs=self._graphs)
         jobs = [Prompt(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]

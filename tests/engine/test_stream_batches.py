@@ -24,6 +24,7 @@ from lm_eval_kvpress.presses.streaming import for_stream
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.records.meter import Meter, RequestId
+from lm_eval_kvpress.records.timings import RunLabels
 from lm_eval_kvpress.records.totals import TaskTotals, TotalsByTask, new_totals
 
 PLAN = StreamPlan(budget=20, chunk=7)
@@ -33,7 +34,7 @@ LENGTHS = (70, 0, 130, 56, 1)
 def runner(model: PressableModel) -> Runner:
     clock, press = Clock(model.device), for_stream(parse_press("knorm", {}), PLAN.budget, PLAN.chunk)
     compressor = Compressor(model, press, query_tokens=1, short_context="keep", clock=clock)
-    labels = dict.fromkeys(("device", "dtype", "press", "protocol"), "")
+    labels = RunLabels("r", "m", press.name, "", "", "cpu", "float32")
     return Runner(model, compressor, clock, Meter(clock, labels), nullcontext)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import itertools
@@ -26,14 +27,16 @@ from lm_eval.api.instance import Instance
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
-from lm_eval_kvpress.records.log_file import LogError, ThroughputLog
+from lm_eval_kvpress.records.log_file import CSV_HEADER, LogError, ThroughputLog
 from lm_eval_kvpress.records.meter import Meter
-from lm_eval_kvpress.records.timings import RequestRecord
+from lm_eval_kvpress.records.timings import RequestRecord, RunLabels
 
 
 def request(idx: int = 0) -> RequestRecord:
     values: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(RequestRecord)}
-    return RequestRecord(**{**values, "record": "request", "task": 'a "task", with commas', "doc_id": None, "idx": idx})
+    labels = {field.name: field.name for field in dataclasses.fields(RunLabels)}
+    own = {"record": "request", "task": 'a "task", with commas', "doc_id": None, "idx": idx}
+    return RequestRecord(**{**values, **labels, **own})
 
 
 def write_until_stopped(path: Path, pipe: Connection, limit_bytes: int) -> None:
@@ -75,7 +78,7 @@ def test_after_a_kill_every_line_is_complete_and_a_new_run_goes_on(tmp_path: Pat
             with path.open(newline="") as file:
                 rows = list(csv.reader(file))
             assert {len(row) for row in rows} == {len(dataclasses.fields(RequestRecord))}
-            assert sum(row[0] == "record" for row in rows) == 1, "one header"
+            assert sum(row == CSV_HEADER.split(",") for row in rows) == 1, "one header"
 
 
 def test_a_torn_line_is_dropped_when_the_file_is_opened_again(tmp_path: Path) -> None:
@@ -177,6 +180,31 @@ def test_csv_holds_the_requests_of_jsonl(tmp_path: Path) -> None:
     assert [{k: str(v) if v is not None else "" for k, v in record.items()} for record in expected] == rows
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
+def test_two_runs_in_one_file_can_be_told_apart(checkpoint_dir: Path, tmp_path: Path, name: str) -> None:
+    path, expected = tmp_path / name, {}
+    requests = [Instance("loglikelihood", {}, ("seven grey geese " * 9, " slept"), 0, ("t", i, 1)) for i in range(2)]
+    for press, size in (("snapkv", {"window_size": 8}), ("knorm", {})):
+        arguments = {"compression_ratio": 0.75, **size}
+        lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", press=press, throughput_log=str(path), **arguments)
+        lm.loglikelihood(requests, disable_tqdm=True)
+        all_of_them = lm.describe()["press"]["arguments"]
+        typed = " ".join(f"{key}={value}" for key, value in all_of_them.items())
+        expected[lm.describe()["run"]] = (str(checkpoint_dir), press, typed, "cpu", "float32")
+        assert arguments.items() <= all_of_them.items()
+        lm.session.runner.meter._recorders[0].close()
+    with path.open(newline="") as file:
+        records = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+    found = {}
+    for record in records:
+        assert {"query_tokens=1", "rolling=prefix", "max_length=512"} <= set(record["protocol"].split())
+        labels = (record["model"], record["press"], record["arguments"], record["device"], record["dtype"])
+        assert found.setdefault(record["run"], labels) == labels
+    assert found == expected and len(expected) == 2
+    kinds = collections.Counter((record["run"], record["record"]) for record in records)
+    assert all(kinds[run, "request"] == 2 for run in expected)
+
+
 def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(path))
@@ -186,7 +214,7 @@ def test_records_come_back_from_the_file_and_into_a_meter(checkpoint_dir: Path, 
     assert isinstance(log, ThroughputLog)
     records = list(log.records())
     assert records == [*lm.session.runner.meter.records.batches, *lm.session.runner.meter.records.requests]
-    restored = Meter(Clock(torch.device("cpu")), {})
+    restored = Meter(Clock(torch.device("cpu")), lm.session.runner.meter.labels)
     restored.restore(records)
     assert restored.records.summary() == lm.session.runner.meter.records.summary()
 
@@ -200,7 +228,7 @@ def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoi
     (log,) = lm.session.runner.meter._recorders
     assert isinstance(log, ThroughputLog)
     assert lm.session.runner.meter.records.summary()["itl_sec"] is not None
-    lm.session.runner.meter = Meter(lm.session.runner.clock, lm.session.runner.meter._labels)
+    lm.session.runner.meter = Meter(lm.session.runner.clock, lm.session.runner.meter.labels)
     lm.session.runner.meter.restore(log.records())
     lm.generate_until(requests, disable_tqdm=True)
     summary = lm.session.runner.meter.records.summary()

@@ -19,11 +19,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
-from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord
+from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord, RunLabels
 from lm_eval_kvpress.records.totals import ContextRecord
 
 PARTS = ("prefill_sec", "press_sec", "score_sec", "decode_sec")
-LABELS = dict.fromkeys(("device", "dtype", "press", "protocol"), "-")
+LABELS = RunLabels("r", "m", "snapkv", "window_size=8", "query_tokens=1", "cpu", "float32")
 WORDS = (
     "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them " * 30
 ).split()

@@ -1,9 +1,11 @@
 """A budget for the cache while tokens are decoded: every few forwards a press chooses what stays of each row.
 
 The rule is that of kvpress's ``DecodingPress``, for ragged batches: rows are scored in groups of equal length, so that
-no padding enters a press, and each keeps ``target_size`` entries. Two things differ from kvpress: kept entries stay in
-the order of their tokens, on which presses that go by place rely the next time; and each query of an observation window
-is rotated to its own position. Knows caches and kvpress's ``score``. Does not know press names or text.
+no padding enters a press, and each keeps ``target_size`` entries. Three things differ from kvpress: kept entries stay
+in the order of their tokens, on which presses that go by place rely the next time; each query of an observation window
+is rotated to its own position; and of scores that equal the lowest kept one to rounding the newest entries stay, where
+kvpress keeps what ``topk`` happens to return (`stream_eviction.highest`). Knows caches and kvpress's ``score``. Does
+not know press names or text.
 
 Letters in shape comments: B rows, G rows of equal length, H key-value heads, T cached entries, D head_dim, W newest
 tokens whose hidden states are kept, E hidden size.

@@ -63,6 +63,8 @@ class Row:
         wraps: for a wrapper, the most that the wrapped press's scores may read; None for others.
         refuses: presses that a wrapper cannot wrap although kvpress would let it, and why.
         check: says what is wrong with the arguments as a whole, where kvpress asserts nothing; empty if nothing is.
+        changes: what it does to entries that it does not remove, from its arguments; empty if nothing. Only for a
+            press that removes none: what it keeps says nothing about whether it acted.
         notes: what a reader of the figures must know at a given length of context.
     """
 
@@ -85,6 +87,7 @@ class Row:
     wraps: Reads | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], str] | None = None
+    changes: Callable[[Mapping[str, Any]], str] | None = None
     notes: Notes | None = None
 
     @property
@@ -167,6 +170,7 @@ _ROWS = (
         removes_tokens=False,
         no_ratio="it zeroes key channels and keeps every token: use key_channel_compression_ratio",
         defaults={"key_channel_compression_ratio": 0.5},
+        changes=notes.think_changes,
         notes=notes.think,
     ),
     Row(

@@ -14,8 +14,14 @@ Notes = Callable[[Mapping[str, Any], float, int, int], Iterator[str]]
 
 def think(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:
     """ThinK zeroes key channels in place."""
+    changes = think_changes(arguments) or "nothing, since key_channel_compression_ratio is 0"
+    yield f"think keeps every token and frees no memory; what it changes: {changes}"
+
+
+def think_changes(arguments: Mapping[str, Any]) -> str:
+    """What ThinK does to the entries that it keeps, all of them."""
     share = arguments["key_channel_compression_ratio"]
-    yield f"think keeps every token and frees no memory: kvpress zeroes {share:.0%} of the key channels"
+    return f"{share:.0%} of the key channels of every head are zeroed" if share else ""
 
 
 def random(arguments: Mapping[str, Any], ratio: float, context_tokens: int, num_layers: int) -> Iterator[str]:

@@ -95,6 +95,13 @@ class PressSpec:
         has_that_hook = all(row.factory.forward_hook is BasePress.forward_hook for row in self.rows)
         return not (self.shares_prefill and has_that_hook)
 
+    @property
+    def changes_entries(self) -> str | None:
+        """What it does to entries that it does not remove, where it removes none; None otherwise."""
+        own = self.own_arguments()
+        changes = [row.changes(own[row.name]) for row in self.rows if row.changes is not None]
+        return "; ".join(filter(None, changes)) or None
+
     def min_context(self) -> int:
         """Return the least number of context tokens on which the press runs and can remove something.
 
@@ -170,6 +177,7 @@ class PressSpec:
             "papers": [row.paper for row in self.rows if row.paper],
             "masks": self.masks,
             "rerotates": self.rerotates,
+            "changes_entries": self.changes_entries,
             "min_context": self.min_context(),
         }
 

@@ -24,11 +24,13 @@ class Press:
         arguments: sorted, defaults included; ``stream_budget`` among them for streams.
         removed_asked: the fraction that ``compression_ratio`` asks to remove. None under a budget, and for a press
             that leaves the prefill alone.
+        changes_entries: what it does to entries that it does not remove; empty for most presses.
     """
 
     name: str
     arguments: Pairs = ()
     removed_asked: float | None = None
+    changes_entries: str = ""
 
     @property
     def is_none(self) -> bool:

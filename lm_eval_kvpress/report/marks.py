@@ -96,6 +96,8 @@ def _inert(cell: Cell) -> Iterator[Mark]:
         yield Mark("inert", "never ran", text, True)
     elif not _num_pressed(cell.kept):
         yield Mark("inert", "never ran", f"No context went through the press{_because_short(cell.kept)}.", True)
+    elif cell.press.changes_entries:
+        yield Mark("changed", "changed entries", f"What the press did to entries: {cell.press.changes_entries}.")
     elif all(kept.share == 1 for kept in cell.kept if kept.num_contexts_pressed):
         yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
 

@@ -95,7 +95,8 @@ def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Pres
     arguments = {key: value for key, value in press["arguments"].items() if key not in left_out}
     if press.get("kv_budget") is not None and not budget:
         arguments["kv_budget"] = press["kv_budget"]
-    parsed = Press(press["name"], _pairs(arguments | budget), _number(press.get("compression_ratio")))
+    changes = str(press.get("changes_entries") or "")
+    parsed = Press(press["name"], _pairs(arguments | budget), _number(press.get("compression_ratio")), changes)
     has_ratio = not budget and (parsed.acts_on_prefill or parsed.is_none)
     return parsed if has_ratio else replace(parsed, removed_asked=None)
 

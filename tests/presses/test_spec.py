@@ -89,6 +89,21 @@ def test_min_context_is_the_least_on_which_the_press_runs_and_acts(
         assert kept == [least - 1] * NUM_LAYERS, (model_name, "one token less still runs and removes", kept)
 
 
+@pytest.mark.parametrize("share", [0, 0.25, 0.5])
+@pytest.mark.parametrize("name", ["think", "composed:snapkv+think"])
+def test_a_press_that_removes_nothing_says_what_it_changes(
+    models: dict[str, PressableModel], name: str, share: float
+) -> None:
+    of_think = {"key_channel_compression_ratio": share, "window_size": 8}
+    given = of_think if name == "think" else {f"think.{key}": value for key, value in of_think.items()}
+    spec = parse_press(name, given if name == "think" else {**given, "snapkv.window_size": 8, "compression_ratio": 0})
+    (layer, *_) = run(models["neox sdpa"], spec, tokens(1, 60)).layers
+    assert (layer.keys == 0).all(dim=2).float().mean() == share
+    says = spec.describe()["changes_entries"]
+    assert says is None if share == 0 else f"{share:.0%} of the key channels" in says
+    assert parse_press("knorm").changes_entries is None
+
+
 # -------------------------------------------------------------------------------------------------------- budgets
 
 

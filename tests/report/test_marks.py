@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from report_files import amend, unmeasured, without_prefill_press, write_results, write_stream
 
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.contents import ReportRow
 from lm_eval_kvpress.report.marks import Mark
@@ -51,6 +52,15 @@ def test_rows_that_cannot_be_trusted_are_marked(tmp_path: Path, facts: dict[str,
     write_results(tmp_path, "none", 0.0)
     write_results(tmp_path, "snapkv", 0.5, **facts)
     assert labels(tmp_path)["snapkv"] == [label]
+
+
+def test_a_press_that_keeps_and_changes_every_entry_has_acted(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0)
+    file = write_results(tmp_path, "think", 0.0, acc=0.4, kept=1.0)
+    changes = parse_press("think").describe()["changes_entries"]
+    amend(file, lambda content: content["config"]["kvpress"]["press"].update(changes_entries=changes))
+    (mark,) = marks(tmp_path)["think"]
+    assert (mark.label, mark.is_void) == ("changed entries", False) and "50% of the key channels" in mark.text
 
 
 def test_runs_of_fewer_documents_are_marked_in_their_own_table(tmp_path: Path) -> None:

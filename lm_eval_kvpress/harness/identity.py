@@ -6,6 +6,7 @@ Knows ``HFLM``, models as their parameters, and the cache as a mapping. Does not
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import zlib
@@ -30,6 +31,17 @@ NO_PART_OF_ANSWERS = frozenset(
     }
 )
 """Arguments of ``HFLM`` that change no answer here, or stand in a run's identity under another name."""
+
+
+NO_PART_OF_CONFIG = frozenset(
+    {
+        *("_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "dtype", "torch_dtype"),
+        *("transformers_version", "use_cache"),
+    }
+)
+"""Entries of a config that change no answer, or stand in a run's identity under another name."""
+
+TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "eos_token_id")
 
 
 def arguments_of_answers(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -61,6 +73,28 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return f"{checksum:08x}"
 
 
+def checkpoint_hashes(lm: HFLM) -> dict[str, str]:
+    """A hash of every part of the checkpoint that answers depend on, as it was loaded.
+
+    A tokenizer, a chat template, a RoPE scaling or an end of text can be corrected beside the same weights.
+    """
+    tokenizer, config, generation = lm.tokenizer, lm.model.config.to_dict(), lm.model.generation_config
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    flags = {name: getattr(tokenizer, name, None) for name in TOKENIZER_FLAGS}
+    return {
+        "weights": weights_fingerprint(lm.model),
+        "config": _hash({key: value for key, value in config.items() if key not in NO_PART_OF_CONFIG}),
+        "generation": _hash({} if generation is None else generation.to_diff_dict()),
+        "tokenizer": _hash({**rules, **flags, "padding": None, "truncation": None}),  # these two change with each call
+        "chat_template": _hash(getattr(tokenizer, "chat_template", None)),
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def run_identity(lm: HFLM, facts: Mapping[str, Any], arguments: Mapping[str, str]) -> dict[str, Any]:
     """Everything that an answer depends on besides its request.
 
@@ -72,7 +106,7 @@ def run_identity(lm: HFLM, facts: Mapping[str, Any], arguments: Mapping[str, str
     return {key: facts[key] for key in keys} | {
         **arguments,
         "revision": lm.revision,
-        "weights": weights_fingerprint(lm.model),
+        **checkpoint_hashes(lm),
         "prefix_token": lm.prefix_token_id,
         "seed": torch.initial_seed(),
     }

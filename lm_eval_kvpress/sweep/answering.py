@@ -56,6 +56,7 @@ class CellAnswering:
                 in_halves(lambda part: _run_batch(requests, part, keys, unfinished, bar), missing)
         for peer in unfinished:
             peer.session.runner.meter.finish(requests.request_type)
+            peer.store.answers.add({})  # the records of whole documents belong to what is kept
 
     def _shared_limits(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
         """A shared prefill is held whole, with half as much again, and a clone beside it: a third of the tokens."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.records.log_file import ThroughputLog
+from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
-from lm_eval_kvpress.sweep.store import CellStore
 
 
 @dataclass

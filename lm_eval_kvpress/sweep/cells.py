@@ -5,8 +5,10 @@ Knows model arguments. Does not know models or tasks.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,9 @@ from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
 from lm_eval_kvpress.sweep.settings import SweepSettings
 
 Arguments = Mapping[str, Any]
+
+LONGEST_NAME = 200
+"""Bytes of a cell's folder."""
 
 LISTED = ("rolling", "query_tokens")
 """Arguments of which a sweep lists the values, one protocol for each combination."""
@@ -35,12 +40,20 @@ class Cell:
     """One press at one size under one protocol.
 
     Attributes:
-        name: also of its folder.
+        name: says all that tells it from the others.
         arguments: its own model arguments.
     """
 
     name: str
     arguments: Arguments
+
+    @property
+    def folder(self) -> str:
+        """Its name as that of a folder, of which file systems take 255 bytes: a hash replaces what is beyond."""
+        if len(self.name.encode()) <= LONGEST_NAME:
+            return self.name
+        start = self.name.encode()[: LONGEST_NAME - 17].decode(errors="ignore")
+        return f"{start}-{hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
 
     @property
     def protocol(self) -> tuple[tuple[str, Any], ...]:
@@ -112,7 +125,7 @@ def _stream_sizes(settings: SweepSettings, own: Arguments) -> Sequence[Arguments
 
 def _cell(arguments: Arguments) -> Cell:
     parts = [str(arguments["press"]), *(f"{key}={value}" for key, value in arguments.items() if key != "press")]
-    return Cell("_".join(parts).replace(":", ".").replace("/", "."), arguments)
+    return Cell(re.sub(r"[:/\\\x00-\x1f]", ".", "_".join(parts)), arguments)
 
 
 def _check(settings: SweepSettings, cell: Cell) -> None:

@@ -17,8 +17,8 @@ from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.sweep.answering import CellAnswering
 from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
-from lm_eval_kvpress.sweep.store import CellStore
 
 
 class SweepModel:
@@ -59,6 +59,8 @@ class SweepModel:
         if streams:
             settings = replace(settings, stream_output=str(store.folder / "stream"))
         store.folder.mkdir(parents=True, exist_ok=True)
+        if store.answers.file.exists():
+            store.answers.take_back_log()
         log = ThroughputLog(store.throughput)
         shares = settings.press.shares_prefill and not streams
         session = self.lm.open_session(settings, [log], self._shared_prefills if shares else None)

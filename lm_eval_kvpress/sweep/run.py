@@ -12,24 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.files import write_whole
-from lm_eval_kvpress.harness import plugin
-from lm_eval_kvpress.harness.identity import weights_fingerprint
+from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
-from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.results import write_results
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.store import SweepStore
+from lm_eval_kvpress.sweep.tasks import check_tasks, task_hashes, task_manager
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -43,16 +42,18 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
         UsageError: for an unknown task, other weights than before, or a cell that does not fit the model.
     """
     start = time.perf_counter()
-    todo = [cell for cell in cells if not store.cell(cell.name).is_finished]
+    for line in (line for cell in cells for line in store.cell(cell.folder).drop_damage()):
+        say(line)
+    todo = [cell for cell in cells if not store.cell(cell.folder).is_finished]
     say(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
+    tasks = _checked_tasks(settings, cells, store)
     if not todo:
         return
     _remind_of_baseline(cells)
-    check_tasks(settings, task_manager(settings, todo[0]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = load_model(settings)
-    store.begin(weights_fingerprint(model.lm.model))
-    with _opened(model, todo, store) as runs:
+    store.begin(tasks, checkpoint_hashes(model.lm))
+    with _says_what_is_complete(cells, store), _opened(model, todo, store) as runs:
         for peers in sharing_prefills(runs):
             _evaluate_all(model, settings, peers)
     summary = {
@@ -70,6 +71,28 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     )
 
 
+def _checked_tasks(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> dict[str, dict[str, str]]:
+    tasks = task_manager(settings, cells[0])
+    check_tasks(settings, tasks)
+    hashes = task_hashes(settings, tasks)
+    store.check_tasks(hashes)
+    return hashes
+
+
+@contextmanager
+def _says_what_is_complete(cells: Sequence[Cell], store: SweepStore) -> Iterator[None]:
+    """Add to an error's one line how far the sweep came."""
+    try:
+        yield
+    except (UsageError, OSError) as error:
+        if (line := one_line(error)) is None:
+            raise
+        num_finished = sum(store.cell(cell.folder).is_finished for cell in cells)
+        raise UsageError(
+            f"{line} ({num_finished} of {len(cells)} cells are finished, what the others have answered is kept)"
+        ) from error
+
+
 def say(message: str) -> None:
     """Print a line about the sweep, beside the progress bars and apart from results."""
     print(message, file=sys.stderr)
@@ -79,28 +102,6 @@ def _remind_of_baseline(cells: Sequence[Cell]) -> None:
     presses = [cell.arguments["press"] for cell in cells if "stream_budget" not in cell.arguments]
     if presses and "none" not in presses:  # a stream has no baseline
         say("no cell is the baseline, from which differences are taken: add none to the presses")
-
-
-# ------------------------------------------------------------------------------------------------------ tasks and model
-
-
-def task_manager(settings: SweepSettings, cell: Cell) -> TaskManager:
-    """Find the tasks, and hand them the model arguments and metadata as lm-eval's command line does."""
-    paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
-    metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
-    return TaskManager(include_path=paths, metadata=metadata)
-
-
-def check_tasks(settings: SweepSettings, tasks: TaskManager) -> None:
-    """Refuse unknown tasks before the model is loaded.
-
-    Raises:
-        UsageError: with the nearest name.
-    """
-    for name in settings.tasks:
-        if name not in tasks.all_tasks and not Path(name).is_file():
-            hint = near(name, tasks.all_tasks)
-            raise UsageError(f"unknown task '{name}': {hint.rstrip() or '`lm_eval ls tasks` lists them'}")
 
 
 def load_model(settings: SweepSettings) -> SweepModel:
@@ -120,13 +121,11 @@ def load_model(settings: SweepSettings) -> SweepModel:
 @contextmanager
 def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore) -> Iterator[list[CellRun]]:
     """Open cells, with what an earlier call answered; their throughput logs are closed at the end."""
-    for cell in cells:
-        if problem := store.cell(cell.name).drop_damaged_answers():
-            say(problem)
     with ExitStack() as logs:
-        runs = [model.open(cell, store.cell(cell.name)) for cell in cells]
-        for run in runs:
-            logs.callback(run.log.close)
+        runs = list[CellRun]()
+        for cell in cells:
+            runs.append(model.open(cell, store.cell(cell.folder)))
+            logs.callback(runs[-1].log.close)
         if num_kept := sum(len(run.done) for run in runs):
             say(f"{num_kept} answers of unfinished cells are there from an earlier call")
         yield runs
@@ -188,10 +187,7 @@ def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, ru
     tracker.general_config_tracker.log_experiment_args(
         settings.model, results["config"]["model_args"], None, None, False
     )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
+    write_results(tracker, results, results.pop("samples"))
     run.store.finish()
 
 

@@ -1,31 +1,45 @@
-"""A sweep's folder: one writer, one set of settings and weights, and a folder per cell.
+"""A sweep's folder: one writer, one set of settings, tasks and weights, and a folder per cell.
 
-    DIR/sweep.json, DIR/weights         the settings that all cells share, and a checksum of their weights
-    DIR/summary.json                    of the call that finished: cells, tokens prefilled, seconds
-    DIR/cells/CELL/results/...          a finished cell: results and samples as lm-eval writes them
-    DIR/cells/CELL/answers.sqlite       an unfinished cell: its outcomes, an item per row
-    DIR/cells/CELL/throughput.jsonl     a record per batch and request
+    DIR/sweep.json      the mark that the folder is a sweep's, and what all its cells share
+    DIR/summary.json    of the call that finished: cells, tokens prefilled, seconds
+    DIR/cells/CELL      `cell_store`
 
-Every file is whole: `answers` are transactions, and a cell's results appear by a rename. Does not know lm-eval or
-models.
+A folder with other content is refused and left as it is. Does not know lm-eval or models.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.files import write_whole
-from lm_eval_kvpress.sweep.answers import Answers
+from lm_eval_kvpress.files import remove_parts, write_whole
+from lm_eval_kvpress.sweep.cell_store import CellStore, refuse_other_kinds
 
-ANSWERS, THROUGHPUT = "answers.sqlite", "throughput.jsonl"
-OLD_ANSWERS = "answers.jsonl"  # of versions before the SQLite file
+LOCK, MARK = ".lock", "sweep.json"
+
+
+class SweepRecord(BaseModel):
+    """The content of ``sweep.json``.
+
+    Attributes:
+        settings: that all cells share.
+        tasks: by task and part, a hash of what its answers and figures depend on.
+        checkpoint: by part, a hash of the model and its tokenizer.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    format: Literal["lm-eval-kvpress sweep 2"] = "lm-eval-kvpress sweep 2"
+    settings: dict[str, Any]
+    tasks: dict[str, dict[str, str]]
+    checkpoint: dict[str, str]
 
 
 class SweepStore:
@@ -37,72 +51,104 @@ class SweepStore:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self._cells = folder, folder / "cells"
-        self._settings = json.loads(json.dumps(settings))
-        self._lock = FileLock(folder / ".lock")
+        self._settings = json.loads(json.dumps(settings, default=str))
+        self._lock = FileLock(folder / LOCK)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._before = self._read()
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise UsageError(f"output_path={folder} is being written by another sweep: choose another one") from error
         except OSError as error:
             raise UsageError(f"output_path={folder} cannot be written: {error.strerror}") from error
         try:
-            self._check()
-        except UsageError:
+            self._check_settings()
+            remove_parts(folder)
+        except BaseException:
             self.close()
             raise
 
-    def _check(self) -> None:
-        file, now = self.folder / "sweep.json", self._settings
-        if not file.exists():
-            if self._cells.exists():
-                raise UsageError(f"output_path={self.folder} has cells and no sweep.json: choose another folder")
-            return
-        self._refuse_old_answers()
-        if self._holds_nothing():
-            return
+    def _read(self) -> SweepRecord | None:
+        """What ``sweep.json`` says; None if the folder is empty but for what a start leaves that was killed."""
+        lock = self.folder / LOCK
+        if _is_there(lock) and not (_is_plain(lock) and lock.lstat().st_size == 0):
+            raise UsageError(f"{lock} is not a sweep's: choose another output_path")
+        others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
+        if all(_is_part_of_mark(self.folder / name) for name in others):
+            return None
         try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise UsageError(f"{file} is damaged: choose another folder") from error
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
+            if not _is_plain(self.folder / MARK):
+                raise FileNotFoundError
+            record = SweepRecord.model_validate_json((self.folder / MARK).read_bytes())
+        except (FileNotFoundError, ValidationError) as error:
+            content = ", ".join([*others[:3], *(["..."] if others[3:] else [])])
+            raise UsageError(
+                f"output_path={self.folder} has content ({content}) and no whole {MARK} of this version's sweeps: "
+                "choose a new or an empty folder"
+            ) from error
+        refuse_other_kinds(folders=[self._cells])
+        return record
+
+    def _check_settings(self) -> None:
+        if self._before is None or self._holds_nothing():
+            return
+        before, now = self._before.settings, self._settings
+        if changed := _changed(before, now):
             was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in changed)
             raise UsageError(
                 f"output_path={self.folder} holds a sweep of other settings, which are never mixed: it had {was}; "
                 "choose another folder, or give the same settings"
             )
 
-    def _refuse_old_answers(self) -> None:
-        old = sorted(file.parent.name for file in self._cells.glob(f"*/{OLD_ANSWERS}"))
-        if old:
-            raise UsageError(
-                f"output_path={self.folder} has cells that an older version left unfinished ({', '.join(old)}): delete "
-                "their folders, and they are run again, or choose another folder"
-            )
-
     def _holds_nothing(self) -> bool:
         """Whether no cell has answered anything, as after a mistake in the command."""
-        return not any(any(self._cells.glob(f"*/{what}")) for what in (ANSWERS, "results", "stream/*/*.csv"))
+        return not any(CellStore(folder).holds_something for folder in self._cells.glob("*"))
 
-    def begin(self, fingerprint: str) -> None:
-        """Make the folder that of these settings and weights; before that nothing in it says so.
+    def check_tasks(self, tasks: Mapping[str, Mapping[str, str]]) -> None:
+        """Refuse tasks that are no longer what they were when cells were answered.
 
         Args:
-            fingerprint: of the weights; others of the same name are refused.
+            tasks: as in `SweepRecord`.
 
         Raises:
-            UsageError: in one line.
+            UsageError: naming task and part.
         """
-        file = self.folder / "weights"
-        if self._holds_nothing():
-            shutil.rmtree(self._cells, ignore_errors=True)
-            file.unlink(missing_ok=True)
-        write_whole(self.folder / "sweep.json", json.dumps(self._settings, indent=2, sort_keys=True))
-        if not file.exists():
-            write_whole(file, fingerprint)
-        elif file.read_text() != fingerprint:
-            raise UsageError(f"output_path={self.folder} holds a sweep of other weights: choose another folder")
+        if self._before is None or self._holds_nothing():
+            return
+        before = self._before.tasks
+        changed = [
+            f"{name} ({', '.join(_changed(before.get(name, {}), tasks.get(name, {})))})"
+            for name in _changed(before, tasks)
+        ]
+        if changed:
+            raise UsageError(
+                f"output_path={self.folder} holds a sweep of other tasks, and answers are never mixed; since then "
+                f"changed: {'; '.join(changed)}: choose another folder, or put the tasks back as they were"
+            )
+
+    def begin(self, tasks: Mapping[str, Mapping[str, str]], checkpoint: Mapping[str, str]) -> None:
+        """Make the folder that of these settings, tasks and weights; before that nothing in it says so.
+
+        Args:
+            tasks, checkpoint: as in `SweepRecord`.
+
+        Raises:
+            UsageError: in one line, if cells were answered by another checkpoint.
+        """
+        if self._before is None or self._holds_nothing():
+            for folder in self._cells.glob("*"):
+                CellStore(folder).delete()
+            record = SweepRecord(
+                settings=self._settings,
+                tasks={name: dict(parts) for name, parts in tasks.items()},
+                checkpoint=dict(checkpoint),
+            )
+            write_whole(self.folder / MARK, record.model_dump_json(indent=2))
+        elif changed := _changed(self._before.checkpoint, checkpoint):
+            raise UsageError(
+                f"output_path={self.folder} holds a sweep of another checkpoint ({', '.join(changed)} differ): choose "
+                "another folder"
+            )
 
     def cell(self, name: str) -> CellStore:
         """Return the folder of a cell, which need not exist."""
@@ -113,45 +159,18 @@ class SweepStore:
         self._lock.release()
 
 
-class CellStore:
-    """The folder of one cell.
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
-    Attributes:
-        answers: what the cell has answered, until it is finished.
-        throughput: the file of its throughput records.
-        results: where the finished cell's results are.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.answers = Answers(folder / ANSWERS)
-        self.throughput, self.results, self._part = folder / THROUGHPUT, folder / "results", folder / "results.part"
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the results are there."""
-        return self.results.is_dir()
 
-    def drop_damaged_answers(self) -> str:
-        """Delete answers that cannot be read, and the records of how long they took, so that both are made again.
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file, and no link to one: what is written to a link goes elsewhere."""
+    return _is_there(path) and stat.S_ISREG(path.lstat().st_mode)
 
-        Returns:
-            What was wrong, in one line; empty if nothing was.
-        """
-        damage = self.answers.damage()
-        if not damage:
-            return ""
-        self.answers.delete()
-        self.throughput.unlink(missing_ok=True)
-        return f"{self.answers.file} is damaged ({damage}): its answers are made again"
 
-    def new_results(self) -> Path:
-        """Return an empty folder to write the results into."""
-        shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(parents=True)
-        return self._part
-
-    def finish(self) -> None:
-        """Make what was written into `new_results` the results; the answers are no longer needed."""
-        self._part.replace(self.results)
-        self.answers.delete()
+def _is_part_of_mark(path: Path) -> bool:
+    return path.name.startswith(f"{MARK}.") and path.suffix == ".part" and _is_plain(path)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
-from lm_eval_kvpress.harness.identity import arguments_of_answers, weights_fingerprint
+from lm_eval_kvpress.harness.identity import arguments_of_answers, checkpoint_hashes, weights_fingerprint
 from lm_eval_kvpress.harness.model import KVPress
 
 
@@ -55,6 +55,27 @@ def test_a_tokenizer_is_the_same_before_and_after_it_was_given_a_padding_token()
     before = arguments_of_answers({"tokenizer": tokenizer})
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert arguments_of_answers({"tokenizer": tokenizer}) == before
+
+
+CORRECTIONS: dict[str, Callable[[KVPress], object]] = {
+    "config": lambda lm: setattr(lm.model.config, "rotary_emb_base", 500_000),
+    "generation": lambda lm: setattr(lm.model.generation_config, "repetition_penalty", 1.3),
+    "tokenizer": lambda lm: lm.tokenizer.add_tokens(["<think>"]),
+    "chat_template": lambda lm: setattr(lm.tokenizer, "chat_template", "{{ messages }}"),
+}
+
+
+@pytest.mark.parametrize("part", CORRECTIONS)
+def test_a_checkpoint_that_was_corrected_beside_its_weights_is_another_one(checkpoint_dir: Path, part: str) -> None:
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu")
+    before = checkpoint_hashes(lm)
+    lm.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    lm.tokenizer.padding_side = "right"
+    assert checkpoint_hashes(lm) == before, "which a call changes"
+    CORRECTIONS[part](lm)
+    after = checkpoint_hashes(lm)
+    assert {key for key in before if before[key] != after[key]} == {part}
+    assert lm._identity()[part] == after[part]
 
 
 TEXT = "the cold river ran past an old mill where seven grey geese slept " * 6

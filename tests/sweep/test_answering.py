@@ -57,7 +57,7 @@ def cell_run(folder: Path, *, is_small: bool) -> CellRun:
     meter = SimpleNamespace(finish=lambda kind: None, live=dict)
     runner = SimpleNamespace(meter=meter, is_small=is_small, compressor=SimpleNamespace(shares=False))
     session: Any = SimpleNamespace(runner=runner, check_lengths=lambda requests: None, totals=None)
-    store: Any = SimpleNamespace(answers=Answers(folder / "answers.sqlite"))
+    store: Any = SimpleNamespace(answers=Answers(folder / "answers.sqlite", folder / "log"))
     cell: Any = SimpleNamespace(name=folder.name)
     log: Any = None
     return CellRun(cell, session, store, log, store.answers.keys())

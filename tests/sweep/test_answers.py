@@ -21,7 +21,7 @@ ONE: dict[str, Outcome] = {"a": Scored((BranchScore((-0.1,), False),), False, No
 
 
 def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "cell" / "answers.sqlite")
+    answers = Answers(tmp_path / "cell" / "answers.sqlite", tmp_path / "log")
     assert (answers.keys(), answers.outcomes(), answers.damage()) == (set(), {}, "")
     record = ContextRecord(7, (3.0, 3.5), 100, 50, True)
     outcomes: dict[str, Outcome] = {
@@ -39,14 +39,14 @@ def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
 
 def test_a_batch_that_a_kill_cut_short_is_absent(tmp_path: Path) -> None:
     """The process dies with part of its transaction in the file, which the journal takes back."""
-    answers = Answers(tmp_path / "answers.sqlite")
+    answers = Answers(tmp_path / "answers.sqlite", tmp_path / "log")
     answers.add(ONE)
     code = (
         "import os, signal, sqlite3, sys\n"
         "database = sqlite3.connect(sys.argv[1])\n"
         "database.execute('PRAGMA cache_size = 1')\n"
         "rows = [(str(key), 'x' * 999) for key in range(999)]\n"
-        "database.executemany('INSERT INTO answers VALUES (?, ?)', rows)\n"
+        "database.executemany('INSERT INTO answers VALUES (?, ?, 0)', rows)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     size = answers.file.stat().st_size
@@ -55,24 +55,70 @@ def test_a_batch_that_a_kill_cut_short_is_absent(tmp_path: Path) -> None:
     assert answers.damage() == "" and answers.outcomes() == ONE
 
 
-@pytest.mark.parametrize("case", ["text", "cut", "row", "table"])
+DAMAGE: dict[str, str] = {
+    "text": "",
+    "cut": "",
+    "emptied": "",
+    "zeroed": "",
+    "row": "UPDATE answers SET outcome = '{}'",
+    "digit": "UPDATE answers SET outcome = replace(outcome, '0.1', '0.2')",
+    "missing": "DELETE FROM answers WHERE key = '7'",
+    "table": "ALTER TABLE answers RENAME key TO k",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_noticed(case: str, tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "answers.sqlite")
+    answers = Answers(tmp_path / "answers.sqlite", tmp_path / "log")
     answers.add({str(key): ONE["a"] for key in range(999)})
+    assert answers.damage() == ""
+    size = answers.file.stat().st_size
     if case == "text":
         answers.file.write_text("no database" * 99)
-    elif case == "cut":
-        os.truncate(answers.file, answers.file.stat().st_size // 2)
+    elif case in ("cut", "emptied"):
+        os.truncate(answers.file, size // 2 if case == "cut" else 0)
+    elif case == "zeroed":
+        with answers.file.open("rb+") as stream:
+            stream.seek(size // 2)
+            stream.write(bytes(100))
     else:
         with sqlite3.connect(answers.file) as database:
-            database.execute(
-                {"row": "UPDATE answers SET outcome = '{}'", "table": "ALTER TABLE answers RENAME key TO k"}[case]
-            )
+            database.execute(DAMAGE[case])
     assert answers.damage() and "\n" not in answers.damage()
 
 
+def test_records_of_a_batch_whose_answers_are_not_there_are_taken_back(tmp_path: Path) -> None:
+    """A kill between the two would have the batch's records twice."""
+    log = tmp_path / "log"
+    answers = Answers(tmp_path / "answers.sqlite", log)
+    log.write_text("record 1\n")
+    answers.add(ONE)
+    log.write_text("record 1\nrecord 2\n")
+    again = Answers(answers.file, log)
+    assert again.damage() == ""
+    again.take_back_log()
+    assert log.read_text() == "record 1\n"
+    with log.open("a") as stream:
+        stream.write("record 2 again\n")
+    again.add({"b": ONE["a"]})
+    once_more = Answers(answers.file, log)
+    assert once_more.damage() == "" and once_more.keys() == {"a", "b"}
+    once_more.take_back_log()
+    assert log.read_text() == "record 1\nrecord 2 again\n"
+
+
+@pytest.mark.parametrize("content", ["record 1\nrecord 3\n", "record 1\n", "", None])
+def test_a_log_that_is_not_the_one_of_the_answers_is_noticed(content: str | None, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("record 1\nrecord 2\n")
+    answers = Answers(tmp_path / "answers.sqlite", log)
+    answers.add(ONE)
+    log.unlink() if content is None else log.write_text(content)
+    assert answers.damage() == f"{log} is not the log that belongs to it"
+
+
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "answers.sqlite")
+    answers = Answers(tmp_path / "answers.sqlite", tmp_path / "log")
     answers.file.mkdir()
     with pytest.raises(UsageError, match=r"answers\.sqlite cannot be written \(unable to open database file\)"):
         answers.add(ONE)

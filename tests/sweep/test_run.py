@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +18,13 @@ from typing import Any
 import lm_eval
 import pytest
 from repository import ROOT
-from sweep_runs import KINDS, PRESSES, assert_same, command_line, figures, manager, results_of
+from sweep_runs import DATA, KINDS, PRESSES, assert_same, command_line, figures, manager, results_of
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.sweep import command, run
 from lm_eval_kvpress.sweep.answers import Answers
-from lm_eval_kvpress.sweep.store import CellStore
+from lm_eval_kvpress.sweep.cell_store import CellStore
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +209,82 @@ def test_damaged_answers_are_named_in_one_line_and_made_again(
         results["config"]["kvpress"]["throughput"]["num_requests"] for results, _ in results_of(tmp_path).values()
     )
     assert len(set(finished)) == 1, "the records of the dropped answers went with them"
+
+
+TASK = """
+task: corrected
+test_split: test
+output_type: generate_until
+doc_to_text: text
+doc_to_target: text
+generation_kwargs: {until: [" the"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+custom_dataset: !function data.load
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("corrected.yaml", '" the"', '"zzzz"', "corrected (generation_kwargs)"),
+        ("corrected.yaml", "exact_match", "acc", "corrected (metric_list)"),
+        ("data.py", "seven grey geese", "eight grey geese", "corrected (custom_dataset, documents)"),
+    ],
+)
+def test_a_task_that_was_corrected_is_never_mixed_with_what_it_was(
+    checkpoint_dir: Path, tmp_path: Path, file: str, old: str, new: str, says: str
+) -> None:
+    """Neither in a sweep that was killed nor in one whose first cells are finished."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "data.py").write_text(DATA)
+    (folder / "corrected.yaml").write_text(TASK)
+    settings = {"tasks": "corrected", "presses": "knorm", "ratios": "0.5"}
+    assert command.main(command_line(checkpoint_dir, folder, tmp_path / "out", **settings)) == 0
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        command.main(command_line(checkpoint_dir, folder, tmp_path / "out", **settings | {"ratios": "0.5,0.9"}))
+    assert f"since then changed: {says}: choose another folder" in str(caught.value)
+    (folder / file).write_text(text)
+    assert command.main(command_line(checkpoint_dir, folder, tmp_path / "out", **settings)) == 0
+
+
+def test_finished_results_that_were_damaged_are_made_again(
+    whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, capfd: Any
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("cells/knorm_compression_ratio=0.5/results/*/samples_sweep_gen_*.jsonl")
+    os.truncate(file, file.stat().st_size // 2)
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path)) == 0
+    error = capfd.readouterr().err
+    assert f"{file}: gone or damaged since the cell was finished; the cell is made again" in error
+    assert "11 cells, 10 of them finished before" in error
+    assert_same(tmp_path, whole)
+
+
+def test_results_that_lm_eval_cannot_write_end_the_sweep_and_its_answers_stay(
+    whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's tracker swallows the error, and its results are a part or nothing."""
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
+    write_text = Path.write_text
+
+    def full(self: Path, text: str, *arguments: Any, **options: Any) -> int:
+        if not self.name.startswith("results_"):
+            return write_text(self, text, *arguments, **options)
+        write_text(self, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            UsageError, match=r"cannot be written \(OSError.*No space left .*0 of 11 cells are finished"
+        ):
+            command.main(arguments)
+    assert not list(tmp_path.glob("cells/*/results")) and len(list(tmp_path.glob("cells/*/answers.sqlite"))) == 9
+    assert command.main(arguments) == 0
+    assert_same(tmp_path, whole)
 
 
 @pytest.mark.slow

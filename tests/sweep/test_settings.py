@@ -46,6 +46,14 @@ def test_a_press_may_have_its_own_protocol() -> None:
     assert [cell.protocol for cell in cells] == [(("query_tokens", 4),), (("rolling", "stream"),)]
 
 
+def test_folders_of_long_names_fit_into_file_systems_and_differ() -> None:
+    ratios = [{"press": "per_layer:knorm", "compression_ratios": [0.5] * 48 + [last]} for last in (0.25, 0.75)]
+    cells = cells_of(parse_settings({"tasks": "t", "presses": ["knorm", *ratios], "output_path": "o"}))
+    folders = [cell.folder for cell in cells]
+    assert folders[0] == cells[0].name and len(cells[1].name.encode()) > 255
+    assert len(set(folders)) == 3 and all(len(folder.encode()) <= 200 for folder in folders)
+
+
 def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     content = {

@@ -1,0 +1,82 @@
+"""Results and samples of a cell, written by lm-eval's own tracker and read back.
+
+The tracker swallows every error: on a full disk it leaves a results file that is cut, or none, and says so at a level
+that nobody sees. Here such an error ends the sweep. Knows lm-eval's results. Does not know models.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_eval.loggers import EvaluationTracker, evaluation_tracker
+
+from lm_eval_kvpress.errors import UsageError
+
+Samples = Mapping[str, Sequence[Any]]
+
+
+def write_results(tracker: EvaluationTracker, results: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Write results and samples as lm-eval's command does, and make sure that they can be read again.
+
+    Args:
+        tracker: with an empty folder as its ``output_path``.
+
+    Raises:
+        UsageError: in one line, if they are not whole on disk.
+    """
+    with _errors_of_tracker() as errors:
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task in results["configs"]:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+    problem = "; ".join(errors) or _problem(tracker, results, samples)
+    if problem:
+        raise UsageError(
+            f"{tracker.output_path}: results cannot be written ({problem}): make room; the answers are kept, and the "
+            "same command goes on"
+        )
+
+
+@contextmanager
+def _errors_of_tracker() -> Iterator[list[str]]:
+    """Collect what lm-eval's tracker swallows: it logs a warning, then the error at the level of information."""
+    logger, errors = evaluation_tracker.eval_logger, list[str]()
+    warned = False
+
+    def note(record: logging.LogRecord) -> bool:
+        nonlocal warned
+        if warned:
+            errors.append(record.getMessage())
+        warned = record.levelno >= logging.WARNING
+        return not warned
+
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(note)
+    try:
+        yield errors
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(level)
+
+
+def _problem(tracker: EvaluationTracker, results: Mapping[str, Any], samples: Samples) -> str:
+    """What cannot be read back; empty if everything can."""
+    folder = Path(str(tracker.output_path)) / str(tracker.general_config_tracker.model_name_sanitized)
+    try:
+        file = folder / f"results_{tracker.date_id}.json"
+        if json.loads(file.read_text(encoding="utf-8"))["results"].keys() != results["results"].keys():
+            return f"{file.name} does not hold all tasks"
+        for task in results["configs"]:
+            file, num_samples = folder / f"samples_{task}_{tracker.date_id}.jsonl", len(samples[task])
+            with file.open(encoding="utf-8") as lines:
+                num_found = sum(bool(json.loads(line)) for line in lines)
+            if num_found != num_samples:
+                return f"{file.name} holds {num_found} of {num_samples} samples"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,80 @@
+"""What the answers and figures of a task depend on is told apart by hashes that two processes agree on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_runs import manager
+
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.sweep.settings import parse_settings
+from lm_eval_kvpress.sweep.tasks import task_hashes
+
+YAML = """
+task: hashed
+test_split: test
+fewshot_split: train
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: [a, b]
+doc_to_target: 0
+process_docs: !function data.shorten
+custom_dataset: !function data.load
+"""
+DATA = """
+import datasets
+
+def shorten(documents):
+    return documents.map(lambda document: {"text": document["text"][:LENGTH]})
+
+LENGTH = 5
+
+def load(**_):
+    make = lambda texts: datasets.Dataset.from_list([{"text": text} for text in texts])
+    return {"test": make(["one two", "three four", "five six"]), "train": make(["seven", "eight"])}
+"""
+
+
+def hashes(folder: Path, yaml: str = YAML, data: str = DATA, **settings: Any) -> dict[str, str]:
+    folder.mkdir(parents=True)
+    (folder / "data.py").write_text(data)
+    (folder / "hashed.yaml").write_text(yaml)
+    given = {"tasks": "hashed", "presses": "none", "output_path": "o", **settings}
+    return task_hashes(parse_settings(given), manager(folder))["hashed"]
+
+
+CHANGES: dict[str, tuple[str, str, set[str]]] = {
+    "a choice": ("[a, b]", "[a, c]", {"doc_to_choice", "fewshot_config"}),
+    "a document": ("five six", "nine six", {"documents", "custom_dataset"}),
+    "a helper of a function": ("LENGTH = 5", "LENGTH = 6", {"documents", "custom_dataset", "process_docs"}),
+    "a few-shot document": ("eight", "nine", {"custom_dataset", "few-shot documents"}),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_any_part_that_was_corrected_is_named(what: str, tmp_path: Path) -> None:
+    old, new, parts = CHANGES[what]
+    before = hashes(tmp_path / "a", num_fewshot=1)
+    after = hashes(tmp_path / "b", YAML.replace(old, new), DATA.replace(old, new), num_fewshot=1)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert parts <= changed, changed
+    assert hashes(tmp_path / "c", num_fewshot=1) == before, "the same task elsewhere"
+
+
+def test_documents_beyond_the_limit_change_nothing(tmp_path: Path) -> None:
+    before = hashes(tmp_path / "a", limit=2)["documents"]
+    assert hashes(tmp_path / "b", data=DATA.replace("five six", "five seven"), limit=2)["documents"] == before
+    assert hashes(tmp_path / "c")["documents"] != before
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/b", "x" * 201])
+def test_a_task_whose_samples_would_be_written_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "data.py").write_text(DATA)
+    (tmp_path / "tasks" / "hashed.yaml").write_text(YAML.replace("task: hashed", f"task: {name}"))
+    settings = parse_settings({"tasks": name, "presses": "none", "output_path": "o"})
+    with pytest.raises(UsageError, match=r"cannot be part of a file's name.*rename it in its YAML") as caught:
+        task_hashes(settings, manager(tmp_path / "tasks"))
+    assert "\n" not in str(caught.value)

@@ -30,6 +30,12 @@ class GenerationBatches:
         self._members = sorted(prompts, key=lambda member: -len(prompts[member].context))
         self._prompts, self._settings, self._to_text = prompts, settings, to_text
         self.progress_total = len(self._members)
+        self.longest = max((len(prompt.context) for prompt in prompts.values()), default=0)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """New tokens per prompt, at most."""
+        return self._settings.max_new_tokens
 
     def _prompt(self, item: int) -> Prompt:
         return self._prompts[self._members[item]]

@@ -29,6 +29,7 @@ class LikelihoodBatches:
     def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
         self._groups, self._ids = group_by_context(pairs), ids
         self.progress_total = len(self._groups)
+        self.longest = max((len(group.context) for group in self._groups), default=0)
 
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))

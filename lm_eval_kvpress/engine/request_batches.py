@@ -27,6 +27,7 @@ class RequestBatches(Protocol[Outcome]):
         is_cached_whole: whether all tokens of `length` stay in the cache, and not the share that a press keeps.
         num_cache_copies: how often a batch holds its cache in memory at the same time.
         progress_total: the sum of what `run` reports over all items.
+        longest: tokens of the longest context, or of the longest document in ``loglikelihood_rolling``; 0 without any.
     """
 
     request_type: str
@@ -34,6 +35,7 @@ class RequestBatches(Protocol[Outcome]):
     is_cached_whole: bool
     num_cache_copies: int
     progress_total: int
+    longest: int
 
     def segments(self) -> Iterator[list[int]]:
         """Items in runs that may share a batch; items of different segments never do."""

@@ -33,6 +33,7 @@ class RollingBatches:
         items.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
         self._items, self._ids, self._num_documents = items, ids, len(documents)
         self.progress_total = len(items)
+        self.longest = max((sum(len(window.targets) for window in windows) for windows in documents), default=0)
 
     def segments(self) -> Iterator[list[int]]:
         for _, segment in itertools.groupby(range(len(self._items)), key=lambda item: self._items[item][1].pressed):

@@ -49,6 +49,7 @@ class StreamBatches:
         found = {index: outcome for index in range(len(documents)) if (outcome := self._load(documents[index]))}
         self._members = sorted(range(len(documents)), key=lambda index: (index not in found, -self._num_tokens(index)))
         self._stored = [found[index] for index in self._members[: len(found)]]
+        self.longest = max(map(self._num_tokens, range(len(documents))), default=0)
         self.progress_total = sum(self._num_tokens(index) for index in self._members[len(found) :])
 
     def _num_tokens(self, index: int) -> int:

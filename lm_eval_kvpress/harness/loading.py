@@ -154,7 +154,8 @@ def check_settings(settings: Settings, config: PretrainedConfig, max_length: int
             f"max_length={max_length} exceeds the {positions} positions that the model was trained on: lower it, or "
             "pass allow_extrapolation=true to measure what happens beyond"
         )
-    settings.rolling_window(max_length or positions)
+    if settings.rolling == "prefix":
+        settings.rolling_window(max_length or positions)
     settings.check_stream(positions)
     check_config(config, positions_of(settings, max_length or positions))
     settings.press.check_layers(config.num_hidden_layers)

@@ -6,6 +6,7 @@ runner and sums. Does not know lm-eval, text or files.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.harness import run_record
+from lm_eval_kvpress.harness.forecast import idle_presses
 from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, Recorder
 from lm_eval_kvpress.records.totals import TotalsByTask, new_totals
+
+logger = logging.getLogger("lm_eval_kvpress")
 
 
 @dataclass
@@ -32,14 +36,14 @@ class Session:
     Attributes:
         settings: how to compress and how to score.
         runner: runs batches under the press, on the loaded model.
-        rolling_window: ``(context, score)`` tokens per window of ``rolling=prefix``.
+        max_length: tokens of a context with its continuation, at most.
         totals: what was kept and scored so far, by task.
         gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
     """
 
     settings: Settings
     runner: Runner
-    rolling_window: tuple[int, int]
+    max_length: int
     totals: TotalsByTask = field(default_factory=new_totals)
     gathered: RankFacts | None = None
 
@@ -53,14 +57,22 @@ class Session:
         """What was done: by all ranks if that is known, else by this process."""
         return self.gathered or self.own_facts
 
+    @property
+    def rolling_window(self) -> tuple[int, int]:
+        """``(context, score)`` tokens per window of ``rolling=prefix``."""
+        return self.settings.rolling_window(self.max_length)
+
     def check_lengths(self, requests: RequestBatches[Any]) -> None:
-        """Refuse contexts that are too short for the press, under ``short_context=error``.
+        """Before any work, warn of a press that will act on nothing; refuse contexts that are too short for it, under
+        ``short_context=error``.
 
         Raises:
             UsageError: naming the first one.
         """
         for segment in requests.segments():
             self.runner.compressor.check_lengths(requests.contexts(segment))
+        for problem in idle_presses(self.settings, self.max_length, requests):
+            logger.warning("%s", problem)
 
 
 def new_session(
@@ -97,4 +109,4 @@ def new_session(
     )
     meter = Meter(clock, run_record.labels(settings, max_length, name, model), recorders)
     runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs)
-    return Session(settings, runner, settings.rolling_window(max_length))
+    return Session(settings, runner, max_length)

@@ -17,6 +17,10 @@ from lm_eval_kvpress.presses.values import Range
 
 POSITIVE = {"range": Range(low=1)}
 
+MAX_WINDOW = 1_024
+"""Default tokens of context and of a block under ``rolling=prefix``, at most. Half of 32,768 positions is longer than
+every page of WikiText-2, and a press would act on none of them."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,7 +32,7 @@ class Settings:
             continuation token from the full cache, as most scripts do.
         rolling: protocol of ``loglikelihood_rolling``.
         rolling_context, rolling_score: tokens prefilled and scored per window of ``prefix``; None is half of
-            ``max_length``, or what the other one leaves if that is less.
+            ``max_length`` and `MAX_WINDOW` at most, or what the other one leaves if that is less.
         short_context: what happens to contexts shorter than the press needs.
         allow_extrapolation: whether positions may exceed those that the model was trained on.
         parity: whether the record gets the parity certificate (`parity`): our answers at ratio 0 against stock
@@ -89,9 +93,10 @@ class Settings:
         Raises:
             UsageError: if they do not fit into ``max_length``.
         """
-        half = max_length // 2
-        context = self.rolling_context or min(half, max_length - (self.rolling_score or half))
-        score = self.rolling_score or min(half, max_length - context)
+        window = min(max_length // 2, MAX_WINDOW)
+        least = self.query_tokens + 1
+        context = self.rolling_context or min(max(window, least), max_length - (self.rolling_score or 1))
+        score = self.rolling_score or min(window, max_length - context)
         if context < 1 or score < 1 or context + score > max_length:
             raise UsageError(
                 f"rolling_context={context} + rolling_score={score} exceed max_length={max_length}: "

@@ -1,0 +1,85 @@
+"""What can be said before the work: that a press will act on nothing of what was asked.
+
+The figures of such a run are the uncompressed ones. `messages` says so when it has ended, which may be hours later.
+Knows settings and the engine's request batches. Does not know lm-eval, models or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lm_eval_kvpress.engine.generation_batches import GenerationBatches
+from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.harness.stream_settings import stream_plan
+
+
+def idle_presses(settings: Settings, max_length: int, requests: RequestBatches[Any]) -> Iterator[str]:
+    """Say which press will act on none of the requests, and which argument changes that.
+
+    Args:
+        max_length: tokens of a context with its continuation, at most.
+    """
+    press, longest = settings.press, requests.longest
+    if not press.is_none and press.compression_ratio != 0 and longest:
+        if requests.request_type != "loglikelihood_rolling":
+            yield from _on_contexts(settings, longest, "short_context=shrink shrinks its window")
+        elif settings.rolling == "stream":
+            yield from _on_streams(settings, longest)
+        elif settings.rolling == "prefix":
+            yield from _on_documents(settings, settings.rolling_window(max_length)[0], longest)
+    if isinstance(requests, GenerationBatches) and longest:
+        yield from _on_texts(settings, longest, requests.max_new_tokens)
+
+
+def _on_contexts(settings: Settings, longest: int, remedy: str) -> Iterator[str]:
+    """The longest context is too short for the press, or within its budget."""
+    press, held_back = settings.press, settings.query_tokens
+    num_prefilled = max(0, longest - held_back)
+    needed = 1 if settings.short_context == "shrink" else press.min_context()
+    if num_prefilled < needed:
+        yield (
+            f"press={press.name} needs {needed + held_back} tokens of context and the longest has {longest}: it will "
+            f"act on nothing; {remedy}"
+        )
+    elif press.kv_budget is not None and num_prefilled <= press.kv_budget:
+        yield (
+            f"press={press.name} keeps kv_budget={press.kv_budget} tokens and the longest context has {longest}: it "
+            "will act on nothing; lower kv_budget"
+        )
+
+
+def _on_documents(settings: Settings, rolling_context: int, longest: int) -> Iterator[str]:
+    if longest <= rolling_context:
+        yield (
+            f"press={settings.press_name} acts after the first rolling_context={rolling_context} tokens of a document "
+            f"and the longest has {longest}: it will act on nothing; set rolling_context={max(1, longest // 2)} or less"
+        )
+    else:
+        yield from _on_contexts(settings, rolling_context, "raise rolling_context")
+
+
+def _on_streams(settings: Settings, longest: int) -> Iterator[str]:
+    first = stream_plan(settings).first_pressed
+    if longest <= first:
+        yield (
+            f"press={settings.press_name} acts after the first {first} tokens of a document and the longest has "
+            f"{longest}: it will act on nothing; lower stream_budget={settings.stream_budget}"
+        )
+
+
+def _on_texts(settings: Settings, longest: int, max_new_tokens: int) -> Iterator[str]:
+    decoding = settings.decoding
+    if decoding is None:
+        return
+    if max_new_tokens <= decoding.interval:
+        yield (
+            f"press={settings.press_name} acts after {decoding.interval} new tokens and a text has at most "
+            f"{max_new_tokens}: it will not act while decoding; lower compression_interval or raise max_gen_toks"
+        )
+    elif longest + max_new_tokens <= decoding.target_size:
+        yield (
+            f"press={settings.press_name} keeps {decoding.target_size} entries while decoding and a prompt with its "
+            f"text has at most {longest + max_new_tokens}: it will not act while decoding; lower target_size"
+        )

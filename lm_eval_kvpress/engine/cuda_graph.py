@@ -130,11 +130,12 @@ class GraphRecorder:
         self._model, self._has_failed = model, False
         self.newest: str | None = None
 
-    def for_steps(self, num_steps: int, *, is_compressed: bool = False) -> Recorder | None:
+    def for_steps(self, num_steps: int, *, must_run_singly: bool = False) -> Recorder | None:
         """This recorder for a batch of so many steps, or None where steps are run one by one: without a GPU, because
-        attending whole buffers then costs more than a graph saves, and where a press compresses the growing cache.
+        attending whole buffers then costs more than a graph saves, and where a press compresses the growing cache or a
+        logits processor counts tokens.
         """
-        if not is_compressed and self._can_record(num_steps):
+        if not must_run_singly and self._can_record(num_steps):
             self.newest = None
             return self
         self.newest = "modules" if num_steps > 0 else None

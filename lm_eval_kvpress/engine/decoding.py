@@ -57,7 +57,7 @@ def decode(
         stop_ids: tokens that end a row; they are part of the result.
         stopped: says from the new tokens so far, ``(B, n)``, which rows are complete for other reasons.
         on_token: called when the tokens of a step have reached the host.
-        record: captures a step, to be replayed; None runs each step.
+        record: captures a step, to be replayed, where the sampler allows it; None runs each step.
         keeper: compresses the growing cache; steps are not captured then.
 
     Returns:
@@ -99,7 +99,7 @@ class _Steps:
     ) -> None:
         self._model, self._cache, self._contexts, self._num_held_back = model, cache, contexts, num_held_back
         self._max_new_tokens, self._sampler, self._keeper = max_new_tokens, sampler.on(model.device), keeper
-        self._record = record if keeper is None else None
+        self._record = record if keeper is None and sampler.is_repeatable else None
         self._make_step = model.fast.step_maker() if self._record else None  # before the masks' hooks
         self._state = DecodeState(model, cache, num_held_back, max_new_tokens)
         self._num_prompt, self._ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)

@@ -98,7 +98,7 @@ class GenerationSettings:
     """How prompts are continued.
 
     Attributes:
-        options: arguments of `sampling.sampler_for`.
+        options: of `sampling.sampler_for`, those that act; JSON can hold them.
         max_new_tokens: tokens per prompt, at most.
         stop_ids: token ids that end a text.
         stopped: says from the new tokens, ``(B, n)``, which texts are complete.

@@ -162,18 +162,21 @@ class Runner:
     ) -> tuple[list[list[int]], tuple[float, ...]]:
         """The new tokens of each prompt, and for each step the seconds since ``start_sec``."""
         times_sec = list[float]()
+        contexts, seeds = [prompt.context for prompt in prompts], [prompt.seed for prompt in prompts]
+        sampler = sampler_for(settings.options, contexts, seeds, settings.max_new_tokens, self.model.device)
+        must_run_singly = keeper is not None or not sampler.is_repeatable
         try:
             rows = decode(
                 self.model,
                 batch.cache,
-                [prompt.context for prompt in prompts],
+                contexts,
                 num_held_back=[len(query) for query in batch.queries],
                 max_new_tokens=settings.max_new_tokens,
-                sampler=sampler_for(settings.options, [prompt.seed for prompt in prompts], settings.max_new_tokens),
+                sampler=sampler,
                 stop_ids=settings.stop_ids,
                 stopped=settings.stopped,
                 on_token=lambda: times_sec.append(time.perf_counter() - start_sec),
-                record=self._graphs.for_steps(settings.max_new_tokens - 1, is_compressed=keeper is not None),
+                record=self._graphs.for_steps(settings.max_new_tokens - 1, must_run_singly=must_run_singly),
                 keeper=keeper,
             )
         except LogitsNotFiniteError as error:

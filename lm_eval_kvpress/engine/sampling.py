@@ -1,39 +1,34 @@
 """How the next token is chosen: greedily, or by drawing from the processed logits.
 
-Knows lm-eval's generation arguments and transformers' logits processors. Does not know models, caches or text.
+Knows transformers' logits processors. Does not know models, caches or text.
 
 Letters in shape comments: B rows, N tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
 
+from lm_eval_kvpress.engine.logits_processors import looks_at_rows, processors_for
 from lm_eval_kvpress.errors import UsageError
 
-WARPERS: Mapping[str, Callable[[Any], LogitsProcessor]] = {
-    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-}
-"""Supported arguments and transformers' processors for them, in the order in which transformers applies them."""
 
-NEUTRAL = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+@dataclass(frozen=True)
+class RowProcessors:
+    """The processors of one row, which see its own tokens alone.
+
+    Attributes:
+        processors: transformers' logits processors, applied in order.
+        num_context: tokens of the row's context.
+    """
+
+    processors: LogitsProcessorList
+    num_context: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +36,21 @@ class Sampler:
     """How the next token is chosen.
 
     Attributes:
-        processors: transformers' logits processors, applied in order.
+        processors: transformers' logits processors for all rows at once, applied in order. They may ask which ids
+            there are, and nothing else of them.
         uniforms: ``(B, tokens)`` numbers in [0, 1), one row per request, for sampling by inverse transform, so that a
             request draws the same tokens in every batch; None for greedy decoding.
+        rows: instead of ``processors``, those of each row; empty where none looks at the order of tokens.
     """
 
     processors: LogitsProcessorList
     uniforms: torch.Tensor | None = None
+    rows: tuple[RowProcessors, ...] = ()
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a step that was captured once may be replayed: processors of rows count tokens on the host."""
+        return not self.rows
 
     def on(self, device: torch.device) -> Sampler:
         """The sampler with its numbers on a device."""
@@ -57,11 +60,12 @@ class Sampler:
         """The next token per row, ``(B,)``.
 
         Args:
-            ids: ``(B, N)``, all ids so far, in any order and number: supported processors ask which ids there are.
+            ids: ``(B, N)``, contexts up to a common column and new tokens behind it; empty places hold an id of the
+                same row.
             logits: ``(B, V)``.
             step: tokens chosen before; ``(1,)``, on the device, in a step that a graph repeats.
         """
-        scores = self.processors(ids, logits)
+        scores = self._scores_by_row(ids, logits, step) if self.rows else self.processors(ids, logits)
         if self.uniforms is None:
             return scores.argmax(dim=-1)
         probabilities, tokens = scores.softmax(dim=-1).sort(dim=-1, descending=True)
@@ -70,44 +74,57 @@ class Sampler:
         drawn = uniforms.to(cumulative) * cumulative[:, -1:]
         return tokens.gather(1, torch.searchsorted(cumulative, drawn, right=True).clamp(max=tokens.shape[1] - 1))[:, 0]
 
+    def _scores_by_row(self, ids: torch.Tensor, logits: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+        """Processed logits, ``(B, V)``, each row's made of its own tokens without padding."""
+        assert isinstance(step, int), "rows are counted on the host"
+        longest = max(row.num_context for row in self.rows)
+        return torch.cat(
+            [
+                row.processors(ids[place : place + 1, longest - row.num_context : longest + step], logits[place, None])
+                for place, row in enumerate(self.rows)
+            ]
+        )
 
-def sampler_for(options: Mapping[str, Any], seeds: Sequence[int], max_new_tokens: int) -> Sampler:
+
+def sampler_for(
+    options: Mapping[str, Any],
+    contexts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    device: torch.device,
+) -> Sampler:
     """Make the sampler of one batch.
 
     Args:
-        options: lm-eval's normalized generation arguments, without ``until`` and ``max_gen_toks``.
+        options: by transformers' names; those without a processor but ``do_sample`` and ``eos_token_id`` are ignored.
+        contexts: token ids of each row's prompt.
         seeds: one per row; a row's tokens depend on its own seed only.
+        device: of logits and ids.
 
     Raises:
-        UsageError: for an argument that is not supported (beams, for example).
+        UsageError: for a value that transformers refuses.
     """
-    left = {name: value for name, value in options.items() if value is not None}
-    sampling = bool(left.pop("do_sample", False))
-    num_beams = left.pop("num_beams", 1)
-    if num_beams != 1:
-        raise UsageError(
-            f"num_beams={num_beams} is not supported: a compressed cache is decoded greedily or by sampling"
-        )
-    if sampling and not left.get("temperature", 1.0) > 0:
-        raise UsageError(f"do_sample=true needs temperature > 0, not {left['temperature']}")
-    processors = LogitsProcessorList()
-    for name in WARPERS:
-        value = left.pop(name, NEUTRAL[name])
-        if value != NEUTRAL[name] and (sampling or name == "repetition_penalty"):
-            processors.append(_warper(name, value))
-    if left:
-        raise UsageError(
-            f"generation arguments not supported: {', '.join(sorted(left))}; supported are do_sample, until, "
-            f"max_gen_toks, {', '.join(WARPERS)}"
-        )
-    return Sampler(processors, _uniforms(seeds, max_new_tokens) if sampling else None)
+    uniforms = _uniforms(seeds, max_new_tokens) if options.get("do_sample") else None
+    if not looks_at_rows(options):
+        return Sampler(processors_for(options, contexts[0], max_new_tokens, device), uniforms)
+    rows = [
+        RowProcessors(processors_for(options, context, max_new_tokens, device), len(context)) for context in contexts
+    ]
+    return Sampler(LogitsProcessorList(), uniforms, tuple(rows))
 
 
-def _warper(name: str, value: Any) -> LogitsProcessor:
+def check_options(options: Mapping[str, Any], num_logits: int) -> None:
+    """Choose one token of even logits: a wrong value, or an id beyond the vocabulary, is found before any work.
+
+    Raises:
+        UsageError: in one line.
+    """
+    sampler = sampler_for(options, [[0]], [0], 1, torch.device("cpu"))
     try:
-        return WARPERS[name](value)
-    except ValueError as error:  # transformers checks the range
-        raise UsageError(str(error)) from error
+        sampler.choose(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, num_logits), 0)
+    except (ValueError, IndexError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise UsageError(f"generation arguments ({given}) do not fit: {' '.join(str(error).split())}") from error
 
 
 def _uniforms(seeds: Sequence[int], max_new_tokens: int) -> torch.Tensor:

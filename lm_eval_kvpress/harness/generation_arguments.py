@@ -1,10 +1,11 @@
 """lm-eval's generation arguments to what the engine needs, and generated token ids to the answer.
 
-Knows ``HFLM`` and its tokenizer. Does not know models, caches or presses.
+Knows ``HFLM``, its tokenizer and its generation config. Does not know caches or presses.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import PreTrainedTokenizerBase
 
 from lm_eval_kvpress.engine.outcomes import GenerationSettings
-from lm_eval_kvpress.engine.sampling import sampler_for
+from lm_eval_kvpress.engine.sampling import check_options
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.generation_config import effective_options
+
+logger = logging.getLogger("lm_eval_kvpress")
 
 
 def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[GenerationSettings, list[str]]:
@@ -27,23 +31,26 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
     Raises:
         UsageError: for an argument that is not supported, or so many new tokens that no prompt fits.
     """
-    options = normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks)
+    given = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
     eos = lm.tok_decode([lm.eot_token_id], skip_special_tokens=False)
-    until: list[str] = handle_stop_sequences(options.pop("until", None), eos=eos)
-    max_new_tokens = options.pop("max_gen_toks")
+    until: list[str] = handle_stop_sequences(given.pop("until", None), eos=eos)
+    asked = given.pop("max_gen_toks")
+    options = effective_options(lm.model.generation_config, given)
+    max_new_tokens = options.pop("max_new_tokens", asked)
+    if max_new_tokens != asked:
+        logger.warning(
+            "the checkpoint's generation_config.json says max_new_tokens=%d, which transformers puts before "
+            "max_gen_toks=%d: texts end there",
+            *(max_new_tokens, asked),
+        )
     if not 1 <= max_new_tokens < lm.max_length:
         raise UsageError(
             f"max_gen_toks={max_new_tokens} must be at least 1 and leave room for a prompt within the "
             f"{lm.max_length} tokens of max_length"
         )
-    sampler_for(options, [0], 1)  # refuses before the first prefill
-    stopped = StopStrings(lm.tokenizer, until)
-    return GenerationSettings(options, max_new_tokens, _stop_ids(lm), stopped, tuple(until)), until
-
-
-def _stop_ids(lm: HFLM) -> frozenset[int]:
-    eos_ids = lm.model.generation_config.eos_token_id
-    return frozenset([lm.eot_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])])
+    check_options(options, lm.model.config.vocab_size)
+    stop_ids, stopped = frozenset([lm.eot_token_id, *options["eos_token_id"]]), StopStrings(lm.tokenizer, until)
+    return GenerationSettings(options, max_new_tokens, stop_ids, stopped, tuple(until)), until
 
 
 def answer_text(lm: HFLM, ids: Sequence[int], until: list[str]) -> str:

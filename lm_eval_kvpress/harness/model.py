@@ -30,6 +30,7 @@ from lm_eval_kvpress.harness import identity, messages, parity, ranks, run_recor
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
+from lm_eval_kvpress.harness.generation_config import checkpoint_options
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.requests import (
     answer_padding,
@@ -233,6 +234,7 @@ class KVPress(CheckedHFLM):
             "linear_layers": self.press_model.linear_library,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
+            "generation_config": checkpoint_options(self.model.generation_config),
             "parity": None if self._parity is None else self._parity.summary(),
             **run_record.measured(self.session.facts),
             "versions": run_record.versions(),

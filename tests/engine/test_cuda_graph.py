@@ -297,7 +297,7 @@ def test_it_is_known_how_the_steps_of_the_newest_batch_were_made(
     graphs = cuda_graph.GraphRecorder(on_gpu)
     assert graphs.for_steps(2) is None and graphs.newest == "modules"
     assert graphs.for_steps(0) is None and graphs.newest is None, "no step"
-    assert graphs.for_steps(100, is_compressed=True) is None and graphs.newest == "modules"
+    assert graphs.for_steps(100, must_run_singly=True) is None and graphs.newest == "modules"
     assert graphs.for_steps(100) is graphs and graphs.newest is None, "it may end before a record"
     monkeypatch.setattr(cuda_graph, "cuda_graph", lambda step: step)
     graphs(step)

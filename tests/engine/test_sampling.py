@@ -9,7 +9,7 @@ import torch
 from references import probabilities
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lm_eval_kvpress.engine.sampling import Sampler, sampler_for
+from lm_eval_kvpress.engine.sampling import Sampler, check_options, sampler_for
 from lm_eval_kvpress.errors import UsageError
 
 WARPERS: dict[str, tuple[dict[str, Any], list[Any]]] = {
@@ -48,19 +48,26 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible(uniform: fl
     assert allowed.gather(1, chosen[:, None]).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"num_beams": 2}, "num_beams=2 is not supported"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature > 0"),
-        ({"typical_p": 0.9}, "not supported: typical_p"),
-    ],
-)
-def test_arguments_that_are_not_supported_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        sampler_for(options, [0], 1)
-
-
 def test_greedy_decoding_ignores_what_only_sampling_reads() -> None:
-    sampler = sampler_for({"do_sample": False, "temperature": 0.7, "top_k": 3}, [0], 1)
-    assert sampler.uniforms is None and len(sampler.processors) == 0
+    sampler = sampler_for({"do_sample": False, "temperature": 0.7, "top_k": 3}, [[0]], [0], 1, torch.device("cpu"))
+    assert sampler.uniforms is None and len(sampler.processors) == 0 and sampler.is_repeatable
+
+
+def test_each_row_is_processed_by_its_own_tokens_alone() -> None:
+    """Rows of one batch have the same bigrams, but for padding and tokens to come."""
+    contexts = [[5, 6, 7, 5], [9, 8, 9, 4, 9], [3]]
+    sampler = sampler_for({"no_repeat_ngram_size": 2}, contexts, [0, 0, 0], 3, torch.device("cpu"))
+    assert not sampler.is_repeatable
+    ids = torch.tensor([[5, 5, 6, 7, 5, 6, 5, 5], [9, 8, 9, 4, 9, 1, 9, 9], [3, 3, 3, 3, 3, 3, 3, 3]])
+    logits = torch.zeros(3, 10)
+    logits[:, [3, 4, 6, 8]] = torch.tensor([2.0, 3.0, 5.0, 4.0])
+    logits[2, 3] = 9
+    assert sampler.choose(ids, logits, 0).tolist() == [8, 6, 3], "5 6; 9 8 and 9 4; nothing yet"
+    assert sampler.choose(ids, logits, 1).tolist() == [6, 6, 6], "6 7; 1; 3 3"
+
+
+@pytest.mark.parametrize("options", [{"bad_words_ids": [[90]]}, {"forced_eos_token_id": 90}])
+def test_ids_beyond_the_vocabulary_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="do not fit: .*90"):
+        check_options(options, 50)
+    check_options(options, 91)

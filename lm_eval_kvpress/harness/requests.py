@@ -29,7 +29,7 @@ from lm_eval_kvpress.harness.generation_arguments import answer_text, generation
 from lm_eval_kvpress.harness.ranks import without_padding
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.harness.stream_settings import stream_plan
-from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs
+from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs, encode_prompts
 from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.records.meter import RequestId
 
@@ -136,7 +136,9 @@ def _prompts(lm: HFLM, requests: Sequence[Instance]) -> list[Prompt]:
     """Prompts with their seeds. A repeated prompt gets another seed; neither order nor batches change a seed."""
     occurrences: Counter[Tokens] = Counter()
     prompts = []
-    for tokens, id in zip(encode_documents(lm, requests), request_ids(requests), strict=True):
+    encoded = encode_prompts(lm, [request.args[0] for request in requests])
+    _check_token_ids(lm, encoded)
+    for tokens, id in zip(encoded, request_ids(requests), strict=True):
         context = tuple(tokens or [lm.prefix_token_id])
         seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
         occurrences[context] += 1
@@ -162,7 +164,7 @@ def _generation_group(
 
 
 def encode_documents(lm: HFLM, requests: Sequence[Instance]) -> list[list[int]]:
-    """Token ids of the first argument of each request: a document, or a prompt.
+    """Token ids of each request's document.
 
     Raises:
         UsageError: for a token id that the checkpoint does not know.

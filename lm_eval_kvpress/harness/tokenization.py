@@ -15,16 +15,31 @@ TEXTS_PER_CALL = 512
 
 
 def encode_all(lm: HFLM, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, as ``lm.tok_encode`` gives them."""
-    beginning = lm.tokenizer.decode(lm.prefix_token_id)
+    """Token ids of each text, as ``lm.tok_encode`` gives them: contexts and documents.
+
+    A text that begins with the *prefix token* gets no second beginning.
+    """
+    return _encode(lm, texts, lm.tokenizer.decode(lm.prefix_token_id))
+
+
+def encode_prompts(lm: HFLM, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt to continue, as ``lm.tok_batch_encode`` gives them to a batch of one.
+
+    A prompt that begins with the *tokenizer's own* BOS, as chat templates write it, gets no second one, whatever the
+    prefix token is. In a larger batch stock ``HFLM`` looks at the first prompt alone.
+    """
+    return _encode(lm, texts, lm.tokenizer.bos_token)
+
+
+def _encode(lm: HFLM, texts: Sequence[str], beginning: str | None) -> list[list[int]]:
     special = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
     encoded: list[list[int]] = []
     for start in range(0, len(texts), TEXTS_PER_CALL):
         some = list(texts[start : start + TEXTS_PER_CALL])
         ids: list[list[int]] = lm.tokenizer(some, return_attention_mask=False, **special)["input_ids"]
         for place, text in enumerate(some):
-            if text.startswith(beginning):  # tok_encode adds no second beginning
-                ids[place] = lm.tok_encode(text)
+            if beginning is not None and text.startswith(beginning):
+                ids[place] = lm.tokenizer.encode(text, add_special_tokens=False)
         encoded += ids
     return encoded
 

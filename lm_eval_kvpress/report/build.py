@@ -10,7 +10,6 @@ from lm_eval_kvpress import __version__
 from lm_eval_kvpress.report.cell import BUDGETS, Press
 from lm_eval_kvpress.report.columns import Column, table_columns
 from lm_eval_kvpress.report.contents import Entry, Report, ReportRow, ReportTable
-from lm_eval_kvpress.report.formatting import format_value
 from lm_eval_kvpress.report.loss_curves import Curve, LossFolders
 from lm_eval_kvpress.report.marks import Mark, row_marks
 from lm_eval_kvpress.report.notices import table_notices
@@ -84,7 +83,7 @@ def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], 
 def _entry(column: Column, row: Row) -> Entry:
     value = column.value(row)
     difference = None if column.metric is None else row.difference(column.metric)
-    return Entry(value, format_value(value, column.kind), difference)
+    return Entry(value, column.kind, difference)
 
 
 # ------------------------------------------------------------------------------------------------------------ words

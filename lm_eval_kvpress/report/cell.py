@@ -51,13 +51,25 @@ class Press:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one task; ``higher_is_better`` is None for counts."""
+    """One figure of one task, or of a group of tasks.
+
+    Attributes:
+        value: None where the file holds no number.
+        higher_is_better: None where nothing says so.
+        averaged: the metrics of the same task whose mean it is; empty for a figure of its own.
+    """
 
     name: str
     filter: str
     value: float | None
-    stderr: float | None
-    higher_is_better: bool | None
+    stderr: float | None = None
+    higher_is_better: bool | None = None
+    averaged: tuple[str, ...] = ()
+
+    @property
+    def is_length(self) -> bool:
+        """Whether it is named by the length of its documents in tokens, as RULER's are."""
+        return self.name.isdecimal()
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,15 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Averages over tasks; ``members`` are those that ran and count, sorted."""
+
+    name: str
+    metrics: tuple[Metric, ...]
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Speed:
     """Rates in tokens per second and medians in seconds, measured after warm-up except for ``includes_warmup``."""
 
@@ -155,9 +176,13 @@ class Cell:
     parity: bool | None
     versions: Pairs
     identity: Identity | None = None
+    groups: tuple[Group, ...] = ()
 
     def task(self, name: str) -> Task | None:
         return next((task for task in self.tasks if task.name == name), None)
+
+    def group(self, name: str) -> Group | None:
+        return next((group for group in self.groups if group.name == name), None)
 
     @property
     def is_stock(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lm_eval_kvpress.report.cell import Cell
-from lm_eval_kvpress.report.formatting import Kind, Value
+from lm_eval_kvpress.report.formatting import Kind, Value, first_names
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.rows import Row
 from lm_eval_kvpress.report.tables import Table
@@ -56,7 +56,7 @@ class Column:
 
 def table_columns(table: Table) -> list[Column]:
     """The columns of a table in order, with every metric."""
-    return [*_CACHE, *map(_metric_column, table.metrics), *_SPEED, *_TRUST]
+    return [*_CACHE, *(_metric_column(key, table) for key in table.metrics), *_SPEED, *_TRUST]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
@@ -71,23 +71,32 @@ def _parity(cell: Cell) -> str | None:
     return None if cell.parity is None else "passed" if cell.parity else "off"
 
 
-def _metric_column(key: MetricKey) -> Column:
+def _metric_column(key: MetricKey, table: Table) -> Column:
     def value(row: Row) -> Value:
         metric = row.metric(key)
         return None if metric is None else metric.value
 
-    better = {True: "Higher is better.", False: "Lower is better.", None: "A count."}[key.higher_is_better]
+    average = f" The average over {first_names(key.members)}." if key.members else ""
+    better = {True: "Higher is better.", False: "Lower is better.", None: "No direction is known to be better."}
     return Column(
         key.full_name,
-        key.name,
+        "all lengths" if key.averaged else key.name,
         key.task,
-        Kind.COUNT if key.higher_is_better is None else Kind.METRIC,
+        _metric_kind(key, table),
         value,
-        f"{key.full_name}. {better} Below it: the difference to the baseline and its 95 % interval.",
+        f"{key.full_name}.{average} {better[key.higher_is_better]} "
+        "Below it: the difference to the baseline and its 95 % interval.",
         key.higher_is_better,
         key,
         key.is_main,
     )
+
+
+def _metric_kind(key: MetricKey, table: Table) -> Kind:
+    """Shares of right answers by length, as RULER's leaderboards print them; figures as they stand for all others."""
+    values = [metric.value for metric in map(key.find, table.cells) if metric is not None]
+    are_shares = key.is_length and all(value is None or 0 <= value <= 1 for value in values)
+    return Kind.SHARE if are_shares else Kind.METRIC
 
 
 _CACHE = (

@@ -13,7 +13,7 @@ from functools import cached_property
 from lm_eval_kvpress.report.cell import Cell
 from lm_eval_kvpress.report.columns import Column
 from lm_eval_kvpress.report.differences import Difference
-from lm_eval_kvpress.report.formatting import Value, format_interval, format_signed
+from lm_eval_kvpress.report.formatting import Kind, Value, format_interval, format_signed, format_value
 from lm_eval_kvpress.report.loss_curves import Curve
 from lm_eval_kvpress.report.marks import Mark
 from lm_eval_kvpress.report.tables import Setting
@@ -24,8 +24,12 @@ class Entry:
     """What stands in one column of one row. The texts of the difference and its interval are empty without one."""
 
     value: Value
-    text: str
+    kind: Kind
     difference: Difference | None = None
+
+    @property
+    def text(self) -> str:
+        return format_value(self.value, self.kind)
 
     @property
     def number(self) -> float | None:
@@ -39,11 +43,11 @@ class Entry:
 
     @property
     def difference_text(self) -> str:
-        return "" if self.difference is None else format_signed(self.difference.value)
+        return "" if self.difference is None else format_signed(self.difference.value, self.kind)
 
     @property
     def interval_text(self) -> str:
-        return "" if self.difference is None else format_interval(self.difference)
+        return "" if self.difference is None else format_interval(self.difference, self.kind)
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,8 @@ class ReportTable:
         return [self.marks.index(mark) + 1 for mark in row.marks]
 
     @property
-    def compared_metrics(self) -> list[Column]:
-        """Columns of metrics of which more, or less, is better: those that have differences."""
-        return [column for column in self.columns if column.metric and column.higher_is_better is not None]
+    def metric_columns(self) -> list[Column]:
+        return [column for column in self.columns if column.metric]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _rows(report: Report) -> Iterator[tuple[ReportTable, ReportRow]]:
 
 def _differences(table: ReportTable, row: ReportRow) -> dict[str, float | None]:
     fields: dict[str, float | None] = {}
-    for column in table.compared_metrics:
+    for column in table.metric_columns:
         difference = row.entries[column.key].difference
         fields[f"{column.key}_difference"] = difference.value if difference else None
         fields[f"{column.key}_difference_low"] = difference.low if difference else None

@@ -17,7 +17,7 @@ import numpy as np
 from lm_eval_kvpress.report.bootstrap import paired_intervals
 from lm_eval_kvpress.report.cell import Cell, Task
 from lm_eval_kvpress.report.metrics import MetricKey
-from lm_eval_kvpress.report.samples import Aggregation, Samples, Scores, aggregation, read_samples
+from lm_eval_kvpress.report.samples import Aggregation, DocumentKey, Samples, Scores, aggregation, read_samples
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ class Difference:
         return self.low, self.high
 
 
+@dataclass(frozen=True)
+class FigureScores:
+    """What a figure is made of: its documents, their scores, and how the one comes from the others."""
+
+    documents: tuple[tuple[str, int, str], ...]  # task, lm-eval's doc_id and its hash of the document
+    scores: Scores
+    aggregate: Aggregation
+
+
 class Comparison:
     """Compares runs with one baseline. Reads each file of samples once."""
 
@@ -45,11 +54,11 @@ class Comparison:
         self._read: dict[Path, dict[str, Samples]] = {}
 
     def differences(self, cells: Sequence[Cell], metrics: Sequence[MetricKey]) -> list[dict[MetricKey, Difference]]:
-        """For each cell, its differences to the baseline by metric; counts have none."""
+        """For each cell, its differences to the baseline by metric."""
         differences: list[dict[MetricKey, Difference]] = [{} for _ in cells]
         for key in metrics:
             base = key.find(self.baseline)
-            if base is None or not _is_number(base.value) or key.higher_is_better is None:
+            if base is None or not _is_number(base.value):
                 continue
             bounds = self._bounds(cells, key)
             for index, cell in enumerate(cells):
@@ -58,42 +67,66 @@ class Comparison:
                     differences[index][key] = Difference(own.value - base.value, *bounds.get(index, ()))
         return differences
 
-    def has_same_answers(self, cell: Cell) -> bool:
-        """Whether every logged answer to every task is the baseline's."""
+    def has_same_answers(self, cell: Cell) -> bool | None:
+        """Whether every logged answer is the baseline's, sample by sample; None where they cannot be compared."""
         pairs = [(task, self.baseline.task(task.name)) for task in cell.tasks]
-        return bool(pairs) and all(
-            other is not None and self._answers(task) == self._answers(other) != {} for task, other in pairs
-        )
+        answers = [(self._answers(task), {} if other is None else self._answers(other)) for task, other in pairs]
+        if any(own and base and own != base for own, base in answers):
+            return False
+        return True if answers and all(own and base for own, base in answers) else None
 
     def _bounds(self, cells: Sequence[Cell], key: MetricKey) -> dict[int, tuple[float, float, int]]:
         """Lower bound, upper bound and number of documents by the index of the cell, where there is an interval."""
-        base = self._samples(self.baseline, key)
-        aggregate = _aggregation(self.baseline, base, key)
-        if base is None or aggregate is None or len(base.documents) < 2:
+        base = self._scores(self.baseline, key)
+        if base is None or len(base.documents) < 2:
             return {}
-        compared: dict[int, Scores] = {}
+        compared: dict[int, FigureScores] = {}
         for index, cell in enumerate(cells):
-            own = self._samples(cell, key)
-            if own is not None and own.documents == base.documents and _aggregation(cell, own, key) is aggregate:
-                compared[index] = own.scores[key.name]
+            own = self._scores(cell, key)
+            if own is not None and (own.documents, own.aggregate) == (base.documents, base.aggregate):
+                compared[index] = own
         if not compared:
             return {}
-        scores = [base.scores[key.name], *compared.values()]
+        scores = [one.scores for one in (base, *compared.values())]
         numerators = np.stack([score.numerators for score in scores], 1)  # (documents, runs)
         denominators = np.stack([score.denominators for score in scores], 1)
-        low, high = paired_intervals(numerators, denominators, 0, aggregate)
+        low, high = paired_intervals(numerators, denominators, 0, base.aggregate)
         return {
             index: (float(low[column]), float(high[column]), len(base.documents))
             for column, index in enumerate(compared, start=1)
             if not np.isnan(low[column])
         }
 
-    def _samples(self, cell: Cell, key: MetricKey) -> Samples | None:
-        task = cell.task(key.task)
-        return None if task is None else self._samples_by_filter(task).get(key.filter)
+    def _scores(self, cell: Cell, key: MetricKey) -> FigureScores | None:
+        """What a figure is made of: the documents of its tasks behind each other, its metrics summed."""
+        metric = key.find(cell)
+        parts = [self._task_scores(cell, task, key) for task in key.sampled_tasks]
+        known = [part for part in parts if part is not None]
+        if metric is None or len(known) < len(parts):
+            return None
+        scores = Scores(
+            np.concatenate([scores.numerators for _, scores in known]),
+            np.concatenate([scores.denominators for _, scores in known]),
+        )
+        aggregate = aggregation(scores, metric.value)
+        documents = tuple(
+            (task, *one) for task, (found, _) in zip(key.sampled_tasks, known, strict=True) for one in found
+        )
+        return None if aggregate is None else FigureScores(documents, scores, aggregate)
 
-    def _answers(self, task: Task) -> dict[str, int]:
-        return {filter: samples.answers for filter, samples in self._samples_by_filter(task).items()}
+    def _task_scores(self, cell: Cell, name: str, key: MetricKey) -> tuple[tuple[DocumentKey, ...], Scores] | None:
+        task = cell.task(name)
+        samples = None if task is None else self._samples_by_filter(task).get(key.filter)
+        if samples is None or not set(key.sampled_metrics) <= samples.scores.keys():
+            return None
+        scores = [samples.scores[one] for one in key.sampled_metrics]
+        numerators, denominators = (
+            sum(getattr(one, part) for one in scores) for part in ("numerators", "denominators")
+        )
+        return samples.documents, Scores(numerators, denominators)
+
+    def _answers(self, task: Task) -> dict[str, tuple[tuple[DocumentKey, ...], int]]:
+        return {name: (samples.documents, samples.answers) for name, samples in self._samples_by_filter(task).items()}
 
     def _samples_by_filter(self, task: Task) -> dict[str, Samples]:
         if task.samples is None:
@@ -101,14 +134,6 @@ class Comparison:
         if task.samples not in self._read:
             self._read[task.samples] = read_samples(task.samples)
         return self._read[task.samples]
-
-
-def _aggregation(cell: Cell, samples: Samples | None, key: MetricKey) -> Aggregation | None:
-    """The aggregation that makes the cell's figure from its samples, or None."""
-    metric = key.find(cell)
-    if metric is None or samples is None or key.name not in samples.scores:
-        return None
-    return aggregation(samples.scores[key.name], metric.value)
 
 
 def _is_number(value: float | None) -> TypeGuard[float]:

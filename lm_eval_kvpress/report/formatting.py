@@ -58,17 +58,17 @@ def format_metric(value: float) -> str:
     return f"{value:,.0f}" if size < 1e6 else f"{value:.2e}"
 
 
-def format_signed(value: float) -> str:
-    """A difference of metrics, with its sign; minus is U+2212."""
-    text = format_value(abs(value), Kind.METRIC)
-    return text if value == 0 or text.strip("0.") == "" else ("+" if value > 0 else "−") + text
+def format_signed(value: float, kind: Kind = Kind.METRIC) -> str:
+    """A difference of metrics, with its sign; minus is U+2212. Differences of shares are percentage points."""
+    text = format_value(abs(value), kind).replace("%", "pp")
+    return text if value == 0 or text.strip("0. p") == "" else ("+" if value > 0 else "−") + text
 
 
-def format_interval(difference: Difference) -> str:
+def format_interval(difference: Difference, kind: Kind = Kind.METRIC) -> str:
     """``[low, high]``, or nothing where there is none."""
     if difference.low is None or difference.high is None:
         return ""
-    return f"[{format_signed(difference.low)}, {format_signed(difference.high)}]"
+    return f"[{format_signed(difference.low, kind)}, {format_signed(difference.high, kind)}]"
 
 
 def format_bytes(value: float) -> str:

@@ -62,7 +62,7 @@ def safe_json(value: Any) -> str:
 
 def _plot_data(table: ReportTable) -> dict[str, Any]:
     """What the plots of a table show: its metrics, the leading ones first, and a point per run."""
-    metrics = sorted(table.compared_metrics, key=lambda column: not column.is_main)
+    metrics = sorted(table.metric_columns, key=lambda column: not column.is_main)
     return {
         "metrics": [
             {

@@ -69,7 +69,7 @@ def _press_marks(row: Row, cell: Cell) -> Iterator[Mark]:
     yield from _one_pass(cell)
     yield from _inert(cell)
     yield from _while_decoding(cell)
-    yield from _identical(row, acted=any(kept.num_decode_compressions for kept in cell.kept))
+    yield from _same_as_baseline(row, cell)
     yield from _short_contexts(cell)
     yield from _press_notes(cell)
 
@@ -122,22 +122,30 @@ def _while_decoding(cell: Cell) -> Iterator[Mark]:
         yield Mark("inert", "prefill only", text, True)
 
 
-def _identical(row: Row, *, acted: bool) -> Iterator[Mark]:
-    """``acted``: entries are known to have been evicted, so the task is what does not show it."""
-    if not row.has_baseline_answers and not _has_baseline_figures(row):
+def _same_as_baseline(row: Row, cell: Cell) -> Iterator[Mark]:
+    """Answers that are the baseline's, sample by sample. Equal figures alone say less, and other answers say nothing.
+
+    Without a figure that both runs have, nothing was compared.
+    """
+    is_same = bool(row.differences) and all(difference.value == 0 for difference in row.differences.values())
+    if not is_same or row.has_same_answers is False:
         return
-    what = "Every logged answer equals" if row.has_baseline_answers else "All figures equal"
-    if acted:
-        why = "the press evicted entries while text was generated, and the task does not resolve it."
-    elif row.has_baseline_answers:
-        why = "the press acted on nothing."
+    if row.has_same_answers is None:
+        text = "All figures equal the baseline's. Whether the answers do is not known without samples (--log_samples)."
+        yield Mark("same_figures", "same figures", text)
+    elif _acted(cell):
+        text = "Every logged answer equals the baseline's, although the press acted: lossless on these documents."
+        yield Mark("lossless", "lossless on these documents", text)
     else:
-        why = "the press acted on nothing, or the task does not resolve it."
-    yield Mark("identical", "identical", f"{what} the baseline's: {why}", not acted)
+        text = "Every logged answer equals the baseline's, and nothing shows that the press acted."
+        yield Mark("identical", "identical", text, True)
 
 
-def _has_baseline_figures(row: Row) -> bool:
-    return bool(row.differences) and all(difference.value == 0 for difference in row.differences.values())
+def _acted(cell: Cell) -> bool:
+    """Whether the press is known to have evicted entries, or changed them."""
+    pressed = [kept for kept in cell.kept if kept.num_contexts_pressed]
+    evicted = any(kept.share is not None and kept.share < 1 for kept in pressed)
+    return evicted or bool(pressed and cell.press.changes_entries) or any(k.num_decode_compressions for k in cell.kept)
 
 
 def _short_contexts(cell: Cell) -> Iterator[Mark]:

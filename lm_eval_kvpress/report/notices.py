@@ -18,6 +18,7 @@ def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str,
     return (
         *_protocol(table),
         *_limited(table),
+        *_averages(table),
         *_unscored(table),
         *_few_documents(table),
         *_without_samples(table),
@@ -44,6 +45,14 @@ def _limited(table: Table) -> Iterator[str]:
     ]
     if limited:
         yield f"Run with --limit: {', '.join(limited)}."
+
+
+def _averages(table: Table) -> Iterator[str]:
+    """Which tasks the averages of each group are over; subjects by the dozen have their group's name."""
+    for group, members in {key.task: key.members for key in table.metrics if key.members}.items():
+        yield f"{group}: average over {len(members)} tasks that ran ({', '.join(members)})."
+    if any(key.averaged for key in table.metrics):
+        yield "All lengths: the mean of the figures of each length."
 
 
 def _unscored(table: Table) -> Iterator[str]:

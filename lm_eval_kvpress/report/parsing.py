@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Metric, Pairs, Press, Speed, Task
+from lm_eval_kvpress.report.averages import group_members, groups
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Speed, Task
+from lm_eval_kvpress.report.metric_values import PREDICT_ONLY, number, task_metrics
 
 # Arguments of HFLM that change what a model answers: runs that differ in one of them are not compared.
 MODEL_ARGUMENTS = (
@@ -29,8 +31,6 @@ PROTOCOL = (
 IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
 # In the order of lm-eval's --seed. Under another seed, random presses and sampled answers come out differently.
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
-# lm-eval writes this name and 999 in place of every metric under --predict_only; it is no figure.
-PLACEHOLDER = "bypass"
 ROLLING = "loglikelihood_rolling"
 
 
@@ -47,6 +47,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
     protocol = facts.get("protocol")
     throughput = facts.get("throughput") or {}
     parity = facts.get("parity")
+    tasks = tuple(_tasks(file, content, facts.get("tasks") or {}))
     checkpoint = facts.get("pretrained") or arguments.get("pretrained") or content.get("model_name")
     return Cell(
         file=file,
@@ -61,12 +62,13 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         protocol=STOCK_PROTOCOL if protocol is None else _pairs({key: protocol.get(key) for key in PROTOCOL}),
         press=_press(facts.get("press"), protocol or {}),
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
-        tasks=tuple(_tasks(file, content, facts.get("tasks") or {})),
+        tasks=tasks,
         speed=_speed(throughput),
         num_batches=throughput.get("num_batches"),
         parity=None if parity is None else bool(parity["passed"]),
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
         identity=identity(facts, arguments.get("revision")) if facts else None,
+        groups=tuple(groups(content, tasks)),
     )
 
 
@@ -96,23 +98,23 @@ def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Pres
     if press.get("kv_budget") is not None and not budget:
         arguments["kv_budget"] = press["kv_budget"]
     changes = str(press.get("changes_entries") or "")
-    parsed = Press(press["name"], _pairs(arguments | budget), _number(press.get("compression_ratio")), changes)
+    parsed = Press(press["name"], _pairs(arguments | budget), number(press.get("compression_ratio")), changes)
     has_ratio = not budget and (parsed.acts_on_prefill or parsed.is_none)
     return parsed if has_ratio else replace(parsed, removed_asked=None)
 
 
 def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[Task]:
     counts, configs = content.get("n-samples") or {}, content.get("configs") or {}
+    members = group_members(content)
     for name, figures in content["results"].items():
-        better = (content.get("higher_is_better") or {}).get(name) or {}
-        metrics = tuple(_metrics(figures, better))
-        if not metrics:  # a group without an aggregate
+        if name in members or not any("," in key for key in figures):  # also a group without an average
             continue
+        metrics = task_metrics(figures, (content.get("higher_is_better") or {}).get(name) or {})
         count, config, fact = (part.get(name) or {} for part in (counts, configs, facts))
         samples = file.with_name(f"samples_{name}_{file.stem.removeprefix('results_')}.jsonl")
         yield Task(
             name=name,
-            metrics=tuple(metric for metric in metrics if metric.name != PLACEHOLDER),
+            metrics=tuple(metric for metric in metrics if metric.name != PREDICT_ONLY),
             is_rolling=config.get("output_type") == ROLLING,
             num_documents=count.get("effective"),
             num_documents_available=count.get("original"),
@@ -139,15 +141,6 @@ def _loaded(metadata: Any) -> str | None:
     return json.dumps([texts, metadata.get("max_tokens")], sort_keys=True)
 
 
-def _metrics(figures: Mapping[str, Any], better: Mapping[str, bool | None]) -> Iterator[Metric]:
-    """Metrics are the keys ``name,filter``; one whose value is null is listed all the same."""
-    for key, value in figures.items():
-        name, comma, filter = key.partition(",")
-        if comma and not name.endswith("_stderr"):
-            stderr = _number(figures.get(f"{name}_stderr,{filter}"))
-            yield Metric(name, filter, _number(value), stderr, better.get(name))
-
-
 def _kept(fact: Mapping[str, Any]) -> Kept:
     pressed, unpressed = fact["contexts_pressed"], fact["contexts_unpressed"]
     return Kept(
@@ -171,10 +164,10 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
 
 def _speed(throughput: Mapping[str, Any]) -> Speed:
     def rate(phase: str) -> float | None:
-        return _number((throughput.get(phase) or {}).get("tokens_per_sec"))
+        return number((throughput.get(phase) or {}).get("tokens_per_sec"))
 
     def median(latency: str) -> float | None:
-        return _number((throughput.get(latency) or {}).get("p50"))
+        return number((throughput.get(latency) or {}).get("p50"))
 
     return Speed(
         prefill_tokens_per_sec=rate("prefill"),
@@ -182,7 +175,7 @@ def _speed(throughput: Mapping[str, Any]) -> Speed:
         decode_tokens_per_sec=rate("decode"),
         ttft_sec=median("ttft_sec"),
         tpot_sec=median("tpot_sec"),
-        peak_memory_bytes=_number(throughput.get("peak_memory_bytes")),
+        peak_memory_bytes=number(throughput.get("peak_memory_bytes")),
         includes_warmup=tuple(throughput.get("includes_warmup") or ()),
     )
 
@@ -210,8 +203,3 @@ def _stock_versions(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _pairs(mapping: Mapping[str, Any]) -> Pairs:
     """The items as text, sorted and hashable, without those that are None."""
     return tuple(sorted((str(key), str(value)) for key, value in mapping.items() if value is not None))
-
-
-def _number(value: Any) -> float | None:
-    """A float, NaN and infinities included; None for null, text such as "N/A", and booleans."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

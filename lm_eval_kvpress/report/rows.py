@@ -21,7 +21,7 @@ class Row:
         cell: None for a baseline that nobody ran.
         num_older, num_newer: files of the same setting that this row stands for.
         seeds: named if they are not those of all rows of the table.
-        has_baseline_answers: whether every logged answer is the baseline's.
+        has_same_answers: whether every logged answer is the baseline's; None where they cannot be compared.
     """
 
     cell: Cell | None
@@ -30,7 +30,7 @@ class Row:
     num_newer: int = 0
     seeds: Pairs = ()
     differences: Mapping[MetricKey, Difference] = field(default_factory=dict)
-    has_baseline_answers: bool = False
+    has_same_answers: bool | None = None
 
     @property
     def press(self) -> str:

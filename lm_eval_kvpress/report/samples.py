@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.metric_values import NOT_RUN
 
 Array = npt.NDArray[np.float64]
 Aggregation = Callable[[Array], Array]
@@ -115,18 +116,24 @@ def aggregation(scores: Scores, reported: float | None) -> Aggregation | None:
 def _samples(by_document: Mapping[DocumentKey, Sample]) -> Samples:
     documents = tuple(sorted(by_document))
     samples = [by_document[key] for key in documents]
-    scores = {name: _scores([sample.get(name) for sample in samples]) for name in samples[0].get("metrics", ())}
+    names = dict.fromkeys(name for sample in samples for name in sample.get("metrics", ()))
+    scores = {name: _scores(name, samples) for name in names}
     known = {name: one for name, one in scores.items() if one is not None}
     return Samples(documents, known, _checksum([sample["resps"] for sample in samples]))
 
 
-def _scores(values: Sequence[Any]) -> Scores | None:
-    """The scores of all documents; None for metrics of another kind, such as the lists of a corpus BLEU."""
-    ratios = [_ratio(value) for value in values]
+def _scores(name: str, samples: Sequence[Sample]) -> Scores | None:
+    """The scores of all documents; None for metrics of another kind, such as the lists of a corpus BLEU.
+
+    A document that lacks the metric counts for nothing, as in lm-eval; nor does one of another length in RULER.
+    """
+    ratios = [_ratio(sample[name]) if name in sample else (0.0, 0.0) for sample in samples]
     known = [ratio for ratio in ratios if ratio is not None]
     if len(known) < len(ratios):
         return None
     both = np.asarray(known, dtype=np.float64)  # (documents, 2)
+    if name.isdecimal():
+        both[both[:, 0] == NOT_RUN] = 0
     return Scores(both[:, 0], both[:, 1])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Pairs, Task
 from lm_eval_kvpress.report.differences import Comparison
-from lm_eval_kvpress.report.metrics import MetricKey, metric_keys
+from lm_eval_kvpress.report.metrics import MetricKey, group_keys, metric_keys
 from lm_eval_kvpress.report.rows import Row, build_rows
 
 
@@ -31,7 +31,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that may be compared, the baseline first. ``documents`` counts those of each task."""
+    """Rows that may be compared, the baseline first.
+
+    ``documents`` counts those of each task. ``metrics`` are those of groups of tasks, then those of tasks.
+    """
 
     setting: Setting
     documents: tuple[tuple[str, int | None], ...]
@@ -65,7 +68,11 @@ def _table(setting: Setting, cells: Sequence[Cell]) -> Table:
     rows = build_rows(cells)
     ran = [row.cell for row in rows if row.cell is not None]
     tasks = {task.name: task for cell in ran for task in cell.tasks}
-    metrics = tuple(key for name in tasks for key in metric_keys(name, ran))
+    groups = dict.fromkeys(group.name for cell in ran for group in cell.groups)
+    metrics = (
+        *(key for name in groups for key in group_keys(name, ran)),
+        *(key for name in tasks for key in metric_keys(name, ran)),
+    )
     documents = tuple((name, task.num_documents) for name, task in tasks.items())
     return Table(setting, documents, metrics, _compared(_baseline_first(rows), metrics))
 
@@ -88,7 +95,7 @@ def _compared(rows: Sequence[Row], metrics: Sequence[MetricKey]) -> tuple[Row, .
     comparison = Comparison(baseline.cell)
     cells = [row.cell for row in others if row.cell is not None]
     compared = [
-        replace(row, differences=differences, has_baseline_answers=comparison.has_same_answers(cell))
+        replace(row, differences=differences, has_same_answers=comparison.has_same_answers(cell))
         for row, cell, differences in zip(others, cells, comparison.differences(cells, metrics), strict=True)
     ]
     return (baseline, *compared)

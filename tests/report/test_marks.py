@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import amend, unmeasured, without_prefill_press, write_results, write_stream
+from report_files import NUM_DOCUMENTS, amend, unmeasured, without_prefill_press, write_results, write_stream
 
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.report.build import build_report
@@ -43,7 +43,7 @@ def test_that_a_stream_has_no_baseline_is_said_where_one_would_stand(tmp_path: P
     "facts, label",
     [
         ({"acc": 0.4, "kept": 1.0}, "kept everything"),
-        ({"acc": 0.5}, "identical"),
+        ({"acc": 0.5}, "same figures"),
         ({"acc": 0.4, "notes": {"pyramidkv fell back to snapkv": 4}}, "fell back"),
         ({"acc": 0.4, "version": "0.5.4"}, "versions"),
     ],
@@ -112,12 +112,73 @@ def test_texts_on_which_a_press_did_not_act_are_counted(tmp_path: Path) -> None:
     assert found["decoding:knorm"][0].text.startswith("The press acted on 2 of 8 texts")
 
 
-def test_the_same_figures_do_not_void_a_press_that_is_known_to_have_acted(tmp_path: Path) -> None:
+# ------------------------------------------------------------------------------------------ the baseline's answers
+
+RIGHT = [1] * NUM_DOCUMENTS
+
+
+def of_answers(folder: Path, **facts: Any) -> list[tuple[str, bool]]:
+    """The marks of a press, and whether they void it, beside a baseline that is right everywhere."""
+    write_results(folder, "none", 0.0, scores=RIGHT)
+    write_results(folder, "keydiff", 0.5, **{"scores": RIGHT} | facts)
+    return [(mark.label, mark.is_void) for mark in marks(folder)["keydiff"]]
+
+
+def test_a_press_that_evicted_entries_and_changed_no_answer_is_lossless(tmp_path: Path) -> None:
+    assert of_answers(tmp_path, kept=0.5) == [("lossless on these documents", False)]
+
+
+def test_a_press_that_evicted_nothing_and_changed_no_answer_is_identical(tmp_path: Path) -> None:
+    assert of_answers(tmp_path, kept=1.0) == [("kept everything", True), ("identical", True)]
+
+
+def test_a_press_that_changed_entries_and_no_answer_is_lossless(tmp_path: Path) -> None:
+    of_answers(tmp_path, kept=1.0)
+    for file in tmp_path.glob("keydiff-*/results_*.json"):
+        amend(file, lambda content: content["config"]["kvpress"]["press"].update(changes_entries="zeroed channels"))
+    assert labels(tmp_path)["keydiff"] == ["changed entries", "lossless on these documents"]
+
+
+def test_a_press_of_which_nothing_was_measured_and_no_answer_changed_is_identical(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0, scores=RIGHT)
+    unmeasured(tmp_path, "keydiff", scores=RIGHT)
+    assert labels(tmp_path)["keydiff"] == ["identical", "not measured"]
+
+
+def other_answers(folder: Path, press: str) -> None:
+    """Change every logged log-likelihood, and no figure."""
+    (file,) = folder.glob(f"{press}-*/samples_*")
+    file.write_text(file.read_text().replace('"resps": [[["-1"', '"resps": [[["-1.25"'))
+
+
+def test_the_same_figures_of_other_log_likelihoods_have_no_mark(tmp_path: Path) -> None:
+    assert of_answers(tmp_path, kept=0.5) != []
+    other_answers(tmp_path, "keydiff")
+    assert labels(tmp_path)["keydiff"] == []
+
+
+def test_the_same_answers_to_other_documents_have_no_mark(tmp_path: Path) -> None:
+    assert of_answers(tmp_path, kept=0.5) != []
+    (file,) = tmp_path.glob("keydiff-*/samples_*")
+    file.write_text(file.read_text().replace('"doc_hash": "hash', '"doc_hash": "other'))
+    assert labels(tmp_path)["keydiff"] == []
+
+
+def test_where_no_figure_was_compared_nothing_is_identical(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0, scores=RIGHT)
+    write_results(tmp_path, "keydiff", 0.5, scores=RIGHT)
+    for file in tmp_path.rglob("results_*.json"):
+        amend(file, lambda content: content["results"].update(recall={"acc,none": "N/A"}))
+    assert labels(tmp_path)["keydiff"] == []
+
+
+def test_equal_figures_without_samples_are_no_equal_answers(tmp_path: Path) -> None:
     write_results(tmp_path, "none", 0.0)
     without_prefill_press(tmp_path, "decoding:knorm", num_compressions=3, acc=0.5)
     row = rows(tmp_path)["decoding:knorm"]
     (mark,) = row.marks
-    assert mark.label == "identical" and mark.text.endswith("the task does not resolve it.") and not row.is_void
+    assert mark.label == "same figures" and not row.is_void
+    assert mark.text.endswith("is not known without samples (--log_samples).")
 
 
 def test_contexts_are_called_too_short_only_where_they_were(tmp_path: Path) -> None:

@@ -103,16 +103,18 @@ function traces(kind, data, metric, amount) {
     const own = points.filter(one => one.row[group] === name).sort((a, b) => a.x - b.x);
     return { ...trace(own, kind === "kept" ? "lines+markers" : "markers"), error_y: bars(own) };
   });
-  return kind === "kept" || !made.length ? made : [front(points, data.metrics[metric].better, kind === "decode"), ...made];
+  if (kind === "kept" || !made.length || data.metrics[metric].better === null) return made;
+  return [front(points, data.metrics[metric].better, kind === "decode"), ...made];
 }
 
 function layout(kind, axisTitle, isHigherBetter) {
+  const direction = kind === "position" ? "lower is better" : { true: "higher is better", false: "lower is better" }[isHigherBetter] ?? "";
   const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), automargin: true };
   const scale = { kept: { tickformat: ".0%" }, position: { type: "log", tick0: 0, dtick: Math.log10(4), tickformat: ",d" } }[kind] ?? {};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 },
     margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "closest", xaxis: { ...axis, title: { text: axisTitle }, ...scale },
-    yaxis: { ...axis, title: { text: isHigherBetter && kind !== "position" ? "higher is better" : "lower is better" } },
+    yaxis: { ...axis, title: { text: direction } },
   };
 }
 

@@ -1,0 +1,66 @@
+"""Averages over the tasks of a group, such as ``ruler``, ``longbench`` and ``mmlu``.
+
+lm-eval's own averages stand in the results file. It has none of RULER's lengths but 4,096, and none at all where a
+group's tasks were named one by one; those of RULER are made here, as means over its tasks. No other is: a mean over
+tasks whose author gave none, such as perplexities of different texts, is nobody's figure.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_eval_kvpress.report.cell import Group, Metric, Task
+from lm_eval_kvpress.report.metric_values import means_over_lengths, task_metrics
+
+RULER = "ruler"
+RULER_TASKS = re.compile(r"(niah|ruler)_.+")
+
+
+def group_members(content: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """The tasks below each group of a results file, whether or not they ran; tasks alone are no groups."""
+    children: Mapping[str, Sequence[str]] = content.get("group_subtasks") or {}
+
+    def leaves(name: str, above: frozenset[str]) -> frozenset[str]:
+        below = children.get(name) or () if name not in above else ()
+        return frozenset().union(*(leaves(child, above | {name}) for child in below)) if below else frozenset({name})
+
+    named = [*(name for name, below in children.items() if below), *(content.get("groups") or {})]
+    return {name: leaves(name, frozenset()) - {name} for name in named}
+
+
+def groups(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[Group]:
+    """The groups that have an average, with the tasks that ran and have one of its metrics."""
+    members = group_members(content)
+    lengths = [task.name for task in tasks if RULER_TASKS.fullmatch(task.name) and _has_lengths(task)]
+    if RULER not in members and len(lengths) > 1:
+        members[RULER] = frozenset(lengths)
+    for name, names in members.items():
+        figures, better = ((content.get(part) or {}).get(name) or {} for part in ("results", "higher_is_better"))
+        own = [metric for metric in task_metrics(figures, better) if not metric.averaged]
+        ran = [task for task in tasks if task.name in names]
+        made = [metric for metric in _length_means(ran) if (metric.name, metric.filter) not in _keys(own)]
+        metrics = (*own, *made, *means_over_lengths([*own, *made]))
+        counted = [task.name for task in ran if _keys(task.metrics) & _keys(metrics)]
+        if metrics:
+            yield Group(name, metrics, tuple(sorted(counted)))
+
+
+def _length_means(tasks: Sequence[Task]) -> Iterator[Metric]:
+    """The mean of each length that all tasks with lengths ran."""
+    found = [[metric for metric in task.metrics if metric.is_length] for task in tasks if _has_lengths(task)]
+    for first in found[0] if found else ():
+        alike = [metric for metrics in found for metric in metrics if _keys([metric]) == _keys([first])]
+        values = [metric.value for metric in alike if metric.value is not None]
+        if len(values) == len(found):
+            yield Metric(first.name, first.filter, statistics.fmean(values), None, first.higher_is_better)
+
+
+def _has_lengths(task: Task) -> bool:
+    return any(metric.is_length for metric in task.metrics)
+
+
+def _keys(metrics: Sequence[Metric]) -> set[tuple[str, str]]:
+    return {(metric.name, metric.filter) for metric in metrics}

@@ -6,14 +6,20 @@ https://man7.org/linux/man-pages/man2/fsync.2.html
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from lm_eval_kvpress.errors import UsageError
+
+MAX_NAME = 200
+"""Characters of a name: file systems take 255, and endings are added to it."""
 
 GOES_ON = "make room, and the same command goes on from what is complete"
 """What to do after a failed write of a run that can be resumed."""
@@ -58,6 +64,19 @@ def write_whole(file: Path, text: str, advice: str = GOES_ON) -> None:
         sync_folder(file.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that stays after a power cut.
+
+    Raises:
+        UsageError: in one line.
+    """
+    if folder.is_dir():
+        return
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder on disk: new files, renames, deletions. Windows cannot and need not be asked."""
     if os.name == "nt":
@@ -67,6 +86,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(*texts: str) -> str:
+    """Sum up what files must hold, to see later whether they still do; texts in another order are another sum."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def file_name(text: str) -> str:
+    """Make any text the name of one file or folder: no path, and never too long.
+
+    Ordinary names stay as they are. What has a meaning in paths is quoted as in an address, and the end of a long name
+    is replaced by a checksum, so that two texts keep two names.
+    """
+    name = quote(text, safe=" ,=+@()[]'")
+    if not name.strip("."):  # the folder itself and the one above it
+        name = name.replace(".", "%2E")
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 17]}-{checksum(text)[:16]}"
 
 
 def remove_parts(folder: Path) -> None:

@@ -86,6 +86,8 @@ def parse_setting(name: str, value: Any) -> Any:
     if value is not None and str in get_args(kind):
         value = str(value)  # lm-eval reads a folder named 2024 as a number
     parsed = parse_value(name, kind, value, metadata.get("range", ANY_NUMBER))
+    if parsed == "":  # as of a shell variable that is not set: a path would be the current folder
+        raise UsageError(f"{name}= is empty: name a place, or leave it out")
     endings = metadata.get("endings")
     if endings and parsed is not None and Path(parsed).suffix not in endings:
         raise UsageError(f"{name}={value}: the name must end in {' or '.join(endings)}")

@@ -24,6 +24,7 @@ from lm_eval_kvpress.models.architectures import check_config, check_numbers
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
 from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.records.loss_files import lock_folder
 
 
 class CheckedHFLM(HFLM):
@@ -50,6 +51,7 @@ class CheckedHFLM(HFLM):
         self._asked_device: str | None = None
         if settings.stream_output is not None:
             make_writable("stream_output", Path(settings.stream_output))
+            self._stream_lock = lock_folder(Path(settings.stream_output), int(os.environ.get("RANK", 0)))
         if isinstance(pretrained, str):
             self.pretrained_name = pretrained
             arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")

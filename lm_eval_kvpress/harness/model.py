@@ -176,7 +176,7 @@ class KVPress(CheckedHFLM):
 
     def _loss_files(self) -> LossFiles | None:
         folder = self.session.settings.stream_output
-        return None if folder is None else LossFiles(Path(folder), self._identity())
+        return None if folder is None else LossFiles(Path(folder), self._identity(), self.rank, self.world_size)
 
     def _answer(
         self, kinds: Sequence[RequestBatches[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()

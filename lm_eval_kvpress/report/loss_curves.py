@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import checksum, file_name
 from lm_eval_kvpress.report.cell import Cell, Identity
 from lm_eval_kvpress.report.parsing import identity
 
@@ -120,7 +121,7 @@ def _bins(num_tokens: int) -> npt.NDArray[np.int64]:
 
 def _curves(cell: Cell, folder: Path) -> Iterator[Curve]:
     for task in cell.tasks:
-        files = sorted((folder / task.name).glob("*.csv"))
+        files = sorted((folder / file_name(task.name)).glob("*.csv"))
         if files and len(files) == task.num_documents:
             yield curve(task.name, [_losses(file) for file in files])
 
@@ -146,14 +147,30 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def _undamaged(file: Path) -> str:
+    """The text of a file of losses, which must match the checksum in the file beside it.
+
+    Raises:
+        UsageError: if it does not. Older versions wrote no checksum.
+    """
+    beside = file.with_suffix(".json")
+    try:
+        about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        text = file.read_text(encoding="utf-8")
+        if "sha256" not in about or about["sha256"] == checksum(text, json.dumps(about["counts"], sort_keys=True)):
+            return text
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UsageError(f"{file} or the .json beside it is damaged: the command that wrote it computes it again")
+
+
 def _losses(file: Path) -> npt.NDArray[np.float64]:
     """The losses of one document, by position: (tokens,)."""
-    with file.open(encoding="utf-8") as lines:
-        header = lines.readline().strip()
-        try:
-            table = np.loadtxt(lines, delimiter=",", ndmin=2) if header == HEADER else np.empty((0, 0))
-        except ValueError as error:
-            raise UsageError(f"{file} is not a table of {HEADER}: {error}") from error
+    header, *lines = _undamaged(file).splitlines() or [""]
+    try:
+        table = np.loadtxt(lines, delimiter=",", ndmin=2) if header == HEADER else np.empty((0, 0))
+    except ValueError as error:
+        raise UsageError(f"{file} is not a table of {HEADER}: {error}") from error
     if table.shape[1] != 2 or not np.array_equal(table[:, 0], np.arange(len(table))):
         raise UsageError(f"{file} is not a table of {HEADER}, position by position: delete it and run again")
     return table[:, 1]

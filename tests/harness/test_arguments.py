@@ -25,6 +25,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float23"}, "dtype=float23 is not known: choose one of auto, float32"),
     ({"throughput_log": "log.txt"}, ".jsonl or .csv"),
     ({"throughput_log": ".jsonl"}, ".jsonl or .csv"),
+    ({"throughput_log": ""}, "throughput_log= is empty"),
+    ({"rolling": "stream", "press": "knorm", "stream_budget": 128, "stream_output": ""}, "stream_output= is empty"),
     ({"press": "snapkv", "window_sizes": 32}, "window_size"),
     ({"press": "snapkv", "bath_size": 32}, "batch_size"),
     ({"press": "streaming_llm", "window_size": 32}, "window_size"),

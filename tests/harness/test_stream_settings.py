@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,30 @@ def test_finished_documents_are_read_and_another_setting_is_refused(
     assert again.describe()["tasks"] == lm.describe()["tasks"], "a document that is read counts like one computed"
     with pytest.raises(UsageError, match="another setting"):
         KVPress(stream_budget=41, **common).loglikelihood_rolling(requests(), disable_tqdm=True)
+
+
+def test_a_folder_in_use_is_refused_before_weights_are_read(
+    checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(KVPress, "_create_model", lambda *_, **__: pytest.fail("weights were read"))
+    code = (
+        "import sys; from pathlib import Path; from lm_eval_kvpress.records.loss_files import lock_folder\n"
+        "lock = lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with pytest.raises(UsageError, match="being written by another run"):
+            KVPress(
+                pretrained=str(checkpoint_dir),
+                device="cpu",
+                rolling="stream",
+                press="knorm",
+                stream_budget=128,
+                stream_output=str(tmp_path),
+            )
+        other.kill()
 
 
 @pytest.mark.parametrize("change", ["weights", "seed"])

@@ -86,6 +86,24 @@ def test_a_file_that_is_not_losses_is_one_line_that_names_it(tmp_path: Path, tex
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("ending", [".csv", ".json"])
+def test_losses_that_do_not_match_their_checksum_are_not_drawn(tmp_path: Path, ending: str) -> None:
+    """Cut at a line's end a table is a table still, of fewer tokens."""
+    write_stream(tmp_path, "snapkv")
+    file = next((tmp_path / "stream" / "recall").glob(f"0-*{ending}"))
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(UsageError, match=rf"{file.stem}.csv or the .json beside it is damaged"):
+        build_report([tmp_path])
+
+
+def test_losses_of_an_older_version_have_no_checksum_and_are_drawn(tmp_path: Path) -> None:
+    write_stream(tmp_path, "snapkv")
+    for file in (tmp_path / "stream" / "recall").glob("*.json"):
+        file.write_text("{}")
+    assert curves(tmp_path)["snapkv"]
+
+
 def test_a_page_and_data_hold_the_curve_and_a_page_without_streams_none(tmp_path: Path) -> None:
     write_stream(tmp_path / "a", "snapkv")
     write_results(tmp_path / "b", "none", 0.0)

@@ -12,9 +12,11 @@ from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.report.cell import Cell
+from lm_eval_kvpress.report.manifests import refuse_damage
 from lm_eval_kvpress.report.parsing import parse_cell
 
 PATTERN = "results_*.json"
+UNFINISHED = "results.part"  # the folder of results that a sweep has not sealed
 
 
 def read_results(places: Sequence[Path]) -> list[Cell]:
@@ -34,6 +36,7 @@ def read_cell(file: Path) -> Cell:
         UsageError: if the file cannot be read, is not whole JSON, or is not what lm-eval writes.
     """
     content = _read_json(file)
+    refuse_damage(file)
     try:
         return parse_cell(file, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -46,7 +49,7 @@ def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
     """Folders of sweeps among the places and below them, and the names of their cells that have no results yet."""
     folders = sorted({file.parent for place in places if place.is_dir() for file in place.rglob("sweep.json")})
     cells = {
-        folder: sorted(cell.name for cell in folder.glob("cells/*") if not (cell / "results").is_dir())
+        folder: sorted(cell.name for cell in folder.glob("cells/*") if not any((cell / "results").rglob(PATTERN)))
         for folder in folders
     }
     return {folder: names for folder, names in cells.items() if names}
@@ -55,7 +58,7 @@ def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
 def _results_files(place: Path) -> set[Path]:
     if not place.exists():
         raise UsageError(f"{place} does not exist")
-    files = {place} if place.is_file() else set(place.rglob(PATTERN))
+    files = {place} if place.is_file() else {file for file in place.rglob(PATTERN) if UNFINISHED not in file.parts}
     if not files and place in unfinished_cells([place]):
         raise UsageError(f"no cell of the sweep in {place} is finished: its command goes on where it stopped")
     if not files:

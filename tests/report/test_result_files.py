@@ -49,5 +49,7 @@ def test_unfinished_cells_of_a_sweep_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no cell of the sweep in .* is finished: its command goes on"):
         read_results([sweep])
     write_results(sweep / "cells" / "none" / "results", "none", 0.0)
-    assert len(read_results([sweep])) == 1
+    write_results(sweep / "cells" / "knorm" / "results.part", "knorm", 0.5)
+    (sweep / "cells" / "snapkv" / "results").mkdir()
+    assert len(read_results([sweep])) == 1, "results that are not known to be whole are no row"
     assert unfinished_cells([tmp_path]) == {sweep: ["knorm", "snapkv"]}

@@ -1,5 +1,5 @@
 # Every target makes its own .venv first; on a fresh machine `make demo` or `make test` is the only command.
-.PHONY: demo test test-rest test-slow lint check clean
+.PHONY: demo test test-rest test-slow lint check docs clean
 
 # On a shared machine, threads that spin at each other's barriers are several times slower than threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -36,11 +36,19 @@ lint: $(VENV)/.installed
 
 check: lint test test-rest
 
+# Strict: a broken link or anchor, or a page outside the navigation, ends the build. The site is in build/site.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The stamp comes last, so that an installation that broke off is done again.
 $(VENV)/.installed: pyproject.toml constraints.txt lm_eval_kvpress/_startup.pth
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 with venv found: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,0 +1,67 @@
+"""MkDocs hook: pages of the site that are files outside `docs/`, and links that work on GitHub and on the site alike.
+
+Pages link to each other by the paths of the repository, so that they can be read there. This turns such a path into
+that of the site's page. It knows no content. MkDocs then checks that the page, and the heading, exist.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE_DOCS = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "lm_eval_kvpress/builtin/README.md": "builtin.md",
+    "tasks/demo/README.md": "tasks/demo.md",
+    "tasks/kvpress_ppl/README.md": "tasks/kvpress_ppl.md",
+}
+LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files outside `docs/`."""
+    for source, page in OUTSIDE_DOCS.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let a page's links lead to pages of the site."""
+    of_page = {on_site: source for source, on_site in OUTSIDE_DOCS.items()}
+    source = of_page.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def relink(match: re.Match[str]) -> str:
+        return match[1] + link_on_site(match[2], source, page.file.src_uri) + match[3]
+
+    return LINK.sub(relink, markdown)
+
+
+def link_on_site(target: str, source: str, page: str) -> str:
+    """Translate a link.
+
+    Args:
+        target: as written, relative to `source`.
+        source: the file that holds the link, relative to the repository.
+        page: that file on the site, relative to the site's root.
+
+    Raises:
+        PluginError: the target is no page and no file of `docs/`.
+    """
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    if path == "README.md":
+        on_site = "index.md"
+    elif path.startswith("docs/"):
+        on_site = path.removeprefix("docs/")
+    elif path in OUTSIDE_DOCS:
+        on_site = OUTSIDE_DOCS[path]
+    else:
+        raise PluginError(f"{source}: {target} is not part of the site; name the file without a link")
+    return posixpath.relpath(on_site, posixpath.dirname(page) or ".")

@@ -1,0 +1,37 @@
+"""Links that work on GitHub lead to the right pages of the documentation site."""
+
+from __future__ import annotations
+
+import pytest
+from repository import ROOT
+
+pytest.importorskip("mkdocs", reason="the documentation site's tools are not installed: make docs")
+
+from mkdocs.exceptions import PluginError  # noqa: E402
+
+from scripts.site_pages import OUTSIDE_DOCS, link_on_site  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "source, page, target, on_site",
+    [
+        ("docs/sweep.md", "sweep.md", "report.md", "report.md"),
+        ("docs/experiments/README.md", "experiments/README.md", "../performance.md", "../performance.md"),
+        ("docs/usage.md", "usage.md", "../README.md", "index.md"),
+        ("docs/architecture.md", "architecture.md", "../CONTRIBUTING.md", "contributing.md"),
+        ("CONTRIBUTING.md", "contributing.md", "docs/architecture.md", "architecture.md"),
+        ("tasks/demo/README.md", "tasks/demo.md", "../../docs/arguments.md", "../arguments.md"),
+        ("docs/results.md", "results.md", "../tasks/kvpress_ppl/README.md", "tasks/kvpress_ppl.md"),
+    ],
+)
+def test_a_link_of_the_repository_is_one_of_the_site(source: str, page: str, target: str, on_site: str) -> None:
+    assert link_on_site(target, source, page) == on_site
+
+
+def test_a_link_out_of_the_site_ends_the_build() -> None:
+    with pytest.raises(PluginError, match="not part of the site"):
+        link_on_site("../scripts/demo.py", "docs/usage.md", "usage.md")
+
+
+def test_pages_from_outside_exist() -> None:
+    assert [source for source in OUTSIDE_DOCS if not (ROOT / source).is_file()] == []

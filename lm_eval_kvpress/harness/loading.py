@@ -49,6 +49,7 @@ class CheckedHFLM(HFLM):
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
         self._settings_at_load, self._asked_max_length = settings, arguments.get("max_length")
         self._asked_device: str | None = None
+        self._is_borrowed = not isinstance(pretrained, str)
         if settings.stream_output is not None:
             make_writable("stream_output", Path(settings.stream_output))
             self._stream_lock = lock_folder(Path(settings.stream_output), int(os.environ.get("RANK", 0)))

@@ -26,7 +26,7 @@ from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness import identity, messages, parity, ranks, run_record
+from lm_eval_kvpress.harness import adapters, identity, messages, parity, ranks, run_record
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
@@ -92,10 +92,13 @@ class KVPress(CheckedHFLM):
     # -------------------------------------------------------------------------------------------------- loading
 
     def _present(self, *, fast: bool) -> PressableModel:
-        """The loaded model as the engine takes it."""
-        if hasattr(self.model, "merge_and_unload"):  # an adapter's rows would not follow the change of basis
-            self._model = self.model.merge_and_unload()
-        return present(self.model, fast=fast)
+        """The loaded model as the engine takes it; one that was passed in is changed only while it answers."""
+        adapters.check_mergeable(self.model)
+        is_adapted = adapters.is_adapted(self.model)
+        if is_adapted:
+            self._model = self.model.get_base_model() if self._is_borrowed else self.model.merge_and_unload()
+        pressable = present(self.model, fast=fast, for_good=not self._is_borrowed)
+        return adapters.merged_in_use(pressable) if is_adapted and self._is_borrowed else pressable
 
     # ------------------------------------------------------------------------------------------------- sessions
 
@@ -185,7 +188,7 @@ class KVPress(CheckedHFLM):
         self.session.gathered = None
         request_type, answers = kinds[0].request_type if kinds else "", dict[int, Any]()
         total = sum(batches.progress_total for batches in kinds)
-        with self._progress(request_type, total, disable_tqdm) as bar:
+        with self.press_model.in_use(), self._progress(request_type, total, disable_tqdm) as bar:
             for index, answer in self.answering.answers(kinds, bar):
                 answers[index] = answer
                 if requests:

@@ -27,13 +27,13 @@ class Architecture:
     """What a model type needs to be presented.
 
     Attributes:
-        present: makes a `PressableModel` of a loaded model, and may change its weights in memory once; raises
-            `UsageError` for weights that cannot be presented.
+        present: makes a `PressableModel` of a loaded model, and may change its weights in memory, once or, if not
+            ``for_good``, while it is in use; raises `UsageError` for weights that cannot be presented.
         check_config: raises `UsageError` for a config that cannot be presented, or not at the positions of a run,
             before weights are read.
     """
 
-    present: Callable[[PreTrainedModel], PressableModel]
+    present: Callable[..., PressableModel]
     check_config: Callable[[PretrainedConfig, Positions], None]
 
 
@@ -74,17 +74,18 @@ def check_numbers(config: PretrainedConfig) -> None:
             )
 
 
-def present(model: PreTrainedModel, *, fast: bool = True) -> PressableModel:
+def present(model: PreTrainedModel, *, fast: bool = True, for_good: bool = True) -> PressableModel:
     """Present a loaded model.
 
     Args:
         model: it may be changed in memory once, so do not save it afterwards (`gpt_neox.prepare`).
         fast: whether its forwards may be made quicker by `models.fast`.
+        for_good: False changes a model that belongs to somebody else only within `PressableModel.in_use`.
 
     Raises:
         UsageError: if the model cannot be presented.
     """
-    pressable = _architecture(model.config).present(model)
+    pressable = _architecture(model.config).present(model, for_good=for_good)
     if not fast or os.environ.get(SWITCH) == "0":
         return pressable
     return replace(pressable, fast=fast_paths(pressable))

@@ -6,9 +6,10 @@ or lm-eval.
 Two things stand between GPTNeoX and kvpress, which was written for Llama-like models:
 
 1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. `prepare` rewrites the
-   Q and K rows of every fused projection once, in memory, to the order ``[rot first half, pass first half,
-   rot second half, pass second half]`` and pads the rotary frequencies with zeros. A rotation by a zero angle is
-   the identity, so attention logits are unchanged while every head now rotates over its full width.
+   Q and K rows of every fused projection in memory, for good or for a while (`full_width`), to the order
+   ``[rot first half, pass first half, rot second half, pass second half]`` and pads the rotary frequencies with zeros.
+   A rotation by a zero angle is the identity, so attention logits are unchanged while every head now rotates over its
+   full width.
 2. **Names.** `presented` lends the model, for the duration of a ``with`` block, the attributes and hook arguments
    that kvpress expects (``model.model.layers[i].self_attn``, ``q_proj``, ``head_dim``, ``past_key_values`` ...).
 
@@ -94,14 +95,18 @@ def _check_rope_type(kind: str) -> None:
         )
 
 
-def present(model: GPTNeoXForCausalLM) -> PressableModel:
-    """Prepare a model and present it.
+def present(model: GPTNeoXForCausalLM, *, for_good: bool = True) -> PressableModel:
+    """Present a model, prepared for good or while it is in use.
 
     Raises:
         UsageError: if `prepare` refuses its weights or its rotary embedding.
     """
-    prepare(model)
-    return PressableModel(model, attention_modules(model), functools.partial(presented, model))
+    parts = (model, attention_modules(model), functools.partial(presented, model))
+    if for_good:
+        prepare(model)
+        return PressableModel(*parts)
+    check_weights(model)
+    return PressableModel(*parts, basis=functools.partial(full_width, model))
 
 
 def attention_modules(model: GPTNeoXForCausalLM) -> tuple[GPTNeoXAttention, ...]:
@@ -127,30 +132,65 @@ def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:
     return torch.cat([rotated[:half_rotated], passed[:half_passed], rotated[half_rotated:], passed[half_passed:]])
 
 
-@torch.no_grad()
 def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
-    """Change the basis of Q and K in memory so that RoPE covers whole heads. Idempotent; returns the model.
+    """Change the basis of Q and K in memory so that RoPE covers whole heads, for good. Idempotent; returns the model.
 
     Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
 
     Raises:
         UsageError: if the rotary embedding or the weights are of a kind for which this is not exact.
     """
-    _check_weights(model)
+    with ExitStack() as undo:
+        _change_basis(model, undo)
+        undo.pop_all()
+    return model
+
+
+@contextmanager
+def full_width(model: GPTNeoXForCausalLM) -> Iterator[None]:
+    """Change the basis for the length of a ``with`` block, to the bit; a prepared model stays as it is.
+
+    Takes the memory of Q and K of one layer, and per call the time in which they are read and written twice.
+
+    Raises:
+        UsageError: as `prepare` does.
+    """
+    with ExitStack() as undo:
+        _change_basis(model, undo)
+        yield
+
+
+def _change_basis(model: GPTNeoXForCausalLM, undo: ExitStack) -> None:
+    check_weights(model)
     if is_prepared(model):
-        return model
-    rotary, config = model.gpt_neox.rotary_emb, model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    rotary_dims = 2 * rotary.inv_freq.numel()
-    _check_basis_change(model, head_dim, rotary_dims)
+        return
+    head_dim, rotary_dims = _head_sizes(model)
     order = full_width_order(head_dim, rotary_dims)
     for attention in attention_modules(model):
         _reorder_rows(attention.query_key_value, order, head_dim)
+        undo.callback(_reorder_rows, attention.query_key_value, order.argsort(), head_dim)
+    rotary = model.gpt_neox.rotary_emb
     for name in ("inv_freq", "original_inv_freq"):
         frequencies = getattr(rotary, name)
+        undo.callback(setattr, rotary, name, frequencies)
         padding = frequencies.new_zeros(head_dim // 2 - frequencies.numel())
         setattr(rotary, name, torch.cat([frequencies, padding]))
-    return model
+
+
+def _head_sizes(model: GPTNeoXForCausalLM) -> tuple[int, int]:
+    """The dims of a head, and those that rotate."""
+    return model.config.hidden_size // model.config.num_attention_heads, 2 * model.gpt_neox.rotary_emb.inv_freq.numel()
+
+
+def check_weights(model: GPTNeoXForCausalLM) -> None:
+    """Refuse weights, or a rotary embedding, for which the change of basis would not be exact.
+
+    Raises:
+        UsageError: in one line.
+    """
+    _check_not_quantised(model)
+    if not is_prepared(model):
+        _check_basis_change(model, *_head_sizes(model))
 
 
 def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: int) -> None:
@@ -160,7 +200,7 @@ def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: i
         raise UsageError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
 
 
-def _check_weights(model: GPTNeoXForCausalLM) -> None:
+def _check_not_quantised(model: GPTNeoXForCausalLM) -> None:
     """Refuse quantised weights: their rows cannot be reordered, nor read by a `ProjectionView` (float8 has scales)."""
     for attention in attention_modules(model):
         weight = getattr(attention.query_key_value, "weight", None)  # absent from GPTQ's and AWQ's modules
@@ -172,6 +212,7 @@ def _check_weights(model: GPTNeoXForCausalLM) -> None:
             )
 
 
+@torch.no_grad()
 def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> None:
     order = order.to(projection.weight.device)
     for fused in (projection.weight, projection.bias):

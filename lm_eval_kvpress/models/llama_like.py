@@ -36,8 +36,8 @@ def check_config(config: PretrainedConfig, positions: Positions) -> None:
     check_rope(config, positions)
 
 
-def present(model: PreTrainedModel) -> PressableModel:
-    """Present a model as it is."""
+def present(model: PreTrainedModel, *, for_good: bool = True) -> PressableModel:
+    """Present a model as it is, whether ``for_good`` or not."""
     return PressableModel(model, attention_modules(model), functools.partial(presented, model))
 
 

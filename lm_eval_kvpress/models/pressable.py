@@ -54,16 +54,33 @@ class PressableModel:
     """A causal language model together with how it is presented to kvpress; `present` makes one.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: the model.
         attentions: its attention modules in layer order.
         presented: makes the context in which kvpress presses can hook the model.
         fast: what makes its forwards quicker.
+        basis: makes the context in which its weights are as ``presented`` and the engine need them.
     """
 
     model: PreTrainedModel
     attentions: tuple[nn.Module, ...]
     presented: Callable[[], AbstractContextManager[Any]]
     fast: FastPaths = NO_FAST_PATHS
+    basis: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A context for everything that the engine does with the model: in evaluation mode, and in its basis.
+
+        Between two of them the model is its owner's, who may train or save it; modules in training mode are so again.
+        """
+        in_training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with self.basis():
+                yield
+        finally:
+            for module in in_training:
+                module.training = True
 
     @property
     def is_fast(self) -> bool:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks import document
@@ -94,7 +95,7 @@ def more_than_one(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape."""
-    lm = KVPress(pretrained=random_model(arguments.shape, arguments.dtype), tokenizer=str(BUILTIN))
+    lm = KVPress(pretrained=present(random_model(arguments.shape, arguments.dtype)).model, tokenizer=str(BUILTIN))
     model, batch = lm.press_model, (arguments.batch_size, arguments.batch_prompt_tokens, arguments.batch_new_tokens)
     single = Case("none", 1, arguments.prompt_tokens, arguments.new_tokens)
     cases = [single, Case("none", *batch), Case(arguments.press, *batch)]

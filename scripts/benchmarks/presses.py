@@ -27,6 +27,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks.generation import Bench, Case, Measurement, random_prompts, story_prompts
 from scripts.benchmarks.measuring import count, counts, estimate, rounds, write
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def load(arguments: argparse.Namespace) -> KVPress:
     if arguments.shape is None:
         return KVPress(pretrained=arguments.pretrained, dtype=arguments.dtype)
-    return KVPress(pretrained=random_model(arguments.shape, arguments.dtype), tokenizer=str(BUILTIN))
+    return KVPress(pretrained=present(random_model(arguments.shape, arguments.dtype)).model, tokenizer=str(BUILTIN))
 
 
 def measured(

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import StockHFLM
+from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
 from scripts.benchmarks.models import builtin_tokenizer, model_named
@@ -47,8 +48,7 @@ class Models:
     def load(cls, name: str, dtype: str) -> Models:
         """``builtin``, or a key of `models.SHAPES` for random weights of that shape."""
         tokenizer = builtin_tokenizer()
-        prepared = KVPress(pretrained=model_named(name, dtype), tokenizer=tokenizer).press_model
-        return cls(model_named(name, dtype), prepared, tokenizer)
+        return cls(model_named(name, dtype), present(model_named(name, dtype)), tokenizer)
 
 
 def ours(models: Models, press: str, batch_size: int, rolling: str) -> Side:

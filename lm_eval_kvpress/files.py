@@ -128,21 +128,19 @@ def make_writable(argument: str, folder: Path) -> None:
         raise UsageError(f"{argument}={folder} cannot be written: {error.strerror}") from error
 
 
-def refuse_special(argument: str, file: Path) -> None:
+def refuse_special(file: Path, what: object = None) -> None:
     """Refuse a path that is there and is no regular file: opening a pipe waits for its other end, maybe for ever.
 
     Args:
-        argument: that names the file, for the message.
+        what: the file with the argument that named it, for the message.
 
     Raises:
         UsageError: in one line.
     """
     try:
         mode = os.stat(file).st_mode
-    except FileNotFoundError:
+    except OSError:  # who opens it will be told
         return
-    except OSError as error:
-        raise UsageError(f"{argument} {file} cannot be looked at: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise UsageError(f"{argument} {file} is {kind}: name a file")
+        raise UsageError(f"{what or file} is {kind}: name a file")

@@ -89,10 +89,10 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, what in ((tmp_path / "pipe", "a pipe or a device"), (tmp_path, "a folder")):
         with pytest.raises(UsageError, match=f"--config {path} is {what}: name a file"):
-            refuse_special("--config", path)
+            refuse_special(path, f"--config {path}")
     write_whole(tmp_path / "file", "")
-    refuse_special("--config", tmp_path / "file")
-    refuse_special("--config", tmp_path / "absent")
+    refuse_special(tmp_path / "file")
+    refuse_special(tmp_path / "absent")
 
 
 def test_windows_has_no_folders_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class LossFiles:
 
     def _read(self, file: Path) -> StoredLosses | None:
         """What a pair of files holds; None if it does not match its checksum."""
-        refuse_special("stream_output:", file)
+        refuse_special(file)
         about = _about(file.with_suffix(".json"))
         try:
             table = file.read_bytes().decode()
@@ -111,7 +111,7 @@ class LossFiles:
     def _check_settings(self, text: str) -> None:
         """Refuse losses of other settings; write the file of the settings if it is absent or damaged."""
         file = self._folder / SETTINGS
-        refuse_special("stream_output:", file)
+        refuse_special(file)
         found = file.read_bytes() if file.exists() else None
         if found == text.encode():
             return

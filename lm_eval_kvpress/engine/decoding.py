@@ -18,10 +18,11 @@ from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.prefill import prefill_hidden
 from lm_eval_kvpress.engine.sampling import Sampler
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel, masked
 
 
-class LogitsNotFiniteError(ArithmeticError):
+class LogitsNotFiniteError(UsageError):
     """A token was chosen from logits of which the largest is not finite, which would be no choice.
 
     Attributes:

@@ -13,6 +13,7 @@ likely our own scores hold the other token to be, which is nothing at a tie.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,8 +184,8 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
     by_request = [abs(a - b) / _num_tokens(lm, request.args[1]) for (a, _), (b, _), request in pairs]
     documents = zip(stock.rolling, ours.rolling, rolling_requests(), strict=True)
     by_document = [abs(a - b) / _num_tokens(lm, request.args[0]) for a, b, request in documents]
-    prompts = [request.args[0] for request in generation_requests(lm.max_length)]
-    by_text = [text_gap(lm, *texts) for texts in zip(prompts, stock.texts, ours.texts, strict=True)]
+    texts = zip(generation_requests(lm.max_length), stock.texts, ours.texts, strict=True)
+    by_text = [text_gap(lm, request.args[0], *pair, stops=request.args[1]["until"]) for request, *pair in texts]
     flags = zip(stock.loglikelihood, ours.loglikelihood, strict=True)
     return ParityCertificate(
         press=press,
@@ -198,18 +199,25 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
     )
 
 
-def text_gap(lm: HFLM, prompt: str, text: str, other: str) -> float:
-    """How much less likely ``lm`` holds one of two greedy texts where they part, in nats; 0 for equal texts."""
+def text_gap(lm: HFLM, prompt: str, text: str, other: str, *, stops: Sequence[str] = ()) -> float:
+    """How much less likely ``lm`` holds one of two greedy texts where they part, in nats; 0 for equal texts.
+
+    Where one text goes on and the other has ended, the end is a token too: the end of text, or a stop string's first.
+    """
     if text == other:
         return 0.0
     first, second = (lm.tok_encode(continuation, add_special_tokens=False) for continuation in (text, other))
-    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    pairs = enumerate(itertools.zip_longest(first, second))
+    common = next((place for place, (a, b) in pairs if a != b), None)
     if common is None:
-        return float("inf")  # one stopped earlier: no tie of two tokens explains that
+        return float("inf")  # of the same tokens, and yet another text
+    ends = [lm.eot_token_id, *(lm.tok_encode(stop, add_special_tokens=False)[0] for stop in stops if stop)]
+    choices = [[tokens[common]] if common < len(tokens) else ends for tokens in (first, second)]
     context = lm.tok_encode(prompt) + first[:common]
-    requests = [(("", ""), context, [tokens[common]]) for tokens in (first, second)]
-    (a, _), (b, _) = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    return abs(a - b)
+    requests = [(("", ""), context, [token]) for tokens in choices for token in tokens]
+    scores = [score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+    one, another = scores[: len(choices[0])], scores[len(choices[0]) :]
+    return min(abs(a - b) for a in one for b in another)
 
 
 def worst(differences: Sequence[float]) -> float:

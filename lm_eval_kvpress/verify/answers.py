@@ -23,8 +23,12 @@ from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import text_gap, worst
 from lm_eval_kvpress.harness.plugin import tasks_path
+from lm_eval_kvpress.verify import dense_reference
 from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.subject import Subject, score_pairs
+
+NUM_ASKED = 8
+"""New tokens of the text whose length is checked, at most."""
 
 # ---------------------------------------------------------------------------------------------------------- parity
 
@@ -151,19 +155,38 @@ def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: i
 
 
 def _produced(subject: Subject) -> tuple[int, int]:
-    """Tokens that the record says were generated, and how many whole plain forwards need to reach the stop string."""
-    prompt = subject.text(24)
-    ids = subject.lm.tok_encode(prompt)
-    new: list[int] = []
-    for _ in range(6):
-        with torch.inference_mode():
-            batch = torch.tensor([ids + new], device=subject.lm.device)
-            new.append(int(subject.untouched(batch).logits[0, -1].argmax()))
+    """Tokens that the record says were generated, and how many whole plain forwards need to reach the same end: a stop
+    string made of the third and fourth token, or one that ends every text."""
+    prompts = [subject.text(24, seed=seed) for seed in range(4)]
+    prompt, new = max(((prompt, _sure_tokens(subject, prompt)) for prompt in prompts), key=lambda pair: len(pair[1]))
+    if not new:
+        return 0, 0  # the first token of every prompt is a tie
     stop = subject.lm.tok_decode(new[2:4])
-    expected = next(n for n in range(1, 7) if stop in subject.lm.tok_decode(new[:n]) or n == 6)
+    if "\ufffd" in stop:  # part of a character, which other tokens may complete
+        stop = ""
+    text_so_far = (subject.lm.tok_decode(new[:n]) for n in range(1, len(new) + 1))
+    expected = next((n for n, text in enumerate(text_so_far, start=1) if stop and stop in text), len(new))
     lm = subject.under("none")
-    lm.generate_until(_requests("generate_until", [prompt], _until(64, stop)), disable_tqdm=True)
+    until = _until(NUM_ASKED if new[-1] in _end_ids(subject) else len(new), stop)
+    lm.generate_until(_requests("generate_until", [prompt], until), disable_tqdm=True)
     return lm.describe()["tasks"]["verify"]["tokens_generated"], expected
+
+
+def _sure_tokens(subject: Subject, prompt: str) -> list[int]:
+    """Greedy tokens by whole plain forwards: up to one that ends a text, or before one that ties with another."""
+    ids, new = subject.lm.tok_encode(prompt), list[int]()
+    while len(new) < NUM_ASKED and not _end_ids(subject) & set(new):
+        logits = dense_reference.logits(subject.untouched, [*ids, *new])[-1]
+        best, second = logits.topk(2).values.tolist()
+        if best - second <= subject.tolerance:
+            break
+        new.append(int(logits.argmax()))
+    return new
+
+
+def _end_ids(subject: Subject) -> set[int]:
+    ends = subject.untouched.generation_config.eos_token_id
+    return {subject.lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
@@ -178,7 +201,7 @@ def check_refusals(subject: Subject) -> Check:
             "an unknown press": lambda: parse_arguments({"press": "snapvk"}),
             "a misspelt argument": lambda: parse_arguments({"press": "snapkv", "compresion_ratio": 0.5}),
             "a ratio of 1": lambda: parse_arguments({"press": "snapkv", "compression_ratio": 1}),
-            "positions beyond the trained ones": lambda: subject.under("none", max_length=10**6),
+            "positions beyond the trained ones": lambda: subject.under("none", max_length=_too_long(subject)),
             "attention without a mask per layer": lambda: parse_arguments({"attn_implementation": "flash_attention_2"}),
             "WikiText files that are not there": lambda: _load_task("wikitext_kvpress", folder),
             "PG-19 files that are not there": lambda: _load_task("pg19_kvpress", folder),
@@ -188,6 +211,11 @@ def check_refusals(subject: Subject) -> Check:
     return Check(
         "refusals", "no silent fall-back for data, weights, presses or arguments", (Part(what, len(accepted), 0),)
     )
+
+
+def _too_long(subject: Subject) -> int:
+    positions: int = subject.lm.model.config.max_position_embeddings
+    return positions + 1
 
 
 def _load_task(name: str, folder: str) -> Any:

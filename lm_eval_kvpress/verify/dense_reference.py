@@ -77,8 +77,8 @@ def attended(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[
     """What every layer attends with in a causal forward.
 
     Args:
-        positions: of the tokens; by default their places. With all positions zero RoPE is the identity, so that
-            queries and keys come out as before it.
+        positions: of the tokens; by default their places. With all positions zero RoPE turns nothing; what scales
+            cos and sin (YaRN) still scales.
     """
     probe = _Probe(records=True)
     where = list(range(len(tokens))) if positions is None else list(positions)

@@ -126,7 +126,8 @@ def evicted_entries(layer: LayerKV, keys: torch.Tensor, values: torch.Tensor) ->
     """
     entries = torch.cat([keys, values], dim=-1).float()
     kept = torch.cat([layer.keys[0], layer.values[0]], dim=-1).float()
-    places = torch.cdist(kept, entries).argmin(dim=-1)  # (G, T)
+    distances = torch.cdist(kept, entries, compute_mode="donot_use_mm_for_euclid_dist")  # large keys would cancel
+    places = distances.argmin(dim=-1)  # (G, T)
     if layer.hidden is not None:  # a masking press keeps the entries and hides them, per head
         evicted = layer.hidden[0].expand(len(keys), -1)
         return torch.ones_like(evicted).scatter(1, places, evicted)

@@ -28,6 +28,8 @@ def check_basis(subject: Subject) -> Check:
     for dtype in sorted({torch.float32, half} - {subject.lm.model.dtype}, key=str):
         model = load_untouched(subject.loading, dtype)  # a third copy, gone when the loop goes on
         before = dense_reference.logits(model, tokens)
+        if not before.isfinite().all():
+            continue  # the checkpoint overflows in this dtype, in either basis
         present(model)  # changes the basis, where the architecture needs it
         parts.append(_basis_part(before, dense_reference.logits(model, tokens), dtype))
     return Check("basis", "the change of basis leaves the logits alone", tuple(parts))
@@ -39,7 +41,10 @@ def _basis_part(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -
 
 @torch.inference_mode()
 def check_projections(subject: Subject) -> Check:
-    """Compare q, k and v of the projections that presses call with those inside the layer, before and after RoPE."""
+    """Compare q, k and v of the projections that presses call with those inside the layer, before and after RoPE.
+
+    Before it means at position 0, where no dim is turned. YaRN scales cos and sin there too, so both sides are rotated.
+    """
     tokens = subject.tokens(subject.max_length // 4)
     model, positions = subject.lm.model, list(range(len(tokens)))
     differences: dict[str, list[float]] = {}
@@ -48,8 +53,8 @@ def check_projections(subject: Subject) -> Check:
             layers = dense_reference.attended(model, tokens, places)
             for attention, inside in zip(subject.lm.press_model.attentions, layers, strict=True):
                 queries, keys, values = project(attention, inside.hidden)
+                queries, keys = rotate(model, inside.hidden, places, queries, keys)
                 if when == "after":
-                    queries, keys = rotate(model, inside.hidden, positions, queries, keys)
                     differences.setdefault("v", []).append(relative(values, inside.values))
                 differences.setdefault(f"q {when} RoPE", []).append(relative(queries, inside.queries))
                 differences.setdefault(f"k {when} RoPE", []).append(relative(keys, inside.keys))
@@ -125,8 +130,9 @@ def rotate(model: Any, like: torch.Tensor, positions: list[int], *states: torch.
 
 
 def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference over the largest number of the reference."""
-    return ((found.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
+    """The largest difference over the largest number of the reference; the difference itself where all are zero."""
+    difference, largest = ((found.float() - reference.float()).abs().max().item(), reference.float().abs().max().item())
+    return difference / largest if largest else difference
 
 
 def _name(dtype: torch.dtype) -> str:

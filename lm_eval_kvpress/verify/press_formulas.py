@@ -57,8 +57,12 @@ def scores(name: str, arguments: Mapping[str, Any], weights: torch.Tensor, keys:
 
 
 def _snapkv(window: int, kernel: int, weights: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """arXiv 2404.14469: what the last ``window`` queries attend to, smoothed over neighbours; the window stays."""
-    seen = weights.float()[:, -window:, :-window].mean(dim=1)  # (H, P - window)
+    """arXiv 2404.14469: what the last ``window`` queries attend to, smoothed over neighbours; the window stays.
+
+    Weights below the smallest normal number are rounding: of two such entries either may stay.
+    """
+    observed = weights[:, -window:, :-window].float().clamp(min=torch.finfo(weights.dtype).tiny)
+    seen = observed.mean(dim=1)  # (H, P - window)
     seen = functional.avg_pool1d(seen[None], kernel, stride=1, padding=kernel // 2)[0]
     by_group = seen.view(num_groups, -1, seen.shape[-1]).mean(dim=1)
     return functional.pad(by_group.log(), (0, window), value=torch.inf)

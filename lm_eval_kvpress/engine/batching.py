@@ -1,6 +1,6 @@
 """Groups, batches and packs of token sequences, and the halving of a batch that does not fit into memory.
 
-Knows token ids as integers, and of torch its error for memory that ran out. Does not know models, presses or text.
+Knows token ids as integers, and of torch that memory may run out. Does not know models, presses or text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+
+from lm_eval_kvpress.engine import memory
+from lm_eval_kvpress.errors import UsageError
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -97,12 +100,21 @@ def batches(requests: Segmented, max_items: int, max_tokens: int | None) -> Iter
 
 
 def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int]) -> list[Outcome]:
-    """Runs a batch; if it does not fit into memory, its halves, and theirs. A single item that does not fit raises."""
+    """Runs a batch; if it does not fit into memory, its halves, and theirs.
+
+    Raises:
+        UsageError: if a single item does not fit.
+    """
     try:
         return run(items)
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
             raise
+        if len(items) == 1:
+            raise UsageError(
+                "out of memory with a single context: lower max_length, choose a smaller dtype or model, or a device "
+                f"with more memory ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
     with suppress(RuntimeError):  # after a broken capture, torch before 2.13 believes that it goes on
         torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2

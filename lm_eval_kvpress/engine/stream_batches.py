@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from lm_eval_kvpress.engine import memory
 from lm_eval_kvpress.engine.outcomes import Document, Streamed
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
@@ -95,8 +94,9 @@ class StreamBatches:
         documents, prefix_token = [self._document(item) for item in items], self._prefix_token
         try:
             found = runner.stream(documents, self._plan, prefix_token=prefix_token, on_tokens=count, on_finished=save)
-        except torch.OutOfMemoryError:
-            advance(-unsaved.total())
+        except (RuntimeError, MemoryError) as error:
+            if memory.ran_out(error):
+                advance(-unsaved.total())
             raise
         return dict(zip(items, found, strict=True))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from lm_eval_kvpress.engine import batching
+from lm_eval_kvpress.errors import UsageError
 
 
 def test_groups_share_contexts_and_lose_no_request() -> None:
@@ -35,22 +36,52 @@ def test_packs_keep_order_and_limit() -> None:
     assert packs == [[0, 1], [2], [3], [4]]
 
 
-def test_a_batch_that_does_not_fit_is_run_in_halves_in_order() -> None:
+def no_room_on_a_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_room_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("no")
+
+
+def no_room_for_python() -> None:
+    raise MemoryError
+
+
+NO_ROOM = pytest.mark.parametrize("fail", [no_room_on_a_cpu, no_room_on_a_gpu, no_room_for_python])
+
+
+@NO_ROOM
+def test_a_batch_that_does_not_fit_is_run_in_halves_in_order(fail: Callable[[], None]) -> None:
     sizes = []
 
     def run(items: Sequence[int]) -> list[int]:
         sizes.append(len(items))
         if len(items) > 2:
-            raise torch.OutOfMemoryError("no")
+            fail()
         return [10 * item for item in items]
 
     assert batching.in_halves(run, range(5)) == [0, 10, 20, 30, 40]
     assert sizes == [5, 3, 2, 1, 2]
 
 
-def test_a_single_item_that_does_not_fit_raises() -> None:
+@NO_ROOM
+def test_a_single_item_that_does_not_fit_is_one_line(fail: Callable[[], None]) -> None:
     def run(items: Sequence[int]) -> list[int]:
-        raise torch.OutOfMemoryError("no")
+        fail()
+        return []
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UsageError, match="^out of memory with a single context.*$"):
         batching.in_halves(run, range(3))
+
+
+def test_another_error_is_no_reason_to_try_again() -> None:
+    sizes = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        batching.in_halves(run, range(4))
+    assert sizes == [4]

@@ -71,6 +71,21 @@ def entries(layer: LayerKV, row: int) -> torch.Tensor:
     return keys if layer.hidden is None else keys[:, ~layer.hidden[row, 0]]
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own prefills", "shared prefills"])
+def test_a_random_press_draws_anew_for_each_context_and_alike_for_the_same(model: PressableModel, shared: bool) -> None:
+    batch, _ = compressed(model, "random", shared=shared)
+    again, _ = compressed(model, "random", shared=shared)
+    rows = [row for row, length in enumerate(LENGTHS) if length == 41]
+    cache, places = SharedPrefills(model), dict[int, set[int]]()
+    for row in rows:
+        cache.run([CONTEXTS[row][:-1]])
+        full = cache.compress([CONTEXTS[row][:-1]], None).layers[0].keys[0]
+        kept = entries(batch.cache.layers[0], row)
+        places[row] = set(torch.cdist(kept[0], full[0]).argmin(dim=-1).tolist())
+        torch.testing.assert_close(kept, entries(again.cache.layers[0], row), rtol=0, atol=0)
+    assert all(places[a] != places[b] for a in rows for b in rows if a < b), places
+
+
 def test_clones_of_shared_prefills_are_taken_together(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, compress = list[int](), SharedPrefills.compress
 

@@ -67,12 +67,15 @@ def test_contexts_are_run_once_and_forgotten_with_their_batch(make_pressable: Ca
         shared.compress(contexts, None)
 
 
-def test_rows_in_any_order_and_more_than_once(make_pressable: Callable[..., PressableModel]) -> None:
+@pytest.mark.parametrize("order", [(2, 0, 2), (1, 2, 0), (2, 1, 0), (1,)], ids=str)
+def test_rows_in_any_order_and_more_than_once(
+    make_pressable: Callable[..., PressableModel], order: tuple[int, ...]
+) -> None:
     model = make_pressable()
     contexts = [tuple(row) for row in tokens(3, 30).tolist()]
     shared = SharedPrefills(model)
     shared.run(contexts)
-    picked = [contexts[2], contexts[0], contexts[2]]
+    picked = [contexts[place] for place in order]
     press = spec_for("snapkv")
     assert_same(shared.compress(picked, press.build(30)), prefill(model, torch.tensor(picked), press.build(30)), 1e-5)
 

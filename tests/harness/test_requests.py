@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval_requests import generation_requests, ours, rolling_requests, text
 
+from lm_eval_kvpress.harness.requests import generation_batches, likelihood_batches
 from lm_eval_kvpress.records.rolling_score import RollingScore
 
 
@@ -40,6 +41,33 @@ def test_what_is_cut_to_fit_is_said(checkpoint_dir: Path, caplog: pytest.LogCapt
         "1 prompts were cut from the left to 60 tokens: max_length=64 less max_gen_toks=4",
     ]
     assert lm.describe()["tasks"]["t"]["num_cut_contexts"] == 2
+
+
+def test_what_is_cut_loses_its_beginning_as_under_stock(checkpoint_dir: Path) -> None:
+    lm, long = ours(checkpoint_dir, max_length=64), text(3, 400)
+    prompt = Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 4}), 0, ("t", 0, 0))
+    (batches,) = generation_batches(lm, lm.session, [prompt])
+    stock, _ = lm.tok_batch_encode([long], left_truncate_len=60)  # of HFLM, as its generate_until calls it
+    assert batches.contexts([0]) == [tuple(stock[0].tolist())] and batches.longest == 60
+    choice = Instance("loglikelihood", {}, (long, " grey geese"), 0, ("t", 0, 1))
+    whole, continuation = lm.tok_encode(long), lm.tok_encode(" grey geese")
+    expected = (whole + continuation)[-65:][: -len(continuation)]
+    assert likelihood_batches(lm, lm.session, [choice]).contexts([0]) == [tuple(expected)]
+
+
+def test_a_stop_string_in_the_prompt_ends_no_text(checkpoint_dir: Path) -> None:
+    lm = ours(checkpoint_dir)
+
+    def answer(prompt: str, *until: str) -> str:
+        asked = {"until": list(until), "max_gen_toks": 9}
+        return lm.generate_until([Instance("generate_until", {}, (prompt, asked), 0, (until or "free", 0, 0))], True)[0]
+
+    prompt = text(0, 30)
+    free = answer(prompt)
+    stops = [prompt[-4:], prompt[-1] + free[:1]]  # one in the prompt's end, one across it
+    for stop in stops:
+        assert answer(prompt, stop) == free.split(stop)[0], stop
+        assert lm.describe()["tasks"][(stop,)]["tokens_generated"] > 1 or free.startswith(stop)
 
 
 def test_sampling_repeats_with_the_seed_and_does_not_depend_on_the_batch(checkpoint_dir: Path) -> None:

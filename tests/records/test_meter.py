@@ -150,10 +150,13 @@ def test_produced_tokens_are_counted_not_requested_ones(checkpoint_dir: Path, tm
     ]
     lm.generate_until(stopped, disable_tqdm=True)
     records = {(r["task"], r["doc_id"]): r for r in lines(tmp_path / "t.jsonl", "request")}
+    tasks = ("gen", "stop")
     assert records["stop", 0]["num_output_tokens"] < asked, "the first answer holds the stop string early"
     assert sum(r["num_output_tokens"] for r in records.values()) == sum(
         task["tokens_generated"] for task in lm.describe()["tasks"].values()
     )
+    produced = [batch["num_output_tokens"] for batch in lines(tmp_path / "t.jsonl", "batch")]
+    assert produced == [sum(r["num_output_tokens"] for (task, _), r in records.items() if task == t) for t in tasks]
     for record in records.values():
         n = record["num_output_tokens"]
         assert record["tpot_sec"] == pytest.approx((record["latency_sec"] - record["ttft_sec"]) / (n - 1))
@@ -197,6 +200,34 @@ def test_phases_sum_to_the_batch_and_requests_to_the_run() -> None:
     assert sum(r.seconds for r in requests) == pytest.approx(sum(b.seconds for b in batches))
     assert sum(r.seconds for r in requests) == pytest.approx(elapsed, rel=0.05)
     assert all(r.press_sec > 0 for r in requests), "the press is timed apart"
+
+
+def test_a_requests_share_of_a_batch_goes_by_its_weight() -> None:
+    clock = Clock(torch.device("cpu"))
+    meter = Meter(clock, LABELS)
+    meter.start()
+    with clock.phase("score", num_tokens=40):
+        time.sleep(1e-3)
+    shares = [RequestShare(RequestId("t", index, 0), 1, tokens, weight=tokens) for index, tokens in enumerate((30, 10))]
+    meter.batch("loglikelihood_rolling", 2, shares)
+    meter.finish("loglikelihood_rolling")
+    (batch,), (long, short) = meter.records.batches, meter.records.requests
+    for name in ("seconds", "score_sec"):
+        whole = getattr(batch, name)
+        assert (getattr(long, name), getattr(short, name)) == (pytest.approx(whole * 0.75), pytest.approx(whole / 4))
+
+
+def test_warm_up_is_the_first_batch_of_a_type_size_and_number_of_tokens() -> None:
+    clock = Clock(torch.device("cpu"))
+    meter = Meter(clock, LABELS)
+    choice, rolling = "loglikelihood", "loglikelihood_rolling"
+    sizes = [(choice, 2, 100), (choice, 2, 101), (choice, 2, 900), (choice, 1, 100), (rolling, 2, 100)]
+    for request_type, size, num_tokens in [*sizes, (choice, 2, 901)]:
+        meter.start()
+        with clock.phase("score", num_tokens=num_tokens):
+            pass
+        meter.batch(request_type, size, [RequestShare(RequestId("t", 0, 0), 1, 1)])
+    assert [batch.is_warmup for batch in meter.records.batches] == [True, False, True, True, True, False]
 
 
 def test_ttft_tpot_and_itl_are_vllms() -> None:

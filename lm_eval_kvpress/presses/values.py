@@ -110,7 +110,7 @@ def parse_number(name: str, kind: type, value: Any, allowed: Range = ANY_NUMBER)
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number) or (kind is int and number != int(number)):
         raise UsageError(f"{name}={value} must be {'a whole number' if kind is int else 'a number'}")

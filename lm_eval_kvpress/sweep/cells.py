@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,23 @@ def cells_of(settings: SweepSettings) -> list[Cell]:
             for size in _sizes(settings, own, protocol):
                 cell = _cell({**own, **size, **protocol})
                 _check(settings, cell)
-                cells[cell.name] = cell
+                if cells.setdefault(cell.name, cell) != cell:
+                    raise UsageError(f"two cells are named {cell.name}: leave one of them out of the presses")
     if not cells:
         raise UsageError("nothing to run: rolling=stream needs a press, and none is the only one in presses")
+    _refuse_unused_sizes(settings, cells.values())
     return list(cells.values())
+
+
+def _refuse_unused_sizes(settings: SweepSettings, cells: Iterable[Cell]) -> None:
+    """Refuse ratios or budgets of which no cell makes use. Beside other presses, none has one cell without any."""
+    for setting, names in (("ratios", {RATIO}), ("budgets", {BUDGET, "stream_budget"})):
+        sizes = getattr(settings, setting)
+        if sizes and not any(cell.arguments.get(name) in sizes for cell in cells for name in names):
+            raise UsageError(
+                f"{setting}={', '.join(map(str, sizes))}: no press of this sweep takes one; name presses that do, such "
+                f"as snapkv, or leave {setting} out"
+            )
 
 
 def _protocols(settings: SweepSettings) -> Iterator[Arguments]:
@@ -92,6 +105,8 @@ def _press_arguments(press: Any) -> dict[str, Any]:
     own = {"press": press} if isinstance(press, str) else press
     if not isinstance(own, dict) or not isinstance(own.get("press"), str):
         raise UsageError(f"presses: {json.dumps(press, default=str)} has no key 'press' that names a press")
+    if unnamed := [key for key in own if not isinstance(key, str)]:
+        raise UsageError(f"presses: {own['press']} has an argument {unnamed[0]!r}, which is no name")
     return own
 
 

@@ -54,6 +54,10 @@ def _refuse_several_processes() -> None:
         )
 
 
+def _as_lm_eval_reads(text: str) -> bool:
+    return text.lower() in ("true", "1", "yes")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lm-eval-kvpress sweep",
@@ -73,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_path", metavar="DIR", help="folder of the sweep")
     for name in ("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata"):
         parser.add_argument(f"--{name}", help="as lm-eval's")
+    parser.add_argument(
+        "--samples", metavar="JSON", help="documents by task, as lm-eval's: an object, or a file of one"
+    )
+    parser.add_argument(
+        "--apply_chat_template", nargs="?", const=True, metavar="NAME", help="the tokenizer's, or the one of this name"
+    )
+    parser.add_argument("--system_instruction", metavar="TEXT", help="as lm-eval's")
+    parser.add_argument(
+        "--fewshot_as_multiturn", nargs="?", const=True, type=_as_lm_eval_reads, metavar="BOOL", help="as lm-eval's"
+    )
+    for flag in ("predict_only", "trust_remote_code"):
+        parser.add_argument(f"--{flag}", action="store_const", const=True, help="as lm-eval's")
+    parser.add_argument("--wandb_args", metavar="NAME=VALUE,...", help="as lm-eval's; a run for each cell")
     parser.add_argument("--include_path", metavar="DIR", help="more tasks, as lm-eval's")
     parser.add_argument("--seed", help="of torch, as lm-eval's third (default 1234)")
     parser.add_argument("--launcher", help="where cells run: local")

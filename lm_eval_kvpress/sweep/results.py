@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm_eval.loggers import EvaluationTracker, evaluation_tracker
+from lm_eval.loggers import EvaluationTracker, WandbLogger, evaluation_tracker
 
 from lm_eval_kvpress.errors import UsageError
 
@@ -39,6 +39,23 @@ def write_results(tracker: EvaluationTracker, results: dict[str, Any], samples: 
             f"{tracker.output_path}: results cannot be written ({problem}): make room; the answers are kept, and the "
             "same command goes on"
         )
+
+
+def log_to_wandb(arguments: dict[str, Any], results: dict[str, Any], samples: dict[str, Any]) -> str:
+    """Send a cell to Weights & Biases, as lm-eval's command sends a run.
+
+    Returns:
+        What went wrong, in one line. As in lm-eval's command, a service that fails costs no results.
+    """
+    try:
+        logger = WandbLogger(arguments)
+        logger.post_init(results)
+        logger.log_eval_result()
+        logger.log_eval_samples(samples)
+        logger.run.finish()
+    except Exception as error:  # noqa: BLE001 (any error of a service)
+        return f"logging to Weights & Biases failed ({type(error).__name__}: {' '.join(str(error).split())})"
+    return ""
 
 
 @contextmanager

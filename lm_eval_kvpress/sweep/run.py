@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import datasets
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -25,7 +26,7 @@ from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.model import SweepModel
-from lm_eval_kvpress.sweep.results import write_results
+from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.store import SweepStore
 from lm_eval_kvpress.sweep.tasks import check_tasks, task_hashes, task_manager
@@ -72,6 +73,8 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
 
 
 def _checked_tasks(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> dict[str, dict[str, str]]:
+    if settings.trust_remote_code:  # as lm-eval's command does, for data sets that are scripts
+        datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = True
     tasks = task_manager(settings, cells[0])
     check_tasks(settings, tasks)
     hashes = task_hashes(settings, tasks)
@@ -112,7 +115,12 @@ def load_model(settings: SweepSettings) -> SweepModel:
         pretrained = MODELS[settings.model].DEFAULT_PRETRAINED
     if settings.device is not None:
         arguments["device"] = settings.device
-    return SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
+    if settings.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    model = SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
+    if settings.apply_chat_template and not getattr(model.lm.tokenizer, "chat_template", None):
+        raise UsageError(f"apply_chat_template: the tokenizer of {model.lm.pretrained_name} has no chat template")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
@@ -174,6 +182,11 @@ def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, ru
         task_manager=tasks,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
+        samples=settings.samples,
+        apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.chats_in_turns,
+        system_instruction=settings.system_instruction,
+        predict_only=settings.predict_only,
         gen_kwargs=settings.gen_kwargs,
         torch_random_seed=settings.seed,
     )
@@ -184,10 +197,16 @@ def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, ru
         "shares_prefill": run.shares,
         "settings": settings.as_typed(),
     }
+    template = model.lm.chat_template(settings.apply_chat_template) if settings.apply_chat_template else None
     tracker.general_config_tracker.log_experiment_args(
-        settings.model, results["config"]["model_args"], None, None, False
+        *(settings.model, results["config"]["model_args"], settings.system_instruction, template),
+        settings.chats_in_turns,
     )
-    write_results(tracker, results, results.pop("samples"))
+    samples = results.pop("samples")
+    if settings.wandb_args is not None:
+        problem = log_to_wandb({"name": run.cell.name, **settings.wandb_args}, results, samples)
+        say(problem or f"{run.cell.name} is logged to Weights & Biases")
+    write_results(tracker, results, samples)
     run.store.finish()
 
 

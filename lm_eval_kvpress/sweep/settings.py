@@ -6,8 +6,10 @@ Does not know presses, models or tasks: `cells` checks what the cells are made o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -43,7 +45,8 @@ class SweepSettings:
         ratios: fractions removed; presses that take none have one cell.
         budgets: tokens kept, instead of ratios; with ``rolling=stream`` the budget of the stream.
         rolling, query_tokens: protocols; one cell for each. Empty is what `model_args` or the defaults say.
-        batch_size, max_batch_size, device, num_fewshot, limit, gen_kwargs, metadata, include_path, seed: as lm-eval's.
+        batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
+            lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
         launcher: where cells run; ``local`` is this process.
     """
 
@@ -65,12 +68,24 @@ class SweepSettings:
     metadata: dict[str, Any] = field(default_factory=dict)
     include_path: str | None = None
     seed: int = 1234
+    samples: dict[str, Any] | None = None
+    apply_chat_template: Literal[False, True] | str = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    predict_only: bool = False
+    trust_remote_code: bool = False
+    wandb_args: dict[str, Any] | None = None
     launcher: Literal["local"] = "local"
+
+    @property
+    def chats_in_turns(self) -> bool:
+        """Whether few-shot examples are turns of a conversation, by lm-eval's rule."""
+        return bool(self.apply_chat_template) if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
     @property
     def shared(self) -> dict[str, Any]:
         """The settings that may not change between two calls in one folder. More cells may be added."""
-        varying = ("presses", "ratios", "budgets", "rolling", "query_tokens", "output_path", "launcher")
+        varying = ("presses", "ratios", "budgets", "rolling", "query_tokens", "output_path", "launcher", "wandb_args")
         fixed = {key: value for key, value in self.as_typed().items() if key not in varying}
         return fixed | {"batch_size": None, "max_batch_size": None}  # which change no result
 
@@ -85,10 +100,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: if there is no such file, or it does not hold settings by name.
     """
+    text = _read_text("--config", file)
     try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from error
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -105,7 +119,7 @@ def parse_settings(given: Mapping[str, Any]) -> SweepSettings:
     types = get_type_hints(SweepSettings)
     for key in given:
         if key not in types:
-            raise UsageError(f"unknown setting '{key}': {near(key, types)}settings are {', '.join(types)}")
+            raise UsageError(f"unknown setting '{key}': {near(str(key), types)}settings are {', '.join(types)}")
     missing = [key for key in ("tasks", "presses", "output_path") if not given.get(key)]
     if missing:
         raise UsageError(f"a sweep needs {', '.join(missing)}: see lm-eval-kvpress sweep --help")
@@ -116,8 +130,16 @@ def parse_settings(given: Mapping[str, Any]) -> SweepSettings:
 
 
 def _check(settings: SweepSettings) -> None:
-    if settings.include_path is not None and not Path(settings.include_path).is_dir():
+    if "\0" in settings.output_path:
+        raise UsageError(f"output_path={settings.output_path!r} is no name of a folder")
+    if settings.include_path is not None and not os.path.isdir(settings.include_path):
         raise UsageError(f"include_path={settings.include_path}: there is no such folder")
+    if settings.samples is not None:
+        _check_samples(settings)
+    if settings.fewshot_as_multiturn and not settings.apply_chat_template:
+        raise UsageError("fewshot_as_multiturn needs a chat template: give --apply_chat_template too")
+    if settings.wandb_args is not None and find_spec("wandb") is None:
+        raise UsageError("wandb_args needs wandb: pip install wandb")
     for key in settings.model_args:
         if key in SWEPT:
             raise UsageError(f"model_args: {key} is what a sweep varies: give it under {SWEPT[key]}")
@@ -125,6 +147,27 @@ def _check(settings: SweepSettings) -> None:
             raise UsageError(f"model_args: {key} is a setting of its own, as for lm-eval's command: give it as --{key}")
         if key in WRITTEN:
             raise UsageError(f"model_args: leave {key} out; every cell of a sweep writes into its own folder")
+
+
+def _check_samples(settings: SweepSettings) -> None:
+    if settings.limit is not None:
+        raise UsageError("samples and limit both choose documents: give one of them")
+    for task, indices in (settings.samples or {}).items():
+        places = indices if isinstance(indices, list) else [None]
+        if not places or not all(type(place) is int and place >= 0 for place in places):
+            raise UsageError(f"samples: {task} needs a list of whole numbers from 0 on, the documents to take")
+
+
+def _read_text(argument: str, file: Path) -> str:
+    """Read a file; not a pipe by name, at which reading would wait. What a shell makes of ``<(...)`` is read."""
+    try:
+        if file.is_fifo() and not file.is_relative_to("/dev/fd") and not file.is_relative_to("/proc"):
+            raise UsageError(f"{argument} {file} is a pipe: name a file")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{argument} {file} is no text: {error.reason}") from error
+    except OSError as error:
+        raise UsageError(f"{argument} {file} cannot be read: {error.strerror}") from error
 
 
 def _parse(key: str, kind: Any, value: Any) -> Any:
@@ -139,6 +182,7 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
 def _parse_list(key: str, kind: Any, value: Any) -> list[Any]:
     """Items are separated by commas; a file may give one value for a list, or an empty list."""
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    items = [item.strip() if isinstance(item, str) else item for item in items]
     if isinstance(value, str) and not any(items):  # an empty variable of a shell
         raise UsageError(f"{key}: {value!r} names none: leave it out for the default")
     items = [item for item in items if item != ""]
@@ -146,11 +190,23 @@ def _parse_list(key: str, kind: Any, value: Any) -> list[Any]:
 
 
 def _parse_mapping(key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
+    if isinstance(value, str):
+        value = _mapping_of_text(key, value)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{key}={value} must be values by name")
     try:
-        parsed = json.loads(value) if str(value).lstrip().startswith("{") else simple_parse_args_string(str(value))
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{key}={value} must be what JSON can hold, such as text in place of a date") from error
+    return value
+
+
+def _mapping_of_text(key: str, text: str) -> Any:
+    """What is typed: as lm-eval has it, a JSON object or ``NAME=VALUE,...``, for samples a file with JSON too."""
+    is_object = text.lstrip().startswith("{")
+    if key == "samples" and not is_object:
+        text, is_object = _read_text("--samples", Path(text.replace("\0", ""))), True
+    try:
+        return json.loads(text) if is_object else simple_parse_args_string(text)
     except ValueError as error:
-        raise UsageError(f"{key}: give NAME=VALUE,... or a JSON object, not {value!r}") from error
-    assert isinstance(parsed, dict)
-    return parsed
+        raise UsageError(f"{key}: give NAME=VALUE,... or a JSON object, not {text[:200]!r}") from error

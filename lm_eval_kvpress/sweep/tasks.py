@@ -52,17 +52,26 @@ def task_hashes(settings: SweepSettings, tasks: TaskManager) -> dict[str, dict[s
     """Return, for each task and group, a hash of every part of its configuration and of its documents.
 
     Raises:
-        UsageError: for a name that cannot be part of a file's name.
+        UsageError: for a name that cannot be part of a file's name, or samples that are not there.
     """
     loaded = tasks.load(settings.tasks)
+    if unknown := sorted((settings.samples or {}).keys() - loaded["tasks"].keys()):
+        raise UsageError(f"samples: {near(unknown[0], loaded['tasks'])}the sweep has no task '{unknown[0]}'")
     for name in loaded["tasks"]:
         if set(name) & set("/\\\0") or len(name.encode()) > LONGEST_NAME:
             raise UsageError(
                 f"task {name[:60]!r} cannot be part of a file's name, as its samples need: rename it in its YAML, "
                 f"without slashes and in at most {LONGEST_NAME} bytes"
             )
+        _check_samples(name, loaded["tasks"][name], settings)
     of_groups = {f"group {name}": _hashes_of_group(group) for name, group in loaded["groups"].items()}
     return {name: _hashes_of_task(task, settings) for name, task in loaded["tasks"].items()} | of_groups
+
+
+def _check_samples(name: str, task: Task, settings: SweepSettings) -> None:
+    num_documents, places = len(task.eval_docs), (settings.samples or {}).get(name, [])
+    if beyond := [place for place in places if place >= num_documents]:
+        raise UsageError(f"samples: {name} has {num_documents} documents, counted from 0, and no document {beyond[0]}")
 
 
 def _hashes_of_group(group: Group) -> dict[str, str]:
@@ -72,7 +81,8 @@ def _hashes_of_group(group: Group) -> dict[str, str]:
 def _hashes_of_task(task: Task, settings: SweepSettings) -> dict[str, str]:
     """The metadata are left out: they hold the settings, which are compared as they are."""
     config = {key: value for key, value in vars(task.config).items() if key != "metadata" and value is not None}
-    documents = task.doc_iterator(rank=0, limit=get_sample_size(task, settings.limit), world_size=1)
+    limit, samples = get_sample_size(task, settings.limit), (settings.samples or {}).get(str(task.config.task))
+    documents = task.doc_iterator(rank=0, limit=limit, world_size=1, samples=samples)
     num_fewshot = settings.num_fewshot or config.get("num_fewshot") or 0
     return {
         "class": _hash([_source(type(task))]),

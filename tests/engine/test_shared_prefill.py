@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,32 @@ def test_every_press_makes_of_a_kept_prefill_what_it_makes_of_its_own(
                 torch.manual_seed(7)
                 replayed = shared.compress(group, spec.build(97), rerotates=spec.rerotates)
             assert_same(replayed, alone, atol=0 if spec.batches else 1e-5)
+
+
+class ZeroingPress:
+    """Overwrites keys and values where they are, as presses that change entries without removing them do."""
+
+    def __call__(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def forward_hook(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        layer = kwargs["past_key_values"].layers[attention.layer_idx]
+        layer.keys.zero_()
+        layer.values.zero_()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1]])
+def test_a_press_that_writes_in_place_writes_into_a_copy(
+    make_pressable: Callable[..., PressableModel], rows: list[int]
+) -> None:
+    model, press = make_pressable(), spec_for("knorm")
+    contexts = [tuple(row) for row in tokens(2, 30).tolist()]
+    shared = SharedPrefills(model)
+    shared.run(contexts)
+    zeroed = shared.compress([contexts[row] for row in rows], ZeroingPress())
+    assert not any(layer.keys.any() or layer.values.any() for layer in zeroed.layers)
+    alone = prefill(model, torch.tensor(contexts), press.build(30))
+    assert_same(shared.compress(contexts, press.build(30)), alone, 1e-5)
 
 
 def test_contexts_are_run_once_and_forgotten_with_their_batch(make_pressable: Callable[..., PressableModel]) -> None:

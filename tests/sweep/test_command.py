@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ BAD = [
     ({"ratios": ""}, "ratios: '' names none: leave it out for the default"),
     ({"budgets": ","}, "budgets: ',' names none"),
     ({"config": "no-such.yaml"}, "no-such.yaml"),
+    ({"presses": "none"}, "ratios=0.5: no press of this sweep takes one; name presses that do"),
+    ({"presses": "none", "ratios": None, "budgets": "64"}, "budgets=64: no press of this sweep takes one"),
+    ({"samples": '{"t": [0]}', "limit": "3"}, "samples and limit both choose documents"),
+    ({"samples": '{"t": "0"}'}, "samples: t needs a list of whole numbers"),
+    ({"samples": '{"t": [-1]}'}, "samples: t needs a list of whole numbers"),
+    ({"samples": "no-such.json"}, "--samples no-such.json cannot be read"),
+    ({"samples": "[0, 1]"}, "--samples [0, 1] cannot be read"),
+    ({"fewshot_as_multiturn": "true"}, "fewshot_as_multiturn needs a chat template"),
+    ({"wandb_args": "project=p"}, "wandb_args needs wandb"),
 ]
 
 
@@ -55,3 +65,31 @@ def test_several_processes_for_one_sweep_are_refused(tmp_path: Path, monkeypatch
     with pytest.raises(UsageError, match="a sweep is one process: start it without accelerate or torchrun"):
         command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    given = ["--presses", "none", "--tasks", "t", "--output_path", "o"]
+    for argument in ("--config", "--samples"):
+        with pytest.raises(UsageError, match=f"{argument} .*pipe is a pipe: name a file"):
+            command.main([*given, argument, str(pipe)])
+
+
+def test_names_in_a_list_may_be_typed_with_spaces() -> None:
+    typed = ["--presses", " none, knorm ", "--ratios", "0.5, 0.75", "--tasks", "a, b", "--output_path", "o"]
+    settings = command.settings_from(typed)
+    assert (settings.presses, settings.ratios, settings.tasks) == (["none", "knorm"], [0.5, 0.75], ["a", "b"])
+
+
+def test_flags_are_typed_as_those_of_lm_eval() -> None:
+    given = ["--presses", "none", "--tasks", "t", "--output_path", "o"]
+    plain = command.settings_from(given)
+    assert (plain.apply_chat_template, plain.chats_in_turns, plain.predict_only) == (False, False, False)
+    chat = command.settings_from([*given, "--apply_chat_template", "--predict_only", "--trust_remote_code"])
+    assert (chat.apply_chat_template, chat.chats_in_turns, chat.predict_only) == (True, True, True)
+    assert chat.trust_remote_code
+    named = command.settings_from([*given, "--apply_chat_template", "rag", "--fewshot_as_multiturn", "false"])
+    assert (named.apply_chat_template, named.chats_in_turns) == ("rag", False)
+    for other in (chat, named):
+        assert other.shared != plain.shared, "cells of another prompt are never mixed"

@@ -17,8 +17,10 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval.utils import sanitize_list
 from repository import ROOT
 from sweep_runs import DATA, KINDS, PRESSES, assert_same, command_line, figures, manager, results_of
+from transformers import AutoTokenizer
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
@@ -285,6 +287,51 @@ def test_results_that_lm_eval_cannot_write_end_the_sweep_and_its_answers_stay(
     assert not list(tmp_path.glob("cells/*/results")) and len(list(tmp_path.glob("cells/*/answers.sqlite"))) == 9
     assert command.main(arguments) == 0
     assert_same(tmp_path, whole)
+
+
+def test_prompts_and_documents_are_chosen_as_lm_eval_chooses_them(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path
+) -> None:
+    """Of a chat template, a system instruction, few-shot turns and documents by number."""
+    shutil.copytree(checkpoint_dir, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chosen = {"num_fewshot": 1, "system_instruction": "be brief", "apply_chat_template": True}
+    samples = {"sweep_gen": [4, 1], "sweep_choice": [2]}
+    settings = {"tasks": "sweep_gen,sweep_choice", "presses": "none,knorm", "ratios": "0.5"}
+    arguments = command_line(
+        *(tmp_path / "chat", tasks_dir, tmp_path / "out"),
+        **settings,
+        **{**chosen, "num_fewshot": 1, "samples": json.dumps(samples)},
+    )
+    arguments.remove("True")  # the flag is typed without a value
+    assert command.main([*arguments, "--predict_only"]) == 0
+    alone = lm_eval.simple_evaluate(
+        model=KVPress(pretrained=str(tmp_path / "chat"), batch_size=4, device="cpu"),
+        tasks=list(samples),
+        task_manager=manager(tasks_dir),
+        samples=samples,
+        predict_only=True,
+        fewshot_as_multiturn=True,
+        **chosen,
+    )
+    for name, (results, of_cell) in results_of(tmp_path / "out").items():
+        assert results["system_instruction"] == "be brief" and results["chat_template"] == tokenizer.chat_template
+        assert results["fewshot_as_multiturn"] is True
+        for task in samples:
+            assert figures(results).keys() == figures(alone).keys()
+            for ours, theirs in zip(of_cell[task], alone["samples"][task], strict=True):
+                assert ours["doc_hash"] == theirs["doc_hash"] and ours["prompt_hash"] == theirs["prompt_hash"], name
+                assert "<system>be brief" in ours["arguments"]["gen_args_0"]["arg_0"]
+                if name == "none":
+                    assert ours["resps"] == json.loads(json.dumps(sanitize_list(theirs["resps"]))), task
+
+
+def test_a_chat_template_that_is_not_there_is_one_line(checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path) -> None:
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, tasks="sweep_gen", presses="none", ratios=None)
+    with pytest.raises(UsageError, match="apply_chat_template: the tokenizer of .* has no chat template"):
+        command.main([*arguments, "--apply_chat_template"])
 
 
 @pytest.mark.slow

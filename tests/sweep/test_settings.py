@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import yaml
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.sweep.cells import cells_of
 from lm_eval_kvpress.sweep.command import settings_from
-from lm_eval_kvpress.sweep.settings import parse_settings
+from lm_eval_kvpress.sweep.settings import SweepSettings, parse_settings
 
 
 @pytest.mark.parametrize(
@@ -118,3 +120,41 @@ def test_values_are_of_the_type_of_their_setting() -> None:
     assert (settings.batch_size, settings.limit, settings.device) == ("auto", 3.0, None)
     assert settings.gen_kwargs == {"do_sample": False}
     assert settings.model_args == {"pretrained": "builtin", "dtype": "float32"}
+
+
+STRANGE: list[Any] = [
+    *(None, True, 3, -1, 0.5, float("nan"), float("inf"), 10**400, "", " ", "\0", "a=b", "x" * 9999, b"bytes"),
+    *(
+        datetime.date(2026, 11, 28),
+        datetime.datetime(2026, 11, 28),
+        [],
+        {},
+        [None],
+        [[]],
+        [{}],
+        [True],
+        [3],
+        ["a", None],
+    ),
+    *({"press": None}, {"press": ["knorm"]}, {"a": {"b": [datetime.date(2026, 1, 1)]}}, {1: 2}, {None: None}, {"": ""}),
+    *([{"press": "knorm", 3: 4}], [{"press": "knorm", "compression_ratio": [0.5]}], [datetime.date(2026, 1, 1)]),
+    *([{"press": 3}], [["knorm"]], [{"press": "knorm", "query_tokens": None}], [b"knorm"]),
+]
+
+
+@pytest.mark.parametrize("key", [item.name for item in dataclasses.fields(SweepSettings)])
+def test_whatever_stands_in_a_file_is_a_setting_or_one_line(key: str) -> None:
+    given = {"tasks": ["t"], "presses": ["none", "knorm"], "output_path": "o"}
+    for value in STRANGE:
+        try:
+            settings = parse_settings({**given, key: value})
+            cells_of(settings)
+            json.dumps(settings.shared)
+        except UsageError as error:
+            assert "\n" not in str(error), (value, error)
+
+
+@pytest.mark.parametrize("key", [3, None, True, datetime.date(2026, 11, 28), ("a", "b")])
+def test_settings_without_a_name_are_one_line(key: Any) -> None:
+    with pytest.raises(UsageError, match="unknown setting"):
+        parse_settings({"tasks": ["t"], "presses": ["none"], "output_path": "o", key: 1})

@@ -78,3 +78,17 @@ def test_a_task_whose_samples_would_be_written_elsewhere_is_refused(name: str, t
     with pytest.raises(UsageError, match=r"cannot be part of a file's name.*rename it in its YAML") as caught:
         task_hashes(settings, manager(tmp_path / "tasks"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        ({"hashed": [3]}, "hashed has 3 documents, counted from 0, and no document 3"),
+        ({"hash": [0]}, "did you mean 'hashed'"),
+    ],
+)
+def test_documents_that_are_not_there_are_refused(samples: dict[str, list[int]], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        hashes(tmp_path / "a", samples=samples)
+    chosen = hashes(tmp_path / "b", samples={"hashed": [0, 1]})
+    assert chosen["documents"] == hashes(tmp_path / "c", limit=2)["documents"]

@@ -30,6 +30,7 @@ from lm_eval_kvpress.harness import adapters, identity, messages, parity, ranks,
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
+from lm_eval_kvpress.harness.document_ids import note_document_ids
 from lm_eval_kvpress.harness.generation_config import checkpoint_options
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.requests import (
@@ -75,6 +76,7 @@ class KVPress(CheckedHFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         show_usage_errors_in_one_line()  # here too: an lm-eval that scans entry points needs no start-up file
         share_log_handlers("lm_eval")
+        note_document_ids()
         settings, hflm_arguments = parse_arguments(arguments)
         self._arguments_of_answers = identity.arguments_of_answers(hflm_arguments)
         super().__init__(self.DEFAULT_PRETRAINED if pretrained is None else pretrained, settings, **hflm_arguments)

@@ -25,6 +25,7 @@ from lm_eval_kvpress.engine.outcomes import Document, Prompt
 from lm_eval_kvpress.engine.rolling_batches import RollingBatches
 from lm_eval_kvpress.engine.stream_batches import StreamBatches
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.document_ids import document_id
 from lm_eval_kvpress.harness.generation_arguments import answer_text, generation_settings
 from lm_eval_kvpress.harness.ranks import without_padding
 from lm_eval_kvpress.harness.session import Session
@@ -58,7 +59,7 @@ def request_ids(requests: Sequence[Instance]) -> list[RequestId]:
     seen: Counter[RequestId] = Counter()
     ids = []
     for request in requests:
-        first = RequestId(request.task_name or "", request.doc_id, request.idx)
+        first = RequestId(request.task_name or "", document_id(request), request.idx)
         ids.append(replace(first, repeat=seen[first]))
         seen[first] += 1
     return ids

@@ -104,6 +104,8 @@ class Task:
     Attributes:
         metrics: empty where answers were logged and not scored (``--predict_only``).
         is_rolling: whether whole texts are scored (lm-eval's ``loglikelihood_rolling``).
+        is_chosen: whether only some documents were run, and not the first ones: ``--samples`` named them, and the
+            results do not say which.
         fingerprint: lm-eval's hash of the task's documents and prompts; None where no samples were logged.
         loaded: which texts the task says that it loaded (``metadata.loaded``); None where it says nothing.
         kept: None where nothing was measured.
@@ -115,6 +117,7 @@ class Task:
     is_rolling: bool
     num_documents: int | None
     num_documents_available: int | None
+    is_chosen: bool
     version: str
     num_fewshot: str
     fingerprint: str | None

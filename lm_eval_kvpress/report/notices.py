@@ -38,13 +38,20 @@ def _protocol(table: Table) -> Iterator[str]:
 
 def _limited(table: Table) -> Iterator[str]:
     tasks = table.cells[0].tasks if table.cells else ()
-    limited = [
-        f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
-        for task in tasks
-        if (task.num_documents or 0) < (task.num_documents_available or 0)
-    ]
-    if limited:
-        yield f"Run with --limit: {', '.join(limited)}."
+    for is_chosen, option in ((False, "--limit"), (True, "--samples")):
+        limited = [
+            f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
+            for task in tasks
+            if task.is_chosen == is_chosen and (task.num_documents or 0) < (task.num_documents_available or 0)
+        ]
+        if limited:
+            yield f"Run with {option}: {', '.join(limited)}."
+    unknown = [task.name for task in tasks if task.is_chosen and task.fingerprint is None]
+    if unknown:
+        yield (
+            f"Which documents of {first_names(unknown)} were run is not known without --log_samples: they are compared "
+            "with no other run's."
+        )
 
 
 def _averages(table: Table) -> Iterator[str]:

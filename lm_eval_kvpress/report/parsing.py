@@ -118,6 +118,7 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             is_rolling=config.get("output_type") == ROLLING,
             num_documents=count.get("effective"),
             num_documents_available=count.get("original"),
+            is_chosen=content["config"].get("limit") is None and count.get("effective") != count.get("original"),
             version=str((content.get("versions") or {}).get(name)),
             num_fewshot=str((content.get("n-shot") or {}).get(name)),
             fingerprint=(content.get("task_hashes") or {}).get(name),

@@ -123,12 +123,15 @@ def _by_documents(cells: Iterable[Cell]) -> list[list[Cell]]:
 def _agree(one: Task, other: Task) -> bool:
     """Whether two tasks may have had the same documents.
 
-    If both runs logged samples, lm-eval's hashes decide; otherwise what both say that they loaded may not differ.
+    If both runs logged samples, lm-eval's hashes decide. Otherwise documents that ``--samples`` chose are not known to
+    be the same, and what both say that they loaded may not differ.
     """
     if any(getattr(one, name) != getattr(other, name) for name in ("num_documents", "version", "num_fewshot")):
         return False
     if one.fingerprint is not None and other.fingerprint is not None:
         return one.fingerprint == other.fingerprint
+    if one.is_chosen or other.is_chosen:
+        return False
     return None in (one.loaded, other.loaded) or one.loaded == other.loaded
 
 

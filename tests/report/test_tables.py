@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from report_files import NUM_DOCUMENTS, amend, predict_only, write_results
 
+from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.result_files import read_results
 from lm_eval_kvpress.report.tables import Table, build_tables
 
@@ -69,6 +70,31 @@ def test_lm_evals_hash_of_the_documents_counts_more_than_what_was_loaded(tmp_pat
     text_run(tmp_path, "1", "same", loaded={"titles": ["The Chain", "The Ferry"]})
     text_run(tmp_path, "2", "other", loaded=CHAIN)
     assert sorted(len(table.rows) for table in tables(tmp_path)) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "limit, fingerprints, num_tables",
+    [
+        (3, (None, None), 1),
+        (None, (None, None), 2),
+        (None, ("a", "a"), 1),
+        (None, ("a", "b"), 2),
+        (None, ("a", None), 2),
+    ],
+)
+def test_documents_that_samples_chose_are_compared_only_where_they_are_known_to_be_the_same(
+    tmp_path: Path, limit: int | None, fingerprints: tuple[str | None, str | None], num_tables: int
+) -> None:
+    for press, fingerprint in zip(("none", "snapkv"), fingerprints, strict=True):
+        file = write_results(tmp_path, press, 0.5, acc=0.4, num_documents=3)
+        amend(file, lambda content: content["config"].update(limit=limit))
+        amend(file, lambda content, known=fingerprint: content.update(task_hashes={"recall": known} if known else {}))
+    report = build_report([tmp_path])
+    assert len(report.tables) == num_tables
+    said = [notice for table in report.tables for notice in table.notices if "is not known" in notice]
+    assert len(said) == (fingerprints.count(None) if limit is None else 0)
+    differences = [row.entries["recall.acc"].difference for table in report.tables for row in table.rows]
+    assert sum(difference is not None for difference in differences) == (num_tables == 1)
 
 
 def test_a_configuration_of_another_shape_says_nothing_of_the_documents(tmp_path: Path) -> None:

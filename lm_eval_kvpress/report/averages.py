@@ -8,12 +8,11 @@ tasks whose author gave none, such as perplexities of different texts, is nobody
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_kvpress.report.cell import Group, Metric, Task
-from lm_eval_kvpress.report.metric_values import means_over_lengths, task_metrics
+from lm_eval_kvpress.report.metric_values import mean, means_over_lengths, task_metrics
 
 RULER = "ruler"
 RULER_TASKS = re.compile(r"(niah|ruler)_.+")
@@ -55,7 +54,7 @@ def _length_means(tasks: Sequence[Task]) -> Iterator[Metric]:
         alike = [metric for metrics in found for metric in metrics if _keys([metric]) == _keys([first])]
         values = [metric.value for metric in alike if metric.value is not None]
         if len(values) == len(found):
-            yield Metric(first.name, first.filter, statistics.fmean(values), None, first.higher_is_better)
+            yield Metric(first.name, first.filter, mean(values), None, first.higher_is_better)
 
 
 def _has_lengths(task: Task) -> bool:

@@ -7,9 +7,8 @@ are in ``tests/report/test_metric_values.py``. Knows one task at a time; groups 
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +55,12 @@ def means_over_lengths(metrics: Iterable[Metric]) -> Iterator[Metric]:
         values = [metric.value for metric in found if metric.value is not None]
         if len(values) == len(found) > 1:
             names = tuple(metric.name for metric in found)
-            yield Metric(ALL_LENGTHS, filter, statistics.fmean(values), None, found[0].higher_is_better, names)
+            yield Metric(ALL_LENGTHS, filter, mean(values), None, found[0].higher_is_better, names)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN of infinities of both signs, for which `statistics.fmean` raises."""
+    return sum(values) / len(values)
 
 
 def number(value: Any) -> float | None:

@@ -6,10 +6,9 @@ a model that answers with a plain number, such as stock `hf`, the token figures 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
-
-from lm_eval.api.metrics import weighted_perplexity
 
 
 def process_results(document: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
@@ -35,15 +34,29 @@ def process_results(document: dict[str, Any], results: Sequence[float]) -> dict[
     }
 
 
-def token_perplexity(items: Sequence[tuple[float, int]]) -> float | None:
-    """lm-eval's weighted perplexity; None, shown as missing, where no token was scored (`one_pass`, short texts).
+def perplexity(items: Sequence[tuple[float, int]]) -> float | None:
+    """lm-eval's `weighted_perplexity`, but infinite where that overflows a float and None where nothing has weight.
 
-    Documents without a pressed token stay in with weight 0: lm-eval warns of metrics that lack some documents.
+    A text with few spaces has a log-likelihood per word that overflows; a text of no bytes, or `one_pass`, has no
+    weight. lm-eval aggregates when all is scored, so an exception there loses the figures of every task.
     """
-    if not any(num_tokens for _, num_tokens in items):
-        return None
-    perplexity: float = weighted_perplexity(items)
-    return perplexity
+    mean = _mean(items)
+    try:
+        return None if mean is None else math.exp(-mean)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per_byte(items: Sequence[tuple[float, int]]) -> float | None:
+    """lm-eval's `bits_per_byte`, but None where there is no byte."""
+    mean = _mean(items)
+    return None if mean is None else -mean / math.log(2)
+
+
+def _mean(items: Sequence[tuple[float, int]]) -> float | None:
+    """Log-likelihood by weight. Documents without weight stay in: lm-eval warns of metrics that lack some."""
+    weight = sum(weight for _, weight in items)
+    return sum(loglikelihood for loglikelihood, _ in items) / weight if weight else None
 
 
 def total(counts: Sequence[int]) -> int:

@@ -159,3 +159,9 @@ def test_groups_of_groups_have_the_tasks_below_them() -> None:
         "stem": {"algebra", "physics"},
         "loop": {"x"},
     }
+
+
+def test_lengths_of_infinite_figures_of_both_signs_have_no_mean(tmp_path: Path) -> None:
+    figures = {"niah_single_1": {"1024,none": float("inf"), "2048,none": float("-inf")}}
+    (task,) = read_cell(write_tasks(tmp_path, "none", figures)).tasks
+    assert str(task.metrics[-1].value) == "nan"

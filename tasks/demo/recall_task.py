@@ -21,7 +21,7 @@ Item = tuple[float, bool]  # a document's score, and whether the metric is about
 
 
 def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str, datasets.Dataset]:
-    """`recall_per_cell` documents for each distance and kind.
+    """`recall_per_cell` documents for each distance and kind, the distances in turn, so that a few have them all.
 
     The names are long because lm-eval merges the model's arguments into a task's metadata: a press's `seed` must not
     choose the documents.
@@ -31,19 +31,22 @@ def load(*, recall_seed: int, recall_per_cell: int, **metadata: Any) -> dict[str
     """
     _check("recall_per_cell", recall_per_cell, 1)
     _check("recall_seed", recall_seed, 0)
-    rows = [
-        {
-            "prompt": document.context + document.question,
-            "choices": list(document.choices),
-            "answer": document.answer,
-            "value": document.choices[document.answer].strip(),
-            "kind": document.kind,
-            "distance": distance,
-        }
+    cells = [
+        [
+            {
+                "prompt": document.context + document.question,
+                "choices": list(document.choices),
+                "answer": document.answer,
+                "value": document.choices[document.answer].strip(),
+                "kind": document.kind,
+                "distance": distance,
+            }
+            for document in recall_documents(recall_seed, per_cell=recall_per_cell, distances=[distance], kinds=[kind])
+        ]
+        for kind in KINDS
         for distance in DISTANCES
-        for document in recall_documents(recall_seed, per_cell=recall_per_cell, distances=[distance], kinds=KINDS)
     ]
-    return {"test": datasets.Dataset.from_list(rows)}
+    return {"test": datasets.Dataset.from_list([row for rows in zip(*cells, strict=True) for row in rows])}
 
 
 def _check(name: str, value: Any, lowest: int) -> None:

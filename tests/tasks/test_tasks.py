@@ -283,10 +283,18 @@ def test_recall_distances_without_a_document_are_missing() -> None:
     assert got["acc_at_1500"] is None
 
 
+@pytest.mark.parametrize("task", ["kvpress_recall", "kvpress_recall_gen"])
+def test_the_first_recall_documents_have_every_distance_and_then_every_kind(task: str) -> None:
+    cells = [(document["distance"], document["kind"]) for document in documents(task, manager())]
+    distances = (100, 400, 800, 1200, 1500)
+    cycle = [(distance, kind) for kind in ("word", "number") for distance in distances]
+    assert cells == cycle * (len(cells) // 10) and len(cells) in (30, 60)
+
+
 def test_generated_recall_asks_what_the_choices_ask() -> None:
-    choices = {document["prompt"] for document in documents("kvpress_recall", manager())}
-    generated = {document["prompt"] for document in documents("kvpress_recall_gen", manager())}
-    assert 0 < len(generated) < len(choices) and generated < choices
+    choices = [document["prompt"] for document in documents("kvpress_recall", manager())]
+    generated = [document["prompt"] for document in documents("kvpress_recall_gen", manager())]
+    assert 0 < len(generated) < len(choices) and generated == choices[: len(generated)]
 
 
 def test_arguments_of_the_model_do_not_choose_the_recall_documents() -> None:

@@ -46,6 +46,7 @@ def results_file(
         "config": {"model": "hf", "model_args": {"pretrained": checkpoint}, "batch_size": "1", "device": "cpu"},
         "date": date,
     }
+    content["config"]["limit"] = None if num_documents == NUM_DOCUMENTS else num_documents
     if not stock:
         content["config"] |= {"model": "kvpress", "model_dtype": "torch.float32"}
         content["config"]["kvpress"] = _facts(press, ratio, kept, checkpoint, query_tokens, notes or {}, version)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import make_folder, write_errors, write_whole
 from lm_eval_kvpress.report.build import TITLE, build_report
 from lm_eval_kvpress.report.contents import Report
 from lm_eval_kvpress.report.data_files import as_csv, as_json
@@ -20,8 +20,9 @@ from lm_eval_kvpress.report.figures import write_figures
 from lm_eval_kvpress.report.html import html
 from lm_eval_kvpress.report.latex import latex
 from lm_eval_kvpress.report.markdown import markdown
-from lm_eval_kvpress.report.result_files import unfinished_cells
+from lm_eval_kvpress.report.result_files import PATTERN, unfinished_cells
 
+ELSEWHERE = "make room or name another place"
 WRITERS: dict[str, Callable[[Report], str]] = {
     ".md": markdown,
     ".html": html,
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     for output in outputs:
         _write(report, output)
     if figures is not None:
-        with _write_errors("--figures", figures):
+        with write_errors(f"--figures {figures}", ELSEWHERE):
             files = write_figures(report, figures)
         print(f"{figures}: {len(files)} files")
     if not outputs and figures is None:
@@ -53,9 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _write(report: Report, file: Path) -> None:
     text = WRITERS[file.suffix](report)
-    with _write_errors("-o", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+    make_folder(file.parent)
+    write_whole(file, text, ELSEWHERE)
     num_rows, num_tables = sum(len(table.rows) for table in report.tables), len(report.tables)
     print(f"{file}: {num_rows} rows in {num_tables} table{'s' if num_tables > 1 else ''}")
 
@@ -73,6 +73,8 @@ def _output_file(name: str) -> Path:
         raise UsageError(f"-o {file} is a folder: name a file in it, such as {file / 'report.md'}")
     if file.suffix not in WRITERS:
         raise UsageError(f"-o {file}: the ending must be one of {', '.join(WRITERS)}")
+    if file.match(PATTERN):
+        raise UsageError(f"-o {file}: {PATTERN} are results, which reports read and never write: name another file")
     _check_writable("-o", file)
     return file
 
@@ -95,17 +97,6 @@ def _check_writable(option: str, path: Path) -> None:
         raise UsageError(f"{option} {path}: {existing} is a file and cannot hold it: name another place")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"{option} {path}: {existing} may not be written to: name another place")
-
-
-@contextmanager
-def _write_errors(option: str, path: Path) -> Iterator[None]:
-    """Names the file for errors that cannot be known before: a full disk, a name that is too long."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"{option} {path} cannot be written ({error.strerror or error}): make room or name another place"
-        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

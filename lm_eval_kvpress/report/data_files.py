@@ -16,6 +16,8 @@ from typing import Any
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
 from lm_eval_kvpress.report.loss_curves import Curve
 
+# What a spreadsheet takes for a formula: https://owasp.org/www-community/attacks/CSV_Injection
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 KEPT_SHARES = ("share", "share_min_layer", "share_max_layer")
 
 
@@ -24,9 +26,9 @@ def as_csv(report: Report) -> str:
     records = [record(table, row) for table, row in _rows(report)]
     stream = io.StringIO()
     fields = list(dict.fromkeys(key for one in records for key in one))
-    writer = csv.DictWriter(stream, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _csv_value(value) for key, value in one.items()} for one in records)
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(map(_csv_value, fields))
+    writer.writerows([_csv_value(one.get(field)) for field in fields] for one in records)
     return stream.getvalue()
 
 
@@ -99,7 +101,7 @@ def _csv_value(value: Any) -> Any:
     """NaN by its name; text that a spreadsheet would run as a formula, quoted."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
 
 
 def _json_value(value: Any) -> Any:

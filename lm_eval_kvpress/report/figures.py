@@ -147,7 +147,9 @@ def _save(figure: Any, axes: Any, stem: Path, xlabel: str, ylabel: str) -> list[
         axes.figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     files = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
     for file in files:
-        figure.savefig(file, dpi=160)
+        part = file.with_name(f"{file.name}.part")
+        figure.savefig(part, dpi=160, format=file.suffix[1:])
+        part.replace(file)
     pyplot.close(figure)
     return files
 

@@ -55,11 +55,7 @@ class LossFolders:
 
     @classmethod
     def find(cls, cells: Sequence[Cell], places: Sequence[Path]) -> LossFolders:
-        """The folders below the places, and those beside the results of a sweep; none if no cell is a stream.
-
-        Raises:
-            UsageError: if the settings of a folder are not whole JSON.
-        """
+        """The folders below the places, and those beside the results of a sweep; none if no cell is a stream."""
         folders: dict[Identity, list[LossFolder]] = defaultdict(list)
         for file in _settings_files(cells, places) if any(cell.is_stream for cell in cells) else ():
             settings = _settings(file)
@@ -140,10 +136,11 @@ def _settings_files(cells: Iterable[Cell], places: Iterable[Path]) -> list[Path]
 
 
 def _settings(file: Path) -> dict[str, Any]:
+    """Settings of a folder of losses; empty if the file is somebody else's, or torn, which a notice tells."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not whole JSON: delete that folder of losses and run it again") from error
+    except (OSError, ValueError, RecursionError):
+        return {}
     return settings if isinstance(settings, dict) else {}
 
 

@@ -1,7 +1,7 @@
 """The content of a results file -> a `Cell`.
 
-Reads what lm-eval 0.4 writes, with or without the facts that our models add under ``config.kvpress``. A content of
-another shape raises AttributeError, KeyError, TypeError or ValueError; `result_files` words these for the user.
+Reads what lm-eval 0.4 writes, with or without the facts that our models add under ``config.kvpress``. Types were
+checked before (`results_schema`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
 
     Args:
         file: where the content stands; samples are looked for beside it.
-        content: the JSON object.
+        content: the JSON object, as `results_schema.read_content` returns it.
     """
     config = content["config"]
     facts = config.get("kvpress") or {}

@@ -5,15 +5,15 @@ A file that is not what lm-eval writes is refused in one line that names it. Kno
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import refuse_special
 from lm_eval_kvpress.report.cell import Cell
 from lm_eval_kvpress.report.manifests import refuse_damage
 from lm_eval_kvpress.report.parsing import parse_cell
+from lm_eval_kvpress.report.results_schema import read_content
 
 PATTERN = "results_*.json"
 UNFINISHED = "results.part"  # the folder of results that a sweep has not sealed
@@ -35,14 +35,9 @@ def read_cell(file: Path) -> Cell:
     Raises:
         UsageError: if the file cannot be read, is not whole JSON, or is not what lm-eval writes.
     """
-    content = _read_json(file)
+    content = read_content(file)
     refuse_damage(file)
-    try:
-        return parse_cell(file, content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{file} is not what lm-eval writes ({type(error).__name__}: {error}): delete it or move it away"
-        ) from error
+    return parse_cell(file, content)
 
 
 def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
@@ -58,22 +53,12 @@ def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
 def _results_files(place: Path) -> set[Path]:
     if not place.exists():
         raise UsageError(f"{place} does not exist")
-    files = {place} if place.is_file() else {file for file in place.rglob(PATTERN) if UNFINISHED not in file.parts}
+    if not place.is_dir():
+        refuse_special(place)
+        return {place}
+    files = {file for file in place.rglob(PATTERN) if UNFINISHED not in file.parts and file.is_file()}
     if not files and place in unfinished_cells([place]):
         raise UsageError(f"no cell of the sweep in {place} is finished: its command goes on where it stopped")
     if not files:
         raise UsageError(f"no {PATTERN} below {place}: pass the --output_path of lm_eval or of a sweep")
     return files
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            return json.load(stream)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{file} is not whole JSON (line {error.lineno}, column {error.colno}): run that evaluation again, or "
-            "delete the file"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error

@@ -85,19 +85,28 @@ def read_samples(file: Path) -> dict[str, Samples]:
             try:
                 key, sample = parse_sample(line)
                 by_filter.setdefault(str(sample["filter"]), {})[key] = sample
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise UsageError(f"{file}, line {number}, is not a whole sample: run that evaluation again") from error
-    return {filter: _samples(by_document) for filter, by_document in by_filter.items()}
+    try:
+        return {filter: _samples(by_document) for filter, by_document in by_filter.items()}
+    except (OverflowError, TypeError) as error:
+        raise UsageError(f"{file} holds scores that are no numbers ({error}): run that evaluation again") from error
 
 
 def parse_sample(line: bytes) -> tuple[DocumentKey, Sample]:
-    """One line: its document and its sample, without the texts if the line is laid out as lm-eval does."""
+    """One line: its document and its sample, without the texts if the line is laid out as lm-eval does.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is not a whole sample.
+    """
     start, end = DOC_ID.match(line), line.rfind(ANSWERS)
-    if start is None or end < 0:
-        sample = json.loads(line)
-        return (sample["doc_id"], sample["doc_hash"]), sample
-    sample = json.loads(b"{" + line[end + 2 :])
-    return (int(start.group(1)), sample["doc_hash"]), sample
+    is_laid_out = start is not None and end >= 0
+    sample = json.loads(b"{" + line[end + 2 :] if is_laid_out else line)
+    key = (int(start.group(1)) if start is not None and is_laid_out else sample["doc_id"], sample["doc_hash"])
+    types = (int, str, list, list)
+    if any(not isinstance(*one) for one in zip((*key, sample["resps"], sample.get("metrics", [])), types, strict=True)):
+        raise TypeError("a part of the sample is of another type")
+    return key, sample
 
 
 def aggregation(scores: Scores, reported: float | None) -> Aggregation | None:

@@ -248,14 +248,22 @@ def read_records(
 def _from_file(path: Path, hub_dataset: str) -> list[Record]:
     try:
         with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+            return [_record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     except OSError as error:
         raise UsageError(
             f"cannot read {path} ({error.strerror}): data_dir (or KVPRESS_DATA_DIR) must hold this file; without "
             f"data_dir the task loads {hub_dataset} from the Hugging Face hub"
         ) from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 with one JSON object per line: {_first_line(error)}") from error
+
+
+def _record(path: Path, number: int, line: str) -> Record:
+    try:
+        record: Record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}, line {number}, is not a whole JSON object: fetch that file again") from error
+    return record
 
 
 def _from_hub(hub_dataset: str, hub_config: str | None, local_file: str) -> list[Record]:

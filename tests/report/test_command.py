@@ -81,12 +81,21 @@ def test_what_goes_wrong_in_writing_is_one_line(
 
     write_results(tmp_path, "none", 0.0)
     write_results(tmp_path, "snapkv", 0.5)
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     assert cli.main(["report", str(tmp_path), option, str(tmp_path / name)]) == cli.BAD_INPUT
     error = capsys.readouterr().err
-    assert f"{option} {tmp_path / name} cannot be written (No space left on device)" in error
+    assert f"{tmp_path / name} cannot be written (No space left on device): make room or name another place" in error
     assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("t.md*")), "whole or absent"
+
+
+def test_a_report_never_takes_the_place_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_results(tmp_path, "none", 0.0)
+    before = file.read_text()
+    assert cli.main(["report", str(tmp_path), "-o", str(file)]) == cli.BAD_INPUT
+    assert "are results, which reports read and never write" in capsys.readouterr().err
+    assert file.read_text() == before
 
 
 def test_an_empty_name_is_not_the_folder_one_stands_in(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from report_files import portable, without_prefill_press, write_results
+from report_files import amend, portable, without_prefill_press, write_results
 
 from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.contents import Report
@@ -43,10 +43,13 @@ def test_what_a_press_of_generated_text_removes_from_contexts_is_missing_and_not
     assert [rows["prefill_decoding:snapkv+knorm"][name] for name in names] == [0.0, None, 4]
 
 
-def test_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
-    write_results(tmp_path, "none", 0.0, checkpoint="=1+1")
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\uff1d1"])
+def test_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path, name: str) -> None:
+    file = write_results(tmp_path, "none", 0.0, checkpoint=name)
+    amend(file, lambda content: content.update(results={name: {"acc,none": -0.5}}))
     (row,) = csv.DictReader(io.StringIO(as_csv(build_report([tmp_path]))))
-    assert row["checkpoint"] == "'=1+1"
+    assert row["checkpoint"] == f"'{name}" and row[f"'{name}.acc"] == "-0.5"
+    assert not any(text.startswith(name) for text in (*row, *row.values()))
 
 
 def test_500_rows_are_in_both_formats(many_results: Path) -> None:

@@ -86,6 +86,21 @@ def test_a_file_that_is_not_losses_is_one_line_that_names_it(tmp_path: Path, tex
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", '{"editor.fontSize": 12}', '{"protocol": 1}', "[" * 9999])
+def test_settings_of_other_programs_are_passed_over(tmp_path: Path, text: str) -> None:
+    write_stream(tmp_path / "run", "snapkv")
+    (tmp_path / ".vscode").mkdir()
+    (tmp_path / ".vscode" / "settings.json").write_text(text, encoding="latin-1")
+    assert len(curves(tmp_path)["snapkv"]) == 1
+
+
+def test_a_stream_in_a_shallow_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_stream(tmp_path, "snapkv")
+    file.rename(tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(curves(Path(file.name))["snapkv"]) == len(curves(Path())["snapkv"]) == 1
+
+
 @pytest.mark.parametrize("ending", [".csv", ".json"])
 def test_losses_that_do_not_match_their_checksum_are_not_drawn(tmp_path: Path, ending: str) -> None:
     """Cut at a line's end a table is a table still, of fewer tokens."""

@@ -28,11 +28,37 @@ def test_a_metric_about_some_documents_is_a_share_of_these(tmp_path: Path) -> No
     assert scores.numerators.tolist() == [1, 0, 0, 0] and scores.denominators.tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("line", ['{"doc_id": 1, "doc', '{"doc_id": 1, "doc_hash": "x", "resps": []}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            '{"doc_id": 1, "doc',
+            '{"doc_id": 1, "doc_hash": "x", "resps": []}',
+            "7",
+            '"text"',
+            "[1]",
+            "\x00",
+            "[" * 9999,
+        ),
+        sample_line(1, 1.0).replace('"resps"', '"responses"'),
+        sample_line(1, 1.0).replace('"filter"', '"filters"'),
+        sample_line(1, 1.0).replace('"doc_id": 1', '"doc_id": "1"'),
+        sample_line(1, 1.0).replace('"doc_id": 1', '"doc_id": null'),
+        sample_line(1, 1.0).replace('"hash1"', "1"),
+        sample_line(1, 1.0).replace('["acc", "acc_at_100"]', '"acc"'),
+    ],
+)
 def test_a_line_that_is_not_a_whole_sample_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "samples_x.jsonl"
     file.write_text(sample_line(0, 1.0) + "\n" + line)
     with pytest.raises(UsageError, match=r"samples_x.jsonl, line 2, is not a whole sample"):
+        read_samples(file)
+
+
+def test_scores_that_no_float_holds_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "samples_x.jsonl"
+    file.write_text(sample_line(0, 1.0).replace('"acc": 1.0', f'"acc": {"9" * 400}'))
+    with pytest.raises(UsageError, match=r"samples_x.jsonl holds scores that are no numbers"):
         read_samples(file)
 
 

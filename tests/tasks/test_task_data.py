@@ -266,7 +266,7 @@ def test_missing_source_names_both_ways(load: Any, tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"", "holds no document"),
-        (b'{"page": "x"}\n{"page":\n', "one JSON object per line"),
+        (b'{"page": "x"}\n\n{"page":\n', "test.jsonl, line 3, is not a whole JSON object"),
         (b'{"page": "\xff"}\n', "not UTF-8"),
         (b'{"page": "x"}\n\n{"text": "y"}\n', "record 2 has no text in field 'page'"),
         (b'{"page": null}\n', "record 1 has no text in field 'page'"),

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_eval_kvpress.report.cell import Cell
+from lm_eval_kvpress.report.formatting import Kind, format_value
 from scripts.studies.cells import SCORED_UNDER_PRESS, kept_share, metric, notes, read_cells
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
@@ -74,13 +75,13 @@ def row(cell: Cell) -> list[str]:
         cell.press.name,
         "100 %" if share is None else f"{100 * share:.1f} %",
         *(shape.format(metric(cell, task, name)).replace("%", " %") for task, name, shape in FIGURES.values()),
-        f"{cell.speed.decode_tokens_per_sec:,.0f}",
+        format_value(cell.speed.decode_tokens_per_sec, Kind.RATE),
     ]
 
 
 def legend(cells: Sequence[Cell]) -> list[str]:
     """What a reader of the table must know."""
-    prefill = f"{cells[0].speed.prefill_tokens_per_sec:,.0f} tok/s"
+    prefill = f"{format_value(cells[0].speed.prefill_tokens_per_sec, Kind.RATE)} tok/s"
     noted = [(cell.press.name, note, share) for cell in cells for note, share in notes(cell).items()]
     return [
         "story ppl: token perplexity of what is scored over the compressed cache, the same tokens for every press.",

@@ -87,14 +87,21 @@ def _facts(
             }
         },
         "throughput": {
-            "prefill": {"tokens_per_sec": 1000.0},
-            "decode": {"tokens_per_sec": 20.0},
-            "ttft_sec": {"p50": 0.25},
+            "prefill": timed(1000.0),
+            "decode": timed(20.0),
+            "ttft_sec": {"num_values": 20, "p50": 0.25, "p50_low": 0.2, "p50_high": 0.3},
             "tpot_sec": None,
             "peak_memory_bytes": None,
         },
+        "machine": {"cpu": "AMD EPYC", "num_threads": 2, "memory_bytes": 2**33, "gpu": None},
         "versions": {"kvpress": version},
     }
+
+
+def timed(rate: float, *, num_batches: int = 20, num_tokens: int = 4000) -> dict[str, Any]:
+    """A phase of the throughput."""
+    bounds = {"tokens_per_sec_low": 0.9 * rate, "tokens_per_sec_high": 1.1 * rate}
+    return {"num_batches": num_batches, "num_tokens": num_tokens, "tokens_per_sec": rate, **bounds}
 
 
 def _contexts(size: int, share: float | None) -> dict[str, Any]:

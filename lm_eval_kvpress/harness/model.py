@@ -33,6 +33,7 @@ from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_
 from lm_eval_kvpress.harness.document_ids import note_document_ids
 from lm_eval_kvpress.harness.generation_config import checkpoint_options
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
+from lm_eval_kvpress.harness.machine import machine
 from lm_eval_kvpress.harness.requests import (
     answer_padding,
     generation_batches,
@@ -235,6 +236,7 @@ class KVPress(CheckedHFLM):
             **run_record.asked(self.session.settings, self.max_length),
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
+            "machine": machine(self.device),
             "fast": self.press_model.is_fast,
             "linear_layers": self.press_model.linear_library,
             "dtype": str(self.model.dtype).removeprefix("torch."),

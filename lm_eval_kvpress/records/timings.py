@@ -6,6 +6,7 @@ Plain values. Names follow vLLM's benchmarks: TTFT is the time to the first toke
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 PERCENTILES = (50, 90, 99)
 PHASES = ("prefill", "press", "score", "decode")
 LATENCIES = ("ttft_sec", "tpot_sec")
+NORMAL_95 = 1.96  # standard errors to either side
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,11 @@ def token_latencies(times_sec: Sequence[float]) -> dict[str, Any]:
         times_sec: when each token came, from the start of the request's batch.
     """
     itls = np.diff(times_sec)
-    percentiles = map(float, np.percentile(itls, PERCENTILES)) if len(itls) else [None] * len(PERCENTILES)
+    itl_percentiles = map(float, np.percentile(itls, PERCENTILES)) if len(itls) else [None] * len(PERCENTILES)
     return {
         "ttft_sec": times_sec[0] if times_sec else None,
         "tpot_sec": (times_sec[-1] - times_sec[0]) / (len(times_sec) - 1) if len(times_sec) > 1 else None,
-        **{f"itl_p{p}_sec": value for p, value in zip(PERCENTILES, percentiles, strict=True)},
+        **{f"itl_p{p}_sec": value for p, value in zip(PERCENTILES, itl_percentiles, strict=True)},
     }
 
 
@@ -160,7 +162,7 @@ class RunRecords:
             "num_requests": len(self.requests),
             "seconds_total": sum(batch.seconds for batch in self.batches),
             **{phase: _phase_sum(phase, chosen[phase]) for phase in PHASES if chosen[phase]},
-            **{name: _percentiles([getattr(record, name) for record in chosen[name]]) for name in LATENCIES},
+            **{name: percentiles([getattr(record, name) for record in chosen[name]]) for name in LATENCIES},
             "itl_sec": self._itl(chosen["tpot_sec"]),
             "peak_memory_bytes": max(filter(None, map(_peak_memory, self.batches)), default=None),
         }
@@ -168,7 +170,7 @@ class RunRecords:
     def _itl(self, requests: Sequence[RequestRecord]) -> dict[str, float] | None:
         if any(request not in self.itls for request in requests):
             return None  # the run was interrupted, and single tokens are not on disk
-        return _percentiles([itl for request in requests for itl in self.itls[request]])
+        return percentiles([itl for request in requests for itl in self.itls[request]])
 
     def decoding_steps(self) -> dict[str, int]:
         """Number of batches by what computed their steps."""
@@ -185,14 +187,40 @@ def _steady(items: Sequence[Timed]) -> list[Timed]:
     return [item for item in items if not item.is_warmup] or list(items)
 
 
-def _phase_sum(phase: str, batches: Sequence[BatchRecord]) -> dict[str, float]:
-    seconds = sum(getattr(batch, f"{phase}_sec") for batch in batches)
+def _phase_sum(phase: str, batches: Sequence[BatchRecord]) -> dict[str, Any]:
     before = phase in ("prefill", "press")
-    tokens = sum(batch.num_prefill_tokens if before else batch.num_output_tokens for batch in batches)
-    return {"num_batches": len(batches), "num_tokens": tokens, "seconds": seconds, "tokens_per_sec": tokens / seconds}
+    tokens_by_batch = [batch.num_prefill_tokens if before else batch.num_output_tokens for batch in batches]
+    seconds_by_batch = [getattr(batch, f"{phase}_sec") for batch in batches]
+    tokens, seconds = sum(tokens_by_batch), sum(seconds_by_batch)
+    low, high = rate_interval(tokens_by_batch, seconds_by_batch)
+    return {
+        "num_batches": len(batches),
+        "num_tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_sec": tokens / seconds,
+        "tokens_per_sec_low": low,
+        "tokens_per_sec_high": high,
+    }
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+def rate_interval(num_tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of a ratio of sums over batches (Cochran, Sampling Techniques, 6.4); None of one batch."""
+    if len(seconds) < 2:
+        return None, None
+    rate = sum(num_tokens) / sum(seconds)
+    residuals = np.asarray(num_tokens) - rate * np.asarray(seconds)
+    error = float(np.sqrt(len(seconds) / (len(seconds) - 1) * np.square(residuals).sum())) / sum(seconds)
+    return max(0.0, rate - NORMAL_95 * error), rate + NORMAL_95 * error
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
-    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    reach = NORMAL_95 / 2 / math.sqrt(len(values))  # of the median's rank: Conover, Practical Nonparametric Statistics
+    low, high = np.quantile(values, np.clip([0.5 - reach, 0.5 + reach], 0, 1))
+    return {
+        "num_values": len(values),
+        **{f"p{p}": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)},
+        "p50_low": float(low),
+        "p50_high": float(high),
+    }

@@ -52,18 +52,25 @@ def _table_contents(
     return ReportTable(
         number=number,
         setting=table.setting,
-        heading=f"{table.setting.checkpoint} · {table.setting.dtype}",
+        heading=_heading(number, table, tables),
         protocol=_protocol(table),
         documents=_documents(table),
         num_documents=dict(table.documents),
         notices=table_notices(table, curves),
         columns=columns,
-        shown_columns=[column for column in columns if column.is_main or all_metrics],
+        shown_columns=[column for column in columns if _is_shown(column, table, all_metrics=all_metrics)],
         rows=[
             _row_contents(row, columns, row_marks(row, table, tables), row_curves)
             for row, row_curves in zip(table.rows, curves, strict=True)
         ],
     )
+
+
+def _is_shown(column: Column, table: Table, *, all_metrics: bool) -> bool:
+    """Whether a table for people has a column: leading metrics, and what any run of the table says."""
+    if column.metric is not None:
+        return column.is_main or all_metrics
+    return any(column.value(row) is not None for row in table.rows)
 
 
 def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], curves: tuple[Curve, ...]) -> ReportRow:
@@ -83,10 +90,18 @@ def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], 
 def _entry(column: Column, row: Row) -> Entry:
     value = column.value(row)
     difference = None if column.metric is None else row.difference(column.metric)
-    return Entry(value, column.kind, difference)
+    bounds = None if row.cell is None else dict(row.cell.speed.bounds).get(column.key)
+    return Entry(value, column.kind, difference, bounds)
 
 
 # ------------------------------------------------------------------------------------------------------------ words
+
+
+def _heading(number: int, table: Table, tables: Sequence[Table]) -> str:
+    """Checkpoint and dtype; with the table's number where another has them too."""
+    names = [f"{one.setting.checkpoint} · {one.setting.dtype}" for one in tables]
+    own = names[number - 1]
+    return own if names.count(own) == 1 else f"{own} · table {number}"
 
 
 def _protocol(table: Table) -> str:

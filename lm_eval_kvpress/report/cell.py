@@ -138,7 +138,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates in tokens per second and medians in seconds, measured after warm-up except for ``includes_warmup``."""
+    """Rates in tokens per second and medians in seconds, measured after warm-up except for ``includes_warmup``.
+
+    Attributes:
+        bounds: the 95 % interval of each that is known, by its name.
+        withheld: what the file holds and rests on too little (`speeds`).
+        machine: processor, threads, memory and GPU; None where the file does not say.
+    """
 
     prefill_tokens_per_sec: float | None = None
     score_tokens_per_sec: float | None = None
@@ -147,6 +153,9 @@ class Speed:
     tpot_sec: float | None = None
     peak_memory_bytes: float | None = None
     includes_warmup: tuple[str, ...] = ()
+    bounds: tuple[tuple[str, tuple[float, float]], ...] = ()
+    withheld: tuple[str, ...] = ()
+    machine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,14 @@ class Entry:
     value: Value
     kind: Kind
     difference: Difference | None = None
+    bounds: tuple[float, float] | None = None  # of the value itself, as speeds have them
 
     @property
     def text(self) -> str:
-        return format_value(self.value, self.kind)
+        if self.bounds is None:
+            return format_value(self.value, self.kind)
+        low, high = (format_value(bound, self.kind) for bound in self.bounds)
+        return f"{format_value(self.value, self.kind)} [{low}, {high}]"
 
     @property
     def number(self) -> float | None:

@@ -67,6 +67,8 @@ def record(table: ReportTable, row: ReportRow) -> dict[str, Any]:
         **{key: entry.value for key, entry in row.entries.items()},
         **_differences(table, row),
         **_kept_by_task(row),
+        **_speed_bounds(row),
+        "machine": None if row.cell is None else row.cell.speed.machine,
         "score_tokens_per_sec": None if row.cell is None else row.cell.speed.score_tokens_per_sec,
         "versions": "" if row.cell is None else " ".join("=".join(pair) for pair in row.cell.versions),
         "marks": "; ".join(f"{mark.label}: {mark.text}" for mark in row.marks),
@@ -95,6 +97,11 @@ def _kept_by_task(row: ReportRow) -> dict[str, float | None]:
     tasks = () if row.cell is None else row.cell.tasks
     kept_by_task = [(task.name, task.kept) for task in tasks if task.kept is not None]
     return {f"{task}.kept_{name}": getattr(kept, name) for task, kept in kept_by_task for name in KEPT_SHARES}
+
+
+def _speed_bounds(row: ReportRow) -> dict[str, float]:
+    bounds = () if row.cell is None else row.cell.speed.bounds
+    return {f"{name}_{end}": one[i] for name, one in bounds for i, end in enumerate(("low", "high"))}
 
 
 def _csv_value(value: Any) -> Any:

@@ -183,10 +183,11 @@ def _other_machine(cell: Cell, baseline: Cell) -> Iterator[Mark]:
     ]
     if changed:
         yield Mark("versions", "versions", f"Run with other versions than the baseline: {', '.join(changed)}.")
-    if (cell.device, cell.batch_size) != (baseline.device, baseline.batch_size):
+    own_place, other_place = ((one.speed.machine or one.device, one.batch_size) for one in (cell, baseline))
+    if own_place != other_place or cell.device != baseline.device:
         text = (
-            f"Run on {cell.device} in batches of {cell.batch_size}, the baseline on {baseline.device} in batches of "
-            f"{baseline.batch_size}: speeds do not compare."
+            f"Run on {own_place[0]} ({cell.device}) in batches of {own_place[1]}, the baseline on {other_place[0]} "
+            f"({baseline.device}) in batches of {other_place[1]}: speeds do not compare."
         )
         yield Mark("speed", "other speed", text)
 

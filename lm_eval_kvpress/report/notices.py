@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lm_eval_kvpress.report.formatting import first_names
 from lm_eval_kvpress.report.loss_curves import Curve
+from lm_eval_kvpress.report.speeds import MIN_BATCHES, MIN_TOKENS, MIN_VALUES
 from lm_eval_kvpress.report.tables import Table
 
 FEW_DOCUMENTS = 10
@@ -22,6 +23,8 @@ def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str,
         *_unscored(table),
         *_few_documents(table),
         *_without_samples(table),
+        *_machines(table),
+        *_withheld(table),
         *_warmup(table),
         *_without_curves(table, curves),
         *_left_out_files(table),
@@ -79,6 +82,22 @@ def _without_samples(table: Table) -> Iterator[str]:
     num_unlogged = sum(any(task.samples is None for task in cell.tasks if task.num_documents) for cell in table.cells)
     if num_unlogged:
         yield f"{num_unlogged} of {len(table.cells)} runs did not log samples (--log_samples): no intervals for them."
+
+
+def _machines(table: Table) -> Iterator[str]:
+    machines = dict.fromkeys(cell.speed.machine for cell in table.cells if cell.speed.machine and cell.speed.bounds)
+    if machines:
+        yield f"Speeds, with 95 % intervals over batches or requests, were measured on {' and on '.join(machines)}."
+
+
+def _withheld(table: Table) -> Iterator[str]:
+    num_runs = sum(bool(cell.speed.withheld) for cell in table.cells)
+    if num_runs:
+        yield (
+            f"Speeds of {num_runs} of {len(table.cells)} runs are not shown. A rate needs {MIN_BATCHES} batches and "
+            f"{MIN_TOKENS} tokens after warm-up, a median {MIN_VALUES} requests, and both an interval and the name of "
+            "the machine in the results."
+        )
 
 
 def _warmup(table: Table) -> Iterator[str]:

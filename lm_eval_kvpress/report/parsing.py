@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.report.averages import group_members, groups
-from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Speed, Task
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Task
 from lm_eval_kvpress.report.metric_values import PREDICT_ONLY, number, task_metrics
+from lm_eval_kvpress.report.speeds import parse_speed
 
 # Arguments of HFLM that change what a model answers: runs that differ in one of them are not compared.
 MODEL_ARGUMENTS = (
@@ -63,7 +64,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         press=_press(facts.get("press"), protocol or {}),
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tasks,
-        speed=_speed(throughput),
+        speed=parse_speed(throughput, facts.get("machine")),
         num_batches=throughput.get("num_batches"),
         parity=None if parity is None else bool(parity["passed"]),
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
@@ -160,24 +161,6 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
         bytes_allocated=pressed["kv_bytes_allocated"] + unpressed["kv_bytes_allocated"],
         bytes_effective=(pressed["kv_bytes_effective"] or 0) + (unpressed["kv_bytes_effective"] or 0),
         max_stream_bytes=fact.get("max_stream_bytes", 0),
-    )
-
-
-def _speed(throughput: Mapping[str, Any]) -> Speed:
-    def rate(phase: str) -> float | None:
-        return number((throughput.get(phase) or {}).get("tokens_per_sec"))
-
-    def median(latency: str) -> float | None:
-        return number((throughput.get(latency) or {}).get("p50"))
-
-    return Speed(
-        prefill_tokens_per_sec=rate("prefill"),
-        score_tokens_per_sec=rate("score"),
-        decode_tokens_per_sec=rate("decode"),
-        ttft_sec=median("ttft_sec"),
-        tpot_sec=median("tpot_sec"),
-        peak_memory_bytes=number(throughput.get("peak_memory_bytes")),
-        includes_warmup=tuple(throughput.get("includes_warmup") or ()),
     )
 
 

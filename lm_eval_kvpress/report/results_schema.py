@@ -87,6 +87,7 @@ class Facts(Part):
     throughput: Maybe[Throughput]
     parity: Maybe[Parity]
     versions: Maybe[dict[str, Any]]
+    machine: Maybe[dict[str, Any]]
 
 
 class Config(Part):

@@ -1,11 +1,15 @@
-"""Rates of a run are tokens of the phase per second of the phase."""
+"""Rates of a run are tokens of the phase per second of the phase, with their intervals and those of medians."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from lm_eval_kvpress.records.timings import BatchRecord, RunRecords
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+
+from lm_eval_kvpress.records.timings import BatchRecord, RunRecords, percentiles, rate_interval
 
 
 def batch(**figures: Any) -> BatchRecord:
@@ -29,3 +33,29 @@ def test_a_run_without_batches_or_seconds_has_no_rates() -> None:
     assert "prefill" not in RunRecords([batch(num_prefill_tokens=3)], []).summary()
     summary = RunRecords([], []).summary()
     assert (summary["seconds_total"], summary["ttft_sec"], summary["itl_sec"]) == (0, None, None)
+
+
+def test_the_interval_of_a_rate_is_near_that_of_a_bootstrap_over_batches() -> None:
+    random = np.random.default_rng(0)
+    tokens, seconds = random.integers(20, 40, 60), random.uniform(0.8, 1.2, 60)
+    found = bootstrap(
+        (tokens, seconds),
+        lambda tokens, seconds, axis: tokens.sum(axis) / seconds.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        random_state=0,
+    ).confidence_interval
+    assert rate_interval(tokens.tolist(), seconds.tolist()) == pytest.approx((found.low, found.high), rel=0.02)
+
+
+def test_one_batch_has_no_interval_and_equal_ones_a_point() -> None:
+    assert rate_interval([29], [0.0568]) == (None, None)
+    assert rate_interval([10, 10, 10], [2.0, 2.0, 2.0]) == (5.0, 5.0)
+
+
+def test_the_interval_of_a_median_is_of_its_ranks() -> None:
+    found = percentiles([float(value) for value in range(1, 102)])
+    assert found is not None and (found["num_values"], found["p50"]) == (101, 51.0)
+    assert (found["p50_low"], found["p50_high"]) == pytest.approx((51 - 9.75, 51 + 9.75), abs=0.1)
+    assert percentiles([]) is None

@@ -18,7 +18,22 @@ def test_tables_for_people_have_the_leading_metric_unless_all_are_asked_for(lead
     assert [column.key for column in table.shown_columns if column.metric] == ["recall.acc"]
     assert len([column for column in table.columns if column.metric]) == 3
     table = build_report([leaderboard], all_metrics=True).tables[0]
-    assert table.shown_columns == table.columns
+    assert [column for column in table.shown_columns if column.metric] == [one for one in table.columns if one.metric]
+
+
+def test_tables_for_people_have_no_column_of_which_no_run_says_anything(leaderboard: Path) -> None:
+    for table in build_report([leaderboard]).tables:
+        said = {
+            column.key for row in table.rows for column in table.columns if row.entries[column.key].value is not None
+        }
+        shown = {column.key for column in table.shown_columns if not column.metric}
+        assert shown == said - {column.key for column in table.columns if column.metric}
+
+
+def test_no_two_tables_have_one_heading(leaderboard: Path) -> None:
+    headings = [table.heading for table in build_report([leaderboard]).tables]
+    assert len(set(headings)) == len(headings) > 1
+    assert sum(heading.startswith("tiny · float32 · table ") for heading in headings) == 3
 
 
 def test_each_mark_of_a_table_has_one_number(leaderboard: Path) -> None:

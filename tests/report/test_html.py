@@ -93,14 +93,14 @@ def test_sorting_by_pointer_and_by_keyboard_keeps_the_baseline_on_top_and_the_mi
     heads = browser.find_elements("css selector", "thead th")
     number = next(index for index, head in enumerate(heads, start=1) if "acc" in head.text)
     heads[number - 1].click()
-    _wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
-    figures = ["0.200", "0.300", "0.450", "0.600", "0.750"]
+    _wait(browser, "return document.querySelector('th[aria-sort=descending]') !== null")
+    figures = ["0.750", "0.600", "0.450", "0.300", "0.200"]
     rest = _column(browser, number)[6:]
-    assert sorted(rest) == ["-", "NaN"] and _column(browser, number) == ["1.000", *figures, *rest]
+    assert sorted(rest) == ["-", "NaN"] and _column(browser, number) == ["1.000", *figures, *rest], "best first"
     control = heads[number - 1].find_element("css selector", "[tabindex='0'], button")
     browser.execute_script("arguments[0].focus()", control)
     ActionChains(browser).send_keys(Keys.ENTER).perform()
-    _wait(browser, "return document.querySelector('th[aria-sort=descending]') !== null")
+    _wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
     assert _column(browser, number) == ["1.000", *reversed(figures), *rest], "what is missing is last both ways"
 
 

@@ -26,5 +26,11 @@ def test_text_has_no_commands(text: str, escaped: str) -> None:
     assert escape_latex(text) == escaped
 
 
+def test_the_packages_it_needs_are_named_where_it_begins(leaderboard: Path) -> None:
+    text = latex(build_report([leaderboard]))
+    assert text.startswith("% Needs \\usepackage{booktabs,graphicx}")
+    assert "\\toprule" in text and "\\resizebox" in text
+
+
 def test_500_rows_are_lines(many_results: Path) -> None:
     assert latex(build_report([many_results])).count("\npress") == 499

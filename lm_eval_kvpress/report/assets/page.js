@@ -27,10 +27,11 @@ const tables = [...document.querySelectorAll("table")].map(element => {
   const pinned = element.rows[0].cells.length - 1;
   const extra = [...element.rows[0].cells].flatMap((cell, index) => (cell.dataset.main === "false" ? [index] : []));
   const figures = [...element.rows[0].cells].flatMap((cell, index) => (cell.dataset.text === "false" ? [index] : []));
+  const descending = [...element.rows[0].cells].flatMap((cell, index) => (cell.dataset.better === "true" ? [index] : [])); // best first
   const table = new DataTable(element, {
     paging: false, info: false, autoWidth: false, order: [], orderFixed: { pre: [[pinned, "asc"]] },
     layout: { topStart: null, topEnd: element.tBodies[0].rows.length > 8 ? "search" : null },
-    columnDefs: [{ targets: figures, type: "figure" }, { targets: [pinned, ...extra], visible: false }], language: { search: "Search" },
+    columnDefs: [{ targets: descending, orderSequence: ["desc", "asc", ""] }, { targets: figures, type: "figure" }, { targets: [pinned, ...extra], visible: false }], language: { search: "Search" },
   });
   // DataTables reads aria-sort off the first of the sorted columns, which is the pinned one.
   table.on("draw", () => [...element.tHead.rows[0].cells].forEach(head => {

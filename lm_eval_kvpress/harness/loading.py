@@ -7,7 +7,6 @@ presses work.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
+from lm_eval_kvpress.harness.launch import meet_the_others, num_processes
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.architectures import check_config, check_numbers
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
@@ -56,9 +56,11 @@ class CheckedHFLM(HFLM):
         if isinstance(pretrained, str):
             self.pretrained_name = pretrained
             arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+            meet_the_others(str(arguments["device"]))
             if not {"parallelize", "device_map"} & arguments.keys():
                 self._asked_device = arguments["device"]
             super().__init__(pretrained=resolve_pretrained(pretrained), **arguments)
+            self._take_a_share()
         else:
             self.pretrained_name = pretrained.name_or_path
             self._check_loaded(pretrained)
@@ -72,6 +74,16 @@ class CheckedHFLM(HFLM):
             UsageError: in one line.
         """
         check_settings(settings, self.model.config, self._asked_max_length)
+
+    def _take_a_share(self) -> None:
+        """Answer a share of the documents wherever several processes were started.
+
+        ``HFLM`` does so on machines of several GPUs only, by the rank within the machine: processes on CPUs, or on
+        machines of one GPU, would each answer everything, and machines of several would repeat each other's share.
+        """
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
         self._check_config(model.config)
@@ -91,7 +103,7 @@ class CheckedHFLM(HFLM):
 
         ``cuda`` and ``cuda:0`` pass: lm-eval's command asks for the first GPU where nobody did, also without any.
         """
-        if self._asked_device in (None, "cuda", "cuda:0") or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if self._asked_device in (None, "cuda", "cuda:0") or num_processes() > 1:
             return
         asked = torch.device(self._asked_device)
         if asked.type != self.device.type or asked.index not in (None, self.device.index):

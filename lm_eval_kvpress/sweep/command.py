@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.launch import num_processes
 from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.sweep.cells import cells_of
 from lm_eval_kvpress.sweep.run import run_cells
@@ -47,7 +47,7 @@ def settings_from(argv: Sequence[str]) -> SweepSettings:
 
 
 def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if num_processes() > 1:
         raise UsageError(
             "a sweep is one process: start it without accelerate or torchrun, for several GPUs one per GPU with "
             "--device cuda:N, some of the presses and an --output_path of its own"

@@ -31,7 +31,6 @@ LIMIT = 3
 ONE_RANK = """
 import json, sys, torch
 torch.set_num_threads(1)
-torch.cuda.device_count = lambda: 2  # all that HFLM asks before it takes part in a data-parallel run
 import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval_kvpress.harness import plugin
@@ -105,7 +104,7 @@ def two_ranks(settings: dict[str, Any]) -> dict[str, Any]:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", ONE_RANK, json.dumps(settings), json.dumps(TASKS), str(LIMIT)]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
             command,
@@ -156,3 +155,18 @@ def test_a_data_parallel_run_has_the_record_of_a_run_alone(tmp_path: Path) -> No
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     logged = Counter((line["task"], line["doc_id"], line["idx"]) for line in lines if line["record"] == "request")
     assert len(logged) == record["throughput"]["num_requests"] and set(logged.values()) == {1}
+
+
+@pytest.mark.slow
+def test_torchrun_on_a_cpu_shares_the_documents_of_lm_evals_command(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lm_eval"]
+    asked = ["--model", "kvpress", "--model_args", "pretrained=builtin,press=knorm", "--tasks", "kvpress_recall"]
+    asked += ["--limit", "4", "--output_path", str(tmp_path)]
+    done = subprocess.run(
+        [*torchrun, *asked], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.rglob("results_*.json")
+    record = json.loads(file.read_text())["config"]["kvpress"]
+    assert record["num_ranks"] == 2
+    assert record["tasks"]["kvpress_recall"]["contexts_pressed"]["num_contexts"] == 4

@@ -62,28 +62,34 @@ def _announce_after(spec: "ModuleSpec") -> None:
     exec_module = loader.exec_module
 
     def exec_and_announce(module: "ModuleType") -> None:
+        is_it = module.__name__ == spec.name  # one zipimporter serves every module of its archive
+        if is_it:
+            vars(loader).pop("exec_module", None)  # also where lm-eval itself raises
         exec_module(module)
-        if module.__name__ == spec.name:  # one zipimporter serves every module of its archive
-            vars(loader).pop("exec_module", None)
+        if is_it:
             _announce(spec.name)
 
     vars(loader)["exec_module"] = exec_and_announce
 
 
 def _announce(fullname: str) -> None:
-    """Let `plugin` do its part. An lm-eval that has changed is reported and goes on without us."""
+    """Let `plugin` do its part. An lm-eval that has changed is reported and goes on without us.
+
+    Whatever our part raises, even a warning that `-W error` turned into an error, the import of lm-eval is not ours to
+    fail: so every exception is caught here, and nowhere else.
+    """
     try:
         from lm_eval_kvpress.harness import plugin
 
         getattr(plugin, AFTER_IMPORT[fullname])()
-    except (ImportError, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+    except Exception as error:
         import warnings
 
-        warnings.warn(
-            f"lm-eval-kvpress, made for lm_eval 0.4.13, cannot enter itself after {fullname}: {error!r}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        problem = f"lm-eval-kvpress, made for lm_eval 0.4.13, cannot enter itself after {fullname}: {error!r}"
+        try:
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:
+            print(f"RuntimeWarning: {problem}", file=sys.stderr)
 
 
 install()

@@ -208,6 +208,22 @@ def test_a_changed_task_manager_goes_on_with_a_warning(lm_eval: Path) -> None:
     assert "RuntimeWarning: lm-eval-kvpress" in result.stderr
 
 
+@pytest.mark.parametrize("options", [(), ("-W", "error")])
+def test_what_our_part_raises_is_no_failure_of_lm_eval(lm_eval: Path, options: tuple[str, ...]) -> None:
+    """A registry that raises an error of its own; with `-W error` our warning of it would be another one."""
+    registry = lm_eval / "lm_eval" / "api" / "registry.py"
+    registry.write_text(REGISTRY.replace("self[name] = target", "raise RuntimeError('closed')"))
+    result = run("import lm_eval_kvpress._startup, lm_eval.models; print('goes on')", lm_eval, options=options)
+    assert (result.returncode, result.stdout) == (0, "goes on\n")
+    assert "RuntimeWarning: lm-eval-kvpress" in result.stderr and "closed" in result.stderr
+
+
+def test_an_lm_eval_that_raises_fails_as_it_would_alone_and_can_be_imported_again(lm_eval: Path) -> None:
+    (lm_eval / "lm_eval" / "models" / "__init__.py").write_text("raise RuntimeError('its own')")
+    code = "import lm_eval_kvpress._startup\ntry: import lm_eval.models\nexcept RuntimeError as error: print(error)"
+    assert output(code, lm_eval) == "its own"
+
+
 def test_an_import_error_of_lm_eval_stays_its_own(lm_eval: Path) -> None:
     (lm_eval / "lm_eval" / "models" / "__init__.py").write_text("import no_such_library")
     result = run("import lm_eval_kvpress._startup, lm_eval.models", lm_eval)

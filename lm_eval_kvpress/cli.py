@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.presses.suggest import near
 
 BAD_INPUT = 2  # the exit status that argparse uses
+INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = COMMANDS[args.command].target.partition(":")
     try:
         status: int = getattr(importlib.import_module(module), function)(args.arguments)
-    except (UsageError, OSError) as error:
+        sys.stdout.flush()  # a full or closed standard output shows here, or at the end of Python as a traceback
+    except (UsageError, OSError, KeyboardInterrupt) as error:
         if (line := one_line(error)) is None:
             raise
+        _drop_unwritten_output()
         print(f"{parser.prog} {args.command}: {line}", file=sys.stderr)
-        return BAD_INPUT
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
     return status
+
+
+def _drop_unwritten_output() -> None:
+    """Keep Python from failing, at its end, to write what standard output would not take before."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: Sequence[str]) -> int:

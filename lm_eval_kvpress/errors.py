@@ -13,6 +13,7 @@ NO_RIGHT = "choose a place that you may read and write"
 OF_THE_DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), NO_ROOM),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), NO_RIGHT),
+    errno.EPIPE: "who read the output has ended",
     errno.EIO: "look after the disk, then run the same command again",
 }
 """Errors of the operating system that only the user can mend, and how."""
@@ -29,6 +30,8 @@ def one_line(error: BaseException) -> str | None:
     """
     if isinstance(error, UsageError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror}: {OF_THE_DISK[error.errno]}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from repository import ROOT
@@ -127,3 +129,32 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     command_of(monkeypatch, "imagined", "raise ValueError('a defect')")
     with pytest.raises(ValueError, match="a defect"):
         cli.main(["bad"])
+
+
+def test_an_interrupt_ends_a_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm_eval_kvpress.presses.command.main", interrupted)
+    assert cli.main(["presses"]) == 130
+    assert capsys.readouterr().err == "lm-eval-kvpress presses: interrupted\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "full"])
+def test_an_output_that_cannot_be_written_is_one_line(closed: bool) -> None:
+    """As of `... | head -0`, or of a full disk."""
+    code = "import sys\nfrom lm_eval_kvpress import cli\n"
+    code += "import types; sys.modules['lm_eval_kvpress.presses.command'] = types.ModuleType('command')\n"
+    code += "sys.modules['lm_eval_kvpress.presses.command'].main = lambda _: print('x' * 10) or 0\n"
+    code += "sys.exit(cli.main(['presses']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") if closed else open("/dev/full", "w") as output:
+        done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    if not closed:
+        os.close(writer)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert ("who read the output has ended" if closed else "make room there") in done.stderr

@@ -22,6 +22,9 @@ NONE = "none"
 DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
 """Names that start so have a press that acts while text is generated (`presses.decoding`)."""
 
+MOST_PARTS = 16
+"""Wrappers and composed presses of one name; no combination that makes sense has half as many."""
+
 
 @dataclass(frozen=True)
 class ParsedName:
@@ -78,6 +81,8 @@ def parse_name(name: str) -> ParsedName:
     Raises:
         UsageError: one line, for a name that is unknown, unsupported or put together wrongly.
     """
+    if name.count(":") + name.count("+") > MOST_PARTS:
+        raise UsageError(f"press={name[:40]}... has too many parts: a press is wrapped a few times at most")
     first, colon, rest = name.partition(":")
     row = _row(first)
     if first == "composed":
@@ -103,9 +108,13 @@ def _row(name: str) -> Row:
             raise UsageError(f"press={name} is not supported: {unsupported.reason}")
     if name == NONE:
         raise UsageError("press=none removes nothing and cannot be wrapped or composed")
-    known_names = [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
     listed = ", ".join([NONE, *ROWS, DECODING, PREFILL_DECODING])
-    raise UsageError(f"unknown press '{name}': {near(name, known_names)}known are {listed}")
+    raise UsageError(f"unknown press '{name}': {near(name, listed_names())}known are {listed}")
+
+
+def listed_names() -> list[str]:
+    """Every name that a press may begin with."""
+    return [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
 
 
 def why_not_wrapped(row: Row, inner: ParsedName) -> str:

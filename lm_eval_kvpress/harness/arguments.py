@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,11 +18,12 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.settings import POSITIVE, Settings
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.decoding import parse_decoding, split_arguments, split_name
+from lm_eval_kvpress.presses.names import NONE, listed_names, resolve_alias
 from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.streaming import for_stream
 from lm_eval_kvpress.presses.suggest import near
-from lm_eval_kvpress.presses.values import ANY_NUMBER, parse_number, parse_value
+from lm_eval_kvpress.presses.values import ANY_NUMBER, Range, parse_number, parse_value
 
 ARGUMENTS = tuple(item.name for item in fields(Settings) if item.name != "decoding")
 """The fields of `Settings` that a user types by their names."""
@@ -34,6 +35,18 @@ LOADING_ARGUMENTS = frozenset(
     }
 )
 """What ``from_pretrained`` takes beyond the named arguments of ``HFLM``."""
+
+BOOLEANS = frozenset(
+    {
+        *(
+            name
+            for name, parameter in inspect.signature(HFLM.__init__).parameters.items()
+            if "bool" in str(parameter.annotation) and "str" not in str(parameter.annotation)
+        ),
+        *("force_download", "local_files_only", "low_cpu_mem_usage", "offload_state_dict", "use_safetensors"),
+    }
+)
+"""Arguments that are true or false. Any other word would be true: ``trust_remote_code=no`` ran a checkpoint's code."""
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64", "float", "half", "double")
 DEVICES = re.compile(r"cpu|mps(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
@@ -63,8 +76,23 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     return settings, rest
 
 
+def ignored_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that came with ``press=none``, as in a loop over presses with one ratio: it removes nothing."""
+    prefill, decoding = _press_names(arguments.get("press"))
+    if decoding is not None or resolve_alias(prefill)[0] != NONE:
+        return {}
+    return {name: arguments[name] for name in (RATIO, BUDGET) if arguments.get(name)}
+
+
 def _press_names(press: Any) -> tuple[str, str | None]:
     """The press of the prefill, and the one that acts while text is generated. lm-eval reads "none" as None."""
+    if is_dataclass(press):
+        fields_of = ", ".join(f"{item.name}={getattr(press, item.name, None)!r}" for item in fields(press))
+        name = type(press).__name__
+        raise UsageError(
+            f"press={name}({fields_of}) is an object: pass a press by name and its fields as arguments, of which every "
+            f"batch gets a fresh one; {near(name, listed_names())}`lm-eval-kvpress presses` lists names"
+        )
     if press == "":
         raise UsageError("press= is empty: name a press, or press=none")
     return split_name("none" if press is None else str(press))
@@ -144,6 +172,12 @@ def _refuse_unknown(rest: Mapping[str, Any], press_arguments: frozenset[str], pr
 
 def _check_hflm_arguments(rest: dict[str, Any]) -> None:
     """Refuse what ``HFLM`` would take for another value, or fail at only once weights are read; convert numbers."""
+    for name in sorted(BOOLEANS & rest.keys()):
+        rest[name] = parse_value(name, bool | None, rest[name])
+    if rest.get("enable_thinking") and rest.get("think_end_token") is None:
+        raise UsageError("enable_thinking=true needs think_end_token=..., where an answer begins")
+    if rest.get("prefix_token_id") is not None:
+        rest["prefix_token_id"] = parse_number("prefix_token_id", int, rest["prefix_token_id"], Range(low=0))
     for name in ("max_length", "max_batch_size"):
         if rest.get(name) is not None:
             rest[name] = parse_number(name, int, rest[name], POSITIVE["range"])

@@ -32,6 +32,8 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
         UsageError: for an argument that is not supported, or so many new tokens that no prompt fits.
     """
     given = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
+    if lm.eot_token_id is None:
+        raise UsageError("the tokenizer has no EOS, at which texts would end: choose tasks that score, or another one")
     eos = lm.tok_decode([lm.eot_token_id], skip_special_tokens=False)
     until: list[str] = handle_stop_sequences(given.pop("until", None), eos=eos)
     asked = given.pop("max_gen_toks")

@@ -1,7 +1,8 @@
 """What an answer depends on besides its request, and the guard of lm-eval's ``--use_cache``.
 
-lm-eval keys cached answers by the request alone. The cache therefore holds an entry that says whose answers it keeps.
-Knows ``HFLM``, models as their parameters, and the cache as a mapping. Does not know presses or text.
+lm-eval keys cached answers by the request alone. So a file beside the cache says whose answers it keeps. Nothing is
+read from the cache itself, whose values are pickles: reading one may run code. Knows ``HFLM``, models as their
+parameters, and how many answers a cache holds. Does not know presses or text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import inspect
 import json
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import write_whole
 
-OWNER = "lm_eval_kvpress.owner"
-"""The cache's key for whose answers it holds."""
+OWNER_ENDING = ".owner.json"
+"""Ends the name of the file beside a cache that says whose answers it holds."""
 
 NO_PART_OF_ANSWERS = frozenset(
     {
@@ -112,26 +115,35 @@ def run_identity(lm: HFLM, facts: Mapping[str, Any], arguments: Mapping[str, str
     }
 
 
-def check_owner(cache: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_owner(cache: Sized, file: Path, identity: Mapping[str, Any]) -> None:
     """Make sure that a cache holds this run's answers only; an empty one becomes this run's.
 
     Args:
-        cache: lm-eval's cache of answers.
+        cache: lm-eval's cache of answers, of which only the number is looked at.
+        file: of the cache; the mark lies beside it.
         identity: of the run (`run_identity`).
 
     Raises:
         UsageError: if it holds the answers of another run.
     """
-    own = json.loads(json.dumps(identity, sort_keys=True))
-    if OWNER not in cache:
-        if len(cache):
-            raise UsageError("use_cache holds answers of unknown origin: choose another file")
-        cache[OWNER] = own
+    own, mark = json.loads(json.dumps(identity, sort_keys=True)), file.with_name(file.name + OWNER_ENDING)
+    if not len(cache):
+        write_whole(mark, json.dumps(own, indent=2))
         return
-    owner = cache[OWNER]
+    owner = _read_owner(mark)
     changed = sorted(key for key in owner.keys() | own.keys() if owner.get(key) != own.get(key))
     if changed:
         raise UsageError(
             f"use_cache holds answers under another setting ({', '.join(changed)} differ), and lm-eval would hand them "
             "out for this one: choose another file"
         )
+
+
+def _read_owner(mark: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        owner = None
+    if not isinstance(owner, dict):
+        raise UsageError(f"use_cache holds answers of unknown origin, no {mark} says whose: choose another file")
+    return owner

@@ -42,6 +42,12 @@ def num_processes() -> int:
     return int(announced)
 
 
+def rank_in_run() -> int:
+    """The index of this process among those that the environment announces, before they have met."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if num_processes() > 1 and rank.isdecimal() else 0
+
+
 def meet_the_others(device: str) -> None:
     """Wait for the other processes that the environment announces, for as long as `WAIT`.
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
-from lm_eval_kvpress.harness.launch import meet_the_others, num_processes
+from lm_eval_kvpress.harness.launch import meet_the_others, num_processes, rank_in_run
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.architectures import check_config, check_numbers
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
@@ -48,11 +48,12 @@ class CheckedHFLM(HFLM):
         if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
         self._settings_at_load, self._asked_max_length = settings, arguments.get("max_length")
+        self._asked_prefix = arguments.get("prefix_token_id")
         self._asked_device: str | None = None
         self._is_borrowed = not isinstance(pretrained, str)
         if settings.stream_output is not None:
             make_writable("stream_output", Path(settings.stream_output))
-            self._stream_lock = lock_folder(Path(settings.stream_output), int(os.environ.get("RANK", 0)))
+            self._stream_lock = lock_folder(Path(settings.stream_output), rank_in_run())
         if isinstance(pretrained, str):
             self.pretrained_name = pretrained
             arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +97,10 @@ class CheckedHFLM(HFLM):
 
     def _check_config(self, config: PretrainedConfig) -> None:
         check_numbers(config)
+        if self._asked_prefix is not None and self._asked_prefix >= config.vocab_size:
+            raise UsageError(
+                f"prefix_token_id={self._asked_prefix} is beyond the model's vocabulary of {config.vocab_size} tokens"
+            )
         check_settings(self._settings_at_load, config, self._asked_max_length)
 
     def _check_device(self) -> None:
@@ -131,6 +136,11 @@ class CheckedHFLM(HFLM):
             raise UsageError(
                 f"no tokenizer in {tokenizer or self.pretrained_name}: pass tokenizer=FOLDER with one, or save the "
                 "model's own beside its weights"
+            )
+        if self._asked_prefix is None and self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
+            raise UsageError(
+                f"the tokenizer of {self.pretrained_name} has neither BOS nor EOS, so nothing predicts a text's first "
+                "token: pass prefix_token_id=N"
             )
         # Documents are cut into windows here: the warning that they are longer than one would mislead.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
+from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.records.totals import TaskTotals
 
@@ -21,6 +22,14 @@ def log_kept_shares(settings: Settings, totals: Mapping[str, TaskTotals]) -> Non
     for task, of_task in totals.items():
         for level, text in _messages(settings, of_task):
             logger.log(level, "%s: %s", task, text)
+
+
+def log_records(settings: Settings, facts: RankFacts) -> None:
+    """Log where the records of a run are, and how many requests they tell of."""
+    if settings.throughput_log is not None:
+        ranks = "" if facts.num_ranks == 1 else f", with a file .rankN beside it for each of {facts.num_ranks} ranks"
+        num_requests = len(facts.records.requests)
+        logger.info("throughput_log=%s tells of %d requests%s", settings.throughput_log, num_requests, ranks)
 
 
 def _messages(settings: Settings, totals: TaskTotals) -> Iterator[Message]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -28,10 +29,11 @@ from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import adapters, identity, messages, parity, ranks, run_record
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
-from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.harness.arguments import ignored_arguments, parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
 from lm_eval_kvpress.harness.document_ids import note_document_ids
 from lm_eval_kvpress.harness.generation_config import checkpoint_options
+from lm_eval_kvpress.harness.launch import rank_in_run
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.machine import machine
 from lm_eval_kvpress.harness.requests import (
@@ -79,7 +81,9 @@ class KVPress(CheckedHFLM):
         share_log_handlers("lm_eval")
         note_document_ids()
         settings, hflm_arguments = parse_arguments(arguments)
+        self._ignored = ignored_arguments(arguments)
         self._arguments_of_answers = identity.arguments_of_answers(hflm_arguments)
+        recorders = _opened(settings)
         super().__init__(self.DEFAULT_PRETRAINED if pretrained is None else pretrained, settings, **hflm_arguments)
         stock = parity.stock_answers(self) if settings.parity else None  # before the change of basis
         self.press_model = self._present(fast=settings.fast)
@@ -87,10 +91,23 @@ class KVPress(CheckedHFLM):
         self._graphs = GraphRecorder(self.press_model)
         build = functools.partial(KVPress, fast=settings.fast)
         self._parity = None if stock is None else parity.certify(self, stock, settings.press, build)
-        log = None if settings.throughput_log is None else Path(settings.throughput_log)
-        self.use(self.open_session(settings, list(open_recorders(log, settings.metrics_port, self.rank))))
+        if self._parity is not None:
+            logger.info("parity: %s", self._parity.in_words())
+        self.use(self.open_session(settings, recorders))
         if settings.press.attn_implementation:
             logger.info("press=%s runs on %s attention", settings.press.name, self.model.config._attn_implementation)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> KVPress:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> KVPress:
+        """lm-eval's command gives its own options here, too: a name in both would be a `TypeError`."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        for name in sorted(arg_dict.keys() & options.keys()):
+            raise UsageError(f"{name} is given twice: leave {name}={arg_dict[name]} out and pass --{name}")
+        return cls(**arg_dict, **options)
 
     # -------------------------------------------------------------------------------------------------- loading
 
@@ -208,7 +225,7 @@ class KVPress(CheckedHFLM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is None:
             return
-        identity.check_owner(cache_hook.dbdict, self._identity())
+        identity.check_owner(cache_hook.dbdict, Path(cache_hook.dbdict.filename), self._identity())
         logger.warning("use_cache: what was kept and how long it took is measured for new answers only")
 
     def _identity(self) -> dict[str, Any]:
@@ -226,6 +243,7 @@ class KVPress(CheckedHFLM):
         """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
         share_log_handlers("lm_eval")  # again: --verbosity comes into force after the requests
         messages.log_kept_shares(self.session.settings, self.session.facts.totals)
+        messages.log_records(self.session.settings, self.session.facts)
         return {**super().get_model_info(), "kvpress": self.describe()}
 
     def describe(self) -> dict[str, Any]:
@@ -234,6 +252,7 @@ class KVPress(CheckedHFLM):
             "run": self.session.runner.meter.labels.run,
             "pretrained": self.pretrained_name,
             **run_record.asked(self.session.settings, self.max_length),
+            "ignored_arguments": self._ignored,
             "attn_implementation": self.model.config._attn_implementation,
             "device": str(self.device),
             "machine": machine(self.device),
@@ -246,6 +265,12 @@ class KVPress(CheckedHFLM):
             **run_record.measured(self.session.facts),
             "versions": run_record.versions(),
         }
+
+
+def _opened(settings: Settings) -> list[Recorder]:
+    """What records go to, before weights are read: a file in use or a port that is taken costs no load."""
+    log = None if settings.throughput_log is None else Path(settings.throughput_log)
+    return list(open_recorders(log, settings.metrics_port, rank_in_run()))
 
 
 class PythiaKVPress(KVPress):

@@ -82,6 +82,15 @@ class ParityCertificate:
         exact = self.dtype != "float32" or self.greedy_disagreements == 0
         return exact and all(difference <= self.tolerance for difference in differences)
 
+    def in_words(self) -> str:
+        """The verdict in one line."""
+        differences = (self.loglikelihood, self.loglikelihood_rolling, self.generate_until)
+        verdict = "ratio 0 gives stock HFLM's answers" if self.passed else "ratio 0 does NOT give stock HFLM's answers"
+        return (
+            f"{verdict} to {self.num_requests} requests (press={self.press}, largest difference "
+            f"{max(differences):.2g} nats per token, tolerance {self.tolerance:.2g})"
+        )
+
     def summary(self) -> dict[str, Any]:
         """Everything above and the verdict, ready for JSON."""
         return {**asdict(self), "passed": self.passed}

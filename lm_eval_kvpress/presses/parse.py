@@ -15,7 +15,7 @@ from lm_eval_kvpress.presses.catalog import REQUIRED
 from lm_eval_kvpress.presses.names import NONE, ParsedName, parse_name, resolve_alias
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.suggest import near
-from lm_eval_kvpress.presses.values import parse_number
+from lm_eval_kvpress.presses.values import Range, parse_number
 
 
 def parse_press(name: str | None = NONE, arguments: Mapping[str, Any] | None = None) -> PressSpec:
@@ -61,8 +61,8 @@ def _check_none(given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key not in (RATIO, BUDGET):
             raise UsageError(f"unknown argument '{key}': press=none takes none")
-        if value not in (0, None):
-            raise UsageError(f"{key}={value}: press=none removes nothing; name a press, such as press=snapkv")
+        if value is not None:  # a loop over presses gives all of them one ratio; 0 of a budget is none, too
+            parse_number(key, float, value, RANGES[RATIO] if key == RATIO else Range(low=0))
 
 
 def _parse_size(parsed: ParsedName, given: Mapping[str, Any]) -> dict[str, Any]:

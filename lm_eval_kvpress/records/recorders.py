@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.records.meter import Recorder
+
+logger = logging.getLogger("lm_eval_kvpress")
 
 
 def open_recorders(throughput_log: Path | None, metrics_port: int | None, rank: int = 0) -> Iterator[Recorder]:
@@ -31,7 +34,9 @@ def _metrics_server(port: int) -> Recorder:
     try:
         from lm_eval_kvpress.records.prometheus import MetricsServer  # needs an extra
 
-        return MetricsServer(port)
+        server = MetricsServer(port)
+        logger.info("metrics_port: live figures at http://127.0.0.1:%d/metrics while this process lasts", port)
+        return server
     except ImportError as error:
         raise UsageError("metrics_port needs prometheus-client: pip install 'lm-eval-kvpress[metrics]'") from error
     except OSError as error:

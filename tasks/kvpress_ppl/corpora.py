@@ -232,7 +232,7 @@ def read_records(
     """
     data_dir = data_dir or os.environ.get("KVPRESS_DATA_DIR")
     if data_dir:
-        path = Path(data_dir).expanduser() / local_file
+        path = Path(str(data_dir)).expanduser() / local_file  # lm-eval reads a folder named 2024 as a number
         records, source = _from_file(path, hub_dataset), str(path)
     else:
         records, source = _from_hub(hub_dataset, hub_config, local_file), hub_dataset

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvpress
 import pytest
 import torch
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.harness.arguments import BOOLEANS, LOADING_ARGUMENTS, ignored_arguments, parse_arguments
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapvk"}, "snapkv"),
@@ -35,7 +36,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"press": "snapkv", "compression_ratio": "half"}, "compression_ratio"),
     ({"press": "snapkv", "compression_ratio": 0.5, "kv_budget": 64}, "kv_budget"),
     ({"press": "snapkv", "kv_budget": 0}, "kv_budget"),
-    ({"press": "none", "compression_ratio": 0.5}, "none"),
+    ({"press": "none", "compression_ratio": 1.5}, "compression_ratio=1.5 must be at least 0 and below 1"),
+    ({"press": "SnapKVPress"}, "did you mean 'snapkv'"),
+    ({"press": "SnapKV"}, "did you mean 'snapkv'"),
+    ({"press": "h2o"}, "did you mean 'observed_attention'"),
+    ({"press": "knorm", "ratio": 0.5}, "did you mean 'compression_ratio'"),
+    ({"press": "key_rerotation:" * 1000 + "knorm"}, "too many parts"),
+    ({"press": "random", "seed": 2**70}, "seed=1180591620717411303424 must be at least 0 and at most"),
+    ({"query_tokens": 10**400}, "must be a whole number"),
+    ({"trust_remote_code": "no"}, "trust_remote_code=no must be true or false"),
+    ({"parallelize": "off"}, "parallelize=off must be true or false"),
+    ({"local_files_only": 1}, "local_files_only=1 must be true or false"),
+    ({"add_bos_token": "yes"}, "add_bos_token=yes must be true or false"),
+    ({"enable_thinking": True}, "needs think_end_token"),
+    ({"prefix_token_id": -1}, "prefix_token_id=-1 must be at least 0"),
+    ({"prefix_token_id": "bos"}, "prefix_token_id=bos must be a whole number"),
     ({"query_tokens": -1}, "query_tokens"),
     ({"query_tokens": "many"}, "query_tokens"),
     ({"query_tokens": 1.5}, "query_tokens"),
@@ -90,3 +105,24 @@ def test_press_arguments_and_hflm_arguments_are_told_apart() -> None:
     assert settings.query_tokens == 3
     assert rest == {"batch_size": 4, "attn_implementation": "sdpa"}
     assert parse_arguments({"press": "observed_attention"})[1]["attn_implementation"] == "eager"
+
+
+def test_every_argument_of_hflm_that_is_true_or_false_is_known() -> None:
+    """`autogptq` may name a file."""
+    of_hflm = {"truncation", "logits_cache", "trust_remote_code", "use_fast_tokenizer", "add_bos_token", "parallelize"}
+    assert of_hflm | {"gptqmodel", "enable_thinking"} == BOOLEANS - LOADING_ARGUMENTS
+
+
+@pytest.mark.parametrize("press", ["none", None, "no_press"])
+def test_a_ratio_beside_no_press_is_ignored_and_named(press: str | None) -> None:
+    """As in a loop over presses with one ratio."""
+    given = {"press": press, "compression_ratio": 0.5}
+    assert parse_arguments(given)[0].press.arguments == {}
+    assert ignored_arguments(given) == {"compression_ratio": 0.5}
+    assert ignored_arguments({"press": press, "compression_ratio": 0}) == {}
+    assert ignored_arguments({"press": "knorm", "compression_ratio": 0.5}) == {}
+
+
+def test_a_press_object_is_described_by_its_name_and_fields() -> None:
+    with pytest.raises(UsageError, match="SnapKVPress.compression_ratio=0.5.* is an object.* did you mean 'snapkv'"):
+        parse_arguments({"press": kvpress.SnapKVPress(0.5)})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from sqlitedict import SqliteDict
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
@@ -119,11 +120,39 @@ def test_another_setting_is_refused(checkpoint_dir: Path, tmp_path: Path, other:
     assert "\n" not in str(caught.value)
 
 
-def test_answers_of_unknown_origin_are_refused(checkpoint_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown origin"):
-        lm = cached(checkpoint_dir, tmp_path / "answers.db")
-        del lm.dbdict["lm_eval_kvpress.owner"]
-        lm.dbdict["hash of a request"] = (-1.0, True)
-        lm.dbdict.commit()
-        lm.dbdict.close()
+@pytest.mark.parametrize("mark", [None, "no JSON", "[1]", "[" * 100_000])
+def test_answers_of_unknown_origin_are_refused(checkpoint_dir: Path, tmp_path: Path, mark: str | None) -> None:
+    first = cached(checkpoint_dir, tmp_path / "answers.db")
+    first.loglikelihood(cached_requests())
+    first.dbdict.close()
+    beside = tmp_path / "answers.db.owner.json"
+    beside.unlink() if mark is None else beside.write_text(mark)
+    with pytest.raises(UsageError, match="unknown origin, no .*answers.db.owner.json says whose") as caught:
         cached(checkpoint_dir, tmp_path / "answers.db")
+    assert "\n" not in str(caught.value)
+
+
+class Hostile:
+    """A pickle that runs code."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("a pickle of the cache was read",)
+
+
+def test_no_pickle_of_a_foreign_cache_is_read(checkpoint_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.db"
+    with SqliteDict(str(file), autocommit=True) as cache:
+        for key in ("lm_eval_kvpress.owner", "hash of a request"):
+            cache[key] = Hostile()
+    with pytest.raises(UsageError, match="unknown origin"):
+        cached(checkpoint_dir, file)
+
+
+def test_a_cache_that_is_empty_again_belongs_to_the_next_run(checkpoint_dir: Path, tmp_path: Path) -> None:
+    first = cached(checkpoint_dir, tmp_path / "answers.db", press="knorm")
+    first.dbdict.close()
+    again = cached(checkpoint_dir, tmp_path / "answers.db", press="none")
+    again.loglikelihood(cached_requests())
+    again.dbdict.close()
+    with pytest.raises(UsageError, match="answers under another setting"):
+        cached(checkpoint_dir, tmp_path / "answers.db", press="knorm")

@@ -229,3 +229,50 @@ def test_a_model_on_a_second_gpu_makes_it_the_current_one(monkeypatch: pytest.Mo
         model: Any = SimpleNamespace(device=torch.device(device))
         loading.settle_on_device(model, torch.float32)
     assert calls == [torch.device("cuda:1")]
+
+
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HFLM, "_create_model", lambda *_, **__: pytest.fail("weights were read"))
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prefix_token_id": 9_000}, "prefix_token_id=9000 is beyond the model's vocabulary of"),
+        ({"throughput_log": "{folder}"}, "log.jsonl"),
+        ({"metrics_port": 1}, "metrics_port=1 cannot be opened"),
+    ],
+)
+def test_what_can_be_known_costs_no_load(
+    checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], says: str
+) -> None:
+    def taken(port: int, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("prometheus_client.start_http_server", taken)
+    monkeypatch.setattr("lm_eval_kvpress.records.prometheus.start_http_server", taken)
+    (tmp_path / "log.jsonl").mkdir()
+    given = {name: str(tmp_path / "log.jsonl") if value == "{folder}" else value for name, value in arguments.items()}
+    with pytest.raises(UsageError, match=says):
+        KVPress(pretrained=str(checkpoint_dir), device="cpu", **given)
+
+
+def test_a_tokenizer_without_an_end_scores_and_does_not_generate(
+    make_neox: Callable[..., GPTNeoXForCausalLM],
+) -> None:
+    letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate("ACGT|")}, merges=[]))
+    model, tokenizer = make_neox(vocab_size=5), PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="|")
+    with pytest.raises(UsageError, match="neither BOS nor EOS.* pass prefix_token_id=N"):
+        KVPress(pretrained=model, tokenizer=tokenizer, device="cpu")
+    lm = KVPress(pretrained=model, tokenizer=tokenizer, device="cpu", prefix_token_id=4)
+    pair = Instance("loglikelihood", {}, ("GATTACA", "GG"), 0, ("dna", 0, 1))
+    assert lm.loglikelihood([pair], disable_tqdm=True)[0][0] < 0
+    with pytest.raises(UsageError, match="the tokenizer has no EOS"):
+        lm.generate_until([Instance("generate_until", {}, ("GATT", {"until": []}), 0, ("dna", 0, 1))], True)
+
+
+def test_an_option_of_the_command_among_the_model_arguments_is_one_line() -> None:
+    with pytest.raises(UsageError, match="batch_size is given twice: leave batch_size=4 out and pass --batch_size"):
+        KVPress.create_from_arg_string("pretrained=builtin,batch_size=4", {"batch_size": 1, "device": None})

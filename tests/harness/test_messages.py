@@ -6,6 +6,8 @@ import pytest
 
 from lm_eval_kvpress.harness import messages
 from lm_eval_kvpress.harness.arguments import parse_arguments
+from lm_eval_kvpress.harness.ranks import RankFacts
+from lm_eval_kvpress.records.timings import RunRecords
 from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
 
 
@@ -30,3 +32,12 @@ def test_a_press_that_compressed_nothing_is_a_warning(caplog: pytest.LogCaptureF
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == "other: press=knorm compressed nothing; its figures are the uncompressed ones"
+
+
+@pytest.mark.parametrize(("num_ranks", "says"), [(1, "tells of 0 requests"), (2, "beside it for each of 2 ranks")])
+def test_where_records_are_is_said(caplog: pytest.LogCaptureFixture, num_ranks: int, says: str) -> None:
+    settings, _ = parse_arguments({"throughput_log": "log.csv"})
+    with caplog.at_level("INFO"):
+        messages.log_records(settings, RankFacts({}, RunRecords(), num_ranks))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("throughput_log=log.csv tells of 0 requests") and says in record.getMessage()

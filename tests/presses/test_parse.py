@@ -91,8 +91,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("per_layer:knorm", {"compression_ratios": "0.1", "compression_ratio": 0.5}, "compression_ratios"),
     ("dms:knorm", {}, "needs threshold"),
     ("dms:knorm", {"threshold": 0, "compression_ratio": 0.5}, "threshold"),
-    ("none", {"compression_ratio": 0.5}, "press=none removes nothing"),
-    ("none", {"kv_budget": 64}, "press=none removes nothing"),
+    ("none", {"compression_ratio": "half"}, "compression_ratio=half must be a number"),
+    ("none", {"kv_budget": -1}, "kv_budget=-1 must be at least 0"),
     ("none", {"window_size": 64}, "press=none takes none"),
 ]
 

@@ -158,3 +158,8 @@ def test_whatever_stands_in_a_file_is_a_setting_or_one_line(key: str) -> None:
 def test_settings_without_a_name_are_one_line(key: Any) -> None:
     with pytest.raises(UsageError, match="unknown setting"):
         parse_settings({"tasks": ["t"], "presses": ["none"], "output_path": "o", key: 1})
+
+
+def test_spaces_between_names_are_no_part_of_them() -> None:
+    settings = parse_settings({"tasks": "a, b", "presses": "none, knorm ,snapkv", "output_path": "o"})
+    assert (settings.tasks, settings.presses) == (["a", "b"], ["none", "knorm", "snapkv"])

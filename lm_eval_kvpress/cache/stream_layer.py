@@ -46,7 +46,7 @@ class StreamLayer(DynamicLayer):
         cos, sin = cache_kwargs["cos"][:, None], cache_kwargs["sin"][:, None]
         unrotated = key_states * cos - rotate_half(key_states) * sin  # rotated back
         num_cached = self.keys.shape[2]
-        old_cos, old_sin = (angle[:, :, :num_cached] for angle in self._angles)
+        old_cos, old_sin = (angle[:, :, :num_cached].to(self.keys.device) for angle in self._angles)
         rotated = self.keys * old_cos + rotate_half(self.keys) * old_sin
         self._rotated = torch.cat([rotated, key_states], dim=2)
         self.keys = torch.cat([self.keys, unrotated], dim=2)

@@ -108,8 +108,7 @@ class WindowLayer(DynamicLayer):
         self._show()
         keys, values, num_entries = self.keys, self.values, self._end - self.begin
         if self._rotations is not None:
-            cos, sin = (angle[:, :, self.begin : self.begin + 1] for angle in self._rotations)
-            keys = _rotated(keys, cos, -sin)
+            keys = self._rotated(keys, self.begin, 1, back=True)
         self._key_buffer[:, :, :num_entries] = keys.clone()  # the two ends may overlap
         self._value_buffer[:, :, :num_entries] = values.clone()
         self.begin, self._end = 0, num_entries
@@ -118,12 +117,12 @@ class WindowLayer(DynamicLayer):
 
     def _turned(self, keys: torch.Tensor, first: int, back: bool = False) -> torch.Tensor:
         """The keys rotated by places ``first`` and further, or rotated back by them."""
+        return self._rotated(keys, first, keys.shape[2], back=back)
+
+    def _rotated(self, keys: torch.Tensor, first: int, num_places: int, *, back: bool) -> torch.Tensor:
+        """Rotate by ``num_places`` places, or by one for all, in fp32 whatever the dtype: one rounding per rotation."""
         assert self._rotations is not None
-        cos, sin = (angle[:, :, first : first + keys.shape[2]] for angle in self._rotations)
-        return _rotated(keys, cos, -sin if back else sin)
-
-
-def _rotated(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate in fp32, whatever the dtype of the keys: one rounding per rotation."""
-    full = keys.float()
-    return (full * cos + rotate_half(full) * sin).to(keys.dtype)
+        places = slice(first, first + num_places)
+        cos, sin = (angle[:, :, places].to(keys.device) for angle in self._rotations)  # layers may lie on other devices
+        full = keys.float()
+        return (full * cos + rotate_half(full) * (-sin if back else sin)).to(keys.dtype)

@@ -118,10 +118,11 @@ class BudgetKeeper:
     def _best(
         self, index: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        module, hidden = self._model.attentions[index], self._hidden[index][rows]
-        back = torch.arange(-hidden.shape[1], 0, device=positions.device)
-        angles = self._model.model.base_model.rotary_emb(hidden, positions[rows, None] + back)
-        kwargs = {"hidden_states": hidden, "position_embeddings": angles}
+        device = keys.device  # of this layer: a model may be spread over several
+        module, hidden = self._model.attentions[index], self._hidden[index].to(device)[rows]
+        back = torch.arange(-hidden.shape[1], 0, device=device)
+        angles = self._model.model.base_model.rotary_emb(hidden, positions.to(device)[rows, None] + back)
+        kwargs = {"hidden_states": hidden, "position_embeddings": tuple(angle.to(device) for angle in angles)}
         press = self._plan.press_for(keys.shape[2])
         scores = press.score(module, hidden, keys, values, None, kwargs)  # (G, H, T)
         stay = highest(scores, self._plan.target_size)[..., None].expand(-1, -1, -1, keys.shape[3])

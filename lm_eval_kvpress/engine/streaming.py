@@ -27,6 +27,7 @@ from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
 from lm_eval_kvpress.engine.outcomes import Streamed
 from lm_eval_kvpress.engine.stream_eviction import Evictor, Scorer
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.token_logprobs import rows_at_once
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 
@@ -177,9 +178,14 @@ def _causal_bias(model: PressableModel, chunk: torch.Tensor, num_cached: int) ->
 
 
 def _losses(model: PressableModel, hidden: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))  # (B * C, V)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in targets], batch_first=True)
-    losses = nn.functional.cross_entropy(logits, padded.reshape(-1).to(logits.device), reduction="none")
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in targets], batch_first=True)  # (B, C)
+    step = rows_at_once(model)  # the logits of all rows may be larger than the cache
+    parts = zip(hidden.reshape(-1, hidden.shape[-1]).split(step), padded.reshape(-1).split(step), strict=True)
+    found = []
+    for predicting, wanted in parts:
+        logits = model.logits(predicting)  # (rows, V)
+        found.append(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none"))
+    losses = torch.cat(found)
     return [row[: len(t)] for row, t in zip(losses.view(padded.shape).tolist(), targets, strict=True)]
 
 

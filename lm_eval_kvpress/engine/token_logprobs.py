@@ -54,12 +54,17 @@ def token_scores(
         )
     logprobs = torch.empty(len(targets))
     greedy = torch.empty(len(targets), dtype=torch.bool)
-    step = TILE_ROWS if model.head_can_be_cut else max(1, _budget(model) // (4 * model.num_logits))
+    step = TILE_ROWS if model.head_can_be_cut else rows_at_once(model)
     for start in range(0, len(hidden), step):
         members = ((sources >= start) & (sources < start + step)).nonzero()[:, 0]
         rows = _Rows(model, hidden[start : start + step], sources[members] - start, targets[members])
         logprobs[members], greedy[members] = rows.scores()
     return logprobs, greedy
+
+
+def rows_at_once(model: PressableModel) -> int:
+    """Positions whose whole rows of logits are one tile; at least 1."""
+    return max(1, _budget(model) // (4 * model.num_logits))
 
 
 def _budget(model: PressableModel) -> int:

@@ -12,6 +12,7 @@ from kvpress import KeyDiffPress, LagKVPress, SnapKVPress, StreamingLLMPress, TO
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
+from lm_eval_kvpress.engine import token_logprobs
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import stream
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -101,6 +102,24 @@ def test_the_window_in_place_is_what_the_press_keeps(
     found = losses(model, texts, chunk, lambda _: pytest.fail("asked the press"), rotate, num_sinks=num_sinks)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+def test_logits_of_many_documents_are_made_a_tile_at_a_time(
+    make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts, sizes = make_pressable(), documents(70, 61, 70, 44), list[int]()
+    whole, logits = losses(model, texts, 16, streaming_llm), PressableModel.logits
+
+    def counted(self: PressableModel, hidden: torch.Tensor, *columns: Any) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return logits(self, hidden, *columns)
+
+    monkeypatch.setattr(PressableModel, "logits", counted)
+    monkeypatch.setattr(token_logprobs, "TILE_BYTES", {"cpu": 10 * 4 * model.num_logits, "cuda": 0})
+    found = losses(model, texts, 16, streaming_llm)
+    assert max(sizes) == 10, "four documents have 64 tokens a step"
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

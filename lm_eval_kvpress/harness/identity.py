@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import zlib
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,37 @@ def _as_json(value: Any) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A checksum of every byte of the weights, about one GiB per second on a CPU.
+    """A checksum of every byte of the weights, about one GiB per second on a CPU; offloaded ones are read once more.
 
     It tells checkpoints of one name apart, also if an adapter or training left most of the weights as they were.
     """
     checksum = 0
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":  # offloaded
-            whole = parameter.detach().cpu().contiguous().reshape(-1)
-            checksum = zlib.crc32(whole.view(torch.uint8).numpy(), checksum)
+    for weight in _weights(model):
+        whole = weight.detach().cpu().contiguous().reshape(-1)
+        raw: Any = whole.view(torch.uint8).numpy()
+        checksum = zlib.crc32(raw, checksum)
     return f"{checksum:08x}"
+
+
+def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """All parameters, each once, in the model's order."""
+    seen = set[int]()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter if parameter.device.type != "meta" else _offloaded(module, name)
+
+
+def _offloaded(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A weight that ``accelerate`` keeps on the disk or in CPU memory until its module runs."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for own in getattr(hook, "hooks", [hook]):
+        weights = getattr(own, "weights_map", None)
+        if weights is not None:
+            weight: torch.Tensor = weights[name]
+            return weight
+    raise UsageError(f"a {name} of a {type(module).__name__} is on no device and was not offloaded: nothing was loaded")
 
 
 def checkpoint_hashes(lm: HFLM) -> dict[str, str]:

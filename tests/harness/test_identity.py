@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteDict
-from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from transformers import AutoTokenizer, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
@@ -43,6 +43,25 @@ def test_rows_and_columns_that_change_places_are_another_checkpoint(
         with torch.no_grad():
             weight.copy_(whole)
     assert weights_fingerprint(model) == before
+
+
+def test_offloaded_weights_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    tiny = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32}
+    on_disk = {"model.layers.1": "disk"}
+    kept = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    prints = []
+    for index in range(2):
+        folder, model = tmp_path / str(index), LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=64))
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.5)
+        if index:
+            torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, 0.25)
+        model.save_pretrained(folder)
+        offloaded = LlamaForCausalLM.from_pretrained(folder, device_map=kept | on_disk, offload_folder=folder / "off")
+        assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
+        prints += [weights_fingerprint(offloaded), weights_fingerprint(LlamaForCausalLM.from_pretrained(folder))]
+    assert prints[0] == prints[1] != prints[2] == prints[3]
 
 
 def test_arguments_that_change_no_answer_are_left_out() -> None:

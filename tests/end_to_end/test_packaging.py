@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,3 +239,19 @@ def test_stock_command_lists_our_tasks(installed: Environment) -> None:
     listed = installed.lm_eval("ls", "tasks").stdout
     for name in ("wikitext_kvpress", "pg19_kvpress", "kvpress_ppl"):
         assert f"|{name}" in listed.replace(" ", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_what_kvpress_imports_is_there_on_every_python(tmp_path: Path, version: str) -> None:
+    """Its command line needs ``fire<0.7``, which imports a module that Python 3.13 dropped."""
+    pythons = [*sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")), shutil.which(f"python{version}")]
+    python = next(filter(None, pythons), None)
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
+    subprocess.run([python, "-m", "venv", tmp_path / "env"], check=True, timeout=300)
+    asked = re.search(r'"(standard-pipes[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert asked is not None
+    inside = tmp_path / "env" / "bin" / "python"
+    subprocess.run([inside, "-m", "pip", "install", "-q", "fire<0.7", asked[1]], check=True, timeout=300)
+    subprocess.run([inside, "-c", "import fire"], check=True, timeout=60)

@@ -51,6 +51,8 @@ class Answers:
         """Say what is wrong with the file or the log; empty if both are sound or absent."""
         if not self.file.exists():
             return ""
+        if self.file.stat().st_size == 0:
+            return "it is empty"
         try:
             with self._open() as database:
                 (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -102,11 +104,16 @@ class Answers:
         try:
             self._read_log()
             with self._open() as database, database:
+                database.execute("BEGIN")  # the tables too: a first batch that fails leaves no file without answers
+                for table in SCHEMA:
+                    database.execute(table)
                 database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
                 database.execute(
                     "INSERT OR REPLACE INTO state VALUES (0, (SELECT COUNT(*) FROM answers), ?, ?)", self._log_state
                 )
         except (sqlite3.OperationalError, OSError) as error:
+            if self.file.is_file() and self.file.stat().st_size == 0:
+                self.delete()
             raise UsageError(f"{self.file} cannot be written ({error}); the answers before are kept") from error
 
     def delete(self) -> None:
@@ -119,8 +126,6 @@ class Answers:
     def _open(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.file)) as database:
             database.execute("PRAGMA synchronous = FULL")
-            for table in SCHEMA:
-                database.execute(table)
             yield database
 
     def _read_log(self) -> None:

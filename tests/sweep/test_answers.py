@@ -122,3 +122,19 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     answers.file.mkdir()
     with pytest.raises(UsageError, match=r"answers\.sqlite cannot be written \(unable to open database file\)"):
         answers.add(ONE)
+
+
+def test_a_first_batch_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
+    answers = Answers(tmp_path / "answers.sqlite", tmp_path / "log")
+    code = (
+        "import resource, sys; from pathlib import Path; from lm_eval_kvpress.sweep.answers import Answers\n"
+        "from lm_eval_kvpress.engine.outcomes import Generated\n"
+        "from lm_eval_kvpress.records.totals import ContextRecord\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); folder = Path(sys.argv[1])\n"
+        "text = Generated(tuple(range(9999)), ContextRecord(7, (7.0,), 100, 100, False))\n"
+        "Answers(folder / 'answers.sqlite', folder / 'log').add({'a': text})"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "answers.sqlite cannot be written" in found.stderr
+    assert not answers.file.exists() and answers.damage() == "" and list(tmp_path.iterdir()) == []

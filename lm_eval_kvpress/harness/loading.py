@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
@@ -20,6 +19,7 @@ from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.launch import meet_the_others, num_processes, rank_in_run
 from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.harness.whole_weights import WholeWeights, unreadable_in_one_line
 from lm_eval_kvpress.models.architectures import check_config, check_numbers
 from lm_eval_kvpress.models.cpu_dtypes import warn_of_slow_dtype
 from lm_eval_kvpress.models.positions import Positions
@@ -43,6 +43,7 @@ class CheckedHFLM(HFLM):
     """
 
     pretrained_name: str
+    AUTO_MODEL_CLASS: Any
 
     def __init__(self, pretrained: str | PreTrainedModel | None, settings: Settings, **arguments: Any) -> None:
         if pretrained is None or pretrained == "":
@@ -131,7 +132,11 @@ class CheckedHFLM(HFLM):
     def _create_tokenizer(
         self, pretrained: str | PreTrainedModel, tokenizer: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"cannot read the tokenizer of {tokenizer or self.pretrained_name}: {reason}") from error
         if len(self.tokenizer) <= len(self.tokenizer.added_tokens_decoder):  # transformers makes up an empty one
             raise UsageError(
                 f"no tokenizer in {tokenizer or self.pretrained_name}: pass tokenizer=FOLDER with one, or save the "
@@ -146,11 +151,13 @@ class CheckedHFLM(HFLM):
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        loader = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = WholeWeights(loader)
         try:
-            super()._create_model(pretrained, *args, **kwargs)
-        except (OSError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"cannot read the weights of pretrained={pretrained}: {reason}") from error
+            with unreadable_in_one_line(pretrained):
+                super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = loader
 
 
 def settle_on_device(model: PressableModel, computes_in: torch.dtype) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -63,6 +66,70 @@ def test_torn_weights_are_one_line(copied: Path) -> None:
     file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert refused(copied).startswith(f"cannot read the weights of pretrained={copied}: ")
+
+
+def changed_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def drop_a_tensor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    save_file(weights, file, {"format": "pt"})
+
+
+def as_pickle(folder: Path) -> None:
+    """A file of pickles that is none."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a tensor less": (drop_a_tensor, "would be random numbers: gpt_neox.layers.1.mlp.dense_h_to_4h.weight$"),
+    "more layers": (lambda folder: changed_config(folder, num_hidden_layers=5), "gpt_neox.layers.3.*and 21 more"),
+    "fewer layers": (lambda folder: changed_config(folder, num_hidden_layers=2), "more layers than the 2 of its"),
+    "other shapes": (lambda folder: changed_config(folder, vocab_size=600), "embed_out.weight is .*x64, not 600x64"),
+    "a torn pickle": (as_pickle, "cannot read the weights"),
+    "no kind of tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot read the tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_weights_that_do_not_fit_the_config_are_named(copied: Path, case: str) -> None:
+    """transformers fills what it does not find with random numbers, and figures would bear the checkpoint's name."""
+    change, says = UNFIT[case]
+    change(copied)
+    assert re.search(says, refused(copied))
+
+
+def test_tied_weights_and_weights_as_a_pickle_of_tensors_are_read(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Pickles are read by PyTorch's unpickler of tensors, which runs no code."""
+    folder = llama_folder(checkpoint_dir, tmp_path / "tied", tie_word_embeddings=True)
+    of_safetensors = ours(folder).loglikelihood(loglikelihood_requests()[:4], disable_tqdm=True)
+    weights = load_file(folder / "model.safetensors")
+    assert not any("lm_head" in name for name in weights)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert ours(folder).loglikelihood(loglikelihood_requests()[:4], disable_tqdm=True) == of_safetensors
+
+
+def test_a_package_that_is_not_installed_is_one_line(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match="cannot read the weights .*peft"):
+        ours(checkpoint_dir, peft="some/adapter")
+
+
+def test_an_adapter_that_lacks_weights_is_refused(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """peft goes on without them."""
+    peft = pytest.importorskip("peft")
+    base = GPTNeoXForCausalLM.from_pretrained(checkpoint_dir)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["dense_h_to_4h"])).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: weights[name] for name in list(weights)[1:]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match="missing adapter keys"):
+        ours(checkpoint_dir, peft=str(tmp_path))
 
 
 def test_missing_weights_are_one_line(copied: Path) -> None:

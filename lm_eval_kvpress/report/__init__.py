@@ -2,7 +2,8 @@
 
 The way of the data, and the modules that do each step:
 
-    results files -> cells    `result_files`, `parsing`, `cell`: what each file says
+    results files -> cells    `result_files`, `results_schema`, `parsing`, `cell`: what each file says; with
+                              `metric_values`, `averages` and `speeds`: which of its numbers are figures
     cells -> rows             `rows`: which of several files of one setting counts
     rows -> tables            `tables`, `metrics`, `differences` (with `samples` and `bootstrap`): runs that may be
                               compared, with their differences to the baseline

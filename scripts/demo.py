@@ -75,13 +75,13 @@ def row(cell: Cell) -> list[str]:
         cell.press.name,
         "100 %" if share is None else f"{100 * share:.1f} %",
         *(shape.format(metric(cell, task, name)).replace("%", " %") for task, name, shape in FIGURES.values()),
-        format_value(cell.speed.decode_tokens_per_sec, Kind.RATE),
+        format_value(cell.speed.decode_tokens_per_sec, Kind.COUNT),
     ]
 
 
 def legend(cells: Sequence[Cell]) -> list[str]:
     """What a reader of the table must know."""
-    prefill = f"{format_value(cells[0].speed.prefill_tokens_per_sec, Kind.RATE)} tok/s"
+    prefill = f"{format_value(cells[0].speed.prefill_tokens_per_sec, Kind.COUNT)} tok/s"
     noted = [(cell.press.name, note, share) for cell in cells for note, share in notes(cell).items()]
     return [
         "story ppl: token perplexity of what is scored over the compressed cache, the same tokens for every press.",

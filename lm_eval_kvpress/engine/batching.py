@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from lm_eval_kvpress.engine import memory
+from lm_eval_kvpress.engine.contexts import Context, in_order
 from lm_eval_kvpress.errors import UsageError
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -28,29 +29,29 @@ class ContextGroup:
     """A context and the continuations that share it.
 
     Attributes:
-        context: token ids.
+        context: in its two parts.
         continuations: token ids of each.
         members: for each continuation, the index of its request.
     """
 
-    context: Tokens
+    context: Context
     continuations: tuple[Tokens, ...]
     members: tuple[int, ...]
 
 
-def group_by_context(pairs: Sequence[tuple[Tokens, Tokens]]) -> list[ContextGroup]:
+def group_by_context(pairs: Sequence[tuple[Context, Tokens]]) -> list[ContextGroup]:
     """Groups ``(context, continuation)`` pairs by context, longest context first.
 
     Longest first, so that a run that will not fit into memory fails at once, and its estimated time can only shrink.
     """
-    members: dict[Tokens, list[int]] = {}
+    members: dict[Context, list[int]] = {}
     for index, (context, _) in enumerate(pairs):
         members.setdefault(context, []).append(index)
     groups = [
         ContextGroup(context, tuple(pairs[index][1] for index in indices), tuple(indices))
         for context, indices in members.items()
     ]
-    return sorted(groups, key=lambda group: -len(group.context))
+    return [groups[index] for index in in_order([group.context for group in groups])]
 
 
 def in_batches(

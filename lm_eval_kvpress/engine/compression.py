@@ -18,6 +18,7 @@ import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine.batching import in_batches
+from lm_eval_kvpress.engine.contexts import Context, without_repeats
 from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
@@ -58,13 +59,30 @@ class CompressedBatch:
     borrowed_sec: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class _Latest:
+    """The compressed part that ended a batch, for the next batch, which may begin with it.
+
+    Attributes:
+        tokens, record: of that one context.
+        cache: likewise; None where prefills are shared with other presses, so that a clone is compressed again.
+    """
+
+    tokens: Tokens
+    cache: CompressedCache | None
+    record: ContextRecord
+
+    def serves(self, context: Context) -> bool:
+        """Whether the context has the same compressed part."""
+        return context.is_shared and context.compressed == self.tokens
+
+
 class Compressor:
     """Prefills contexts under one press.
 
     Args:
         model: the model, presentable to kvpress.
         press: the press and its arguments.
-        query_tokens: tokens held back at the end of each context (all of it, if it is shorter).
         short_context: ``keep``, ``shrink`` or ``error``.
         clock: times the prefills.
         shared: prefills whose clones are compressed, instead of running contexts here; the press must allow that.
@@ -75,17 +93,16 @@ class Compressor:
         model: PressableModel,
         press: PressSpec,
         *,
-        query_tokens: int,
         short_context: str,
         clock: Clock,
         shared: SharedPrefills | None = None,
     ) -> None:
         assert shared is None or press.shares_prefill, f"press={press.name} needs forwards of its own"
         self._model, self.press = model, press
-        self._query_tokens, self._short_context, self._clock = query_tokens, short_context, clock
-        self._shared = shared
+        self._short_context, self._clock, self._shared = short_context, clock, shared
+        self._latest: _Latest | None = None
 
-    def check_lengths(self, contexts: Sequence[Sequence[int]]) -> None:
+    def check_lengths(self, contexts: Sequence[Context]) -> None:
         """Under ``short_context=error``, refuse contexts that are too short.
 
         Raises:
@@ -94,7 +111,7 @@ class Compressor:
         if self._short_context != "error" or self.press.is_none:
             return
         for context in contexts:
-            length = max(0, len(context) - self._query_tokens)
+            length = len(context.compressed)
             if length < self.press.min_context():
                 raise ShortContextError(
                     f"a context of {length} prefilled tokens is shorter than the {self.press.min_context()} that "
@@ -102,48 +119,59 @@ class Compressor:
                     "them, short_context=shrink shrinks the press's window"
                 )
 
-    def compress(self, contexts: Sequence[Tokens]) -> CompressedBatch:
-        """Prefill all but the held-back end of each context, under the press wherever it runs."""
-        prefixes = self._prefixes(contexts)
-        ends = [len(prefix) for prefix in prefixes]
-        borrowed_sec = self._borrow(contexts)
+    def compress(self, contexts: Sequence[Context]) -> CompressedBatch:
+        """Prefill all but the held-back end of each context, under the press wherever it runs.
+
+        A compressed part that contexts share is prefilled once, also if the batch before ended with it.
+        """
+        distinct, places = without_repeats(contexts)
+        cache, records, borrowed_sec = self._compress(distinct)
+        last, place = contexts[-1], places[-1]
+        kept = None if self._shared else cache.select([place])
+        self._latest = _Latest(last.compressed, kept, records[place]) if last.is_shared else None
+        if len(distinct) < len(contexts):
+            cache = cache.select(places)
+        ends = [len(context.compressed) for context in contexts]
+        pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
+        queries = [context.held_back for context in contexts]
+        return CompressedBatch(cache, queries, pressed_rows, [records[place] for place in places], borrowed_sec)
+
+    def _compress(self, contexts: Sequence[Context]) -> tuple[CompressedCache, list[ContextRecord], float]:
+        """Compress contexts without repeats: their cache, their records, and the seconds borrowed."""
+        latest, all_rows = self._latest, range(len(contexts))
+        known = [row for row in all_rows if latest is not None and latest.serves(contexts[row])]  # at most one
+        borrowed_sec = self._borrow(contexts, [row for row in all_rows if row not in known])
         order, caches, records = list[int](), list[CompressedCache](), dict[int, ContextRecord]()
-        with self._clock.phase("prefill", num_tokens=0 if self._shared else sum(ends)):
-            for rows, cache, pressed in self._prefilled(prefixes):
+        if known and latest is not None and latest.cache is not None:
+            order, caches, records = list(known), [latest.cache], {known[0]: latest.record}
+        todo = [row for row in all_rows if row not in order]
+        prefixes = [contexts[row].compressed for row in todo]
+        num_tokens = 0 if self._shared else sum(map(len, prefixes))
+        with self._clock.phase("prefill", num_tokens=num_tokens):
+            for places, cache, pressed in self._prefilled(prefixes, _for_cache_only(contexts)):
+                rows = [todo[place] for place in places]
                 records |= zip(rows, _context_records(cache, self.press, pressed), strict=True)
                 order += rows
                 caches.append(cache)
             cache = stack(caches, order)
-        queries = [context[end:] for context, end in zip(contexts, ends, strict=True)]
-        pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
-        in_order = [records[row] for row in range(len(contexts))]
-        return CompressedBatch(cache, queries, pressed_rows, in_order, borrowed_sec)
+        return cache, [records[row] for row in range(len(contexts))], borrowed_sec
 
     @property
     def shares(self) -> bool:
         """Whether it compresses clones of shared prefills."""
         return self._shared is not None
 
-    def run_shared(self, contexts: Sequence[Tokens]) -> None:
+    def run_shared(self, contexts: Sequence[Context]) -> None:
         """Run the shared prefills of these contexts, unless that has been done."""
         assert self._shared is not None
-        self._shared.run(self._prefixes(contexts), for_cache_only=self._for_cache_only)
+        self._shared.run([context.compressed for context in contexts], for_cache_only=_for_cache_only(contexts))
 
-    @property
-    def _for_cache_only(self) -> bool:
-        """Whether no token is predicted by the prefill, so that its hidden states are not needed."""
-        return self._query_tokens > 0
-
-    def _prefixes(self, contexts: Sequence[Tokens]) -> list[Tokens]:
-        """What is prefilled: all but the held-back end of each context."""
-        return [context[: max(0, len(context) - self._query_tokens)] for context in contexts]
-
-    def _borrow(self, contexts: Sequence[Tokens]) -> float:
-        """Record the seconds that the shared prefills of these contexts took, if they are shared."""
+    def _borrow(self, contexts: Sequence[Context], rows: Sequence[int]) -> float:
+        """Run shared prefills of contexts, and record the seconds that those of some of them took."""
         if self._shared is None:
             return 0.0
         self.run_shared(contexts)
-        timing = self._shared.share_of(self._prefixes(contexts))
+        timing = self._shared.share_of([contexts[row].compressed for row in rows])
         self._clock.borrow(timing)
         return timing.seconds
 
@@ -152,7 +180,9 @@ class Compressor:
             return False
         return length >= self.press.min_context() or self._short_context == "shrink"
 
-    def _prefilled(self, prefixes: Sequence[Tokens]) -> Iterator[tuple[list[int], CompressedCache, bool]]:
+    def _prefilled(
+        self, prefixes: Sequence[Tokens], for_cache_only: bool
+    ) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
         pressed = [row for row, prefix in enumerate(prefixes) if self._runs_on(len(prefix))]
         empty = [row for row, prefix in enumerate(prefixes) if not prefix]
@@ -163,21 +193,21 @@ class Compressor:
             for rows in _by_length(plain, prefixes):
                 yield rows, self._shared.compress([prefixes[row] for row in rows], None), False
         elif plain:
-            yield plain, self._prefill_plain([prefixes[row] for row in plain]), False
+            yield plain, self._prefill_plain([prefixes[row] for row in plain], for_cache_only), False
         for rows in _by_length(pressed, prefixes):
             for group in self._side_by_side(rows, prefixes) if self.press.batches else [[row] for row in rows]:
-                yield group, self._prefill([prefixes[row] for row in group]), True
+                yield group, self._prefill([prefixes[row] for row in group], for_cache_only), True
 
     def _side_by_side(self, rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
         """The rows, in order, as many at a time as one forward takes; clones of shared prefills need no forward."""
         limit = FORWARD_TOKENS.get(self._model.device.type) if self._shared is None else None
         return in_batches(rows, len(rows), lambda row: len(prefixes[row]), limit)
 
-    def _prefill_plain(self, prefixes: Sequence[Tokens]) -> CompressedCache:
+    def _prefill_plain(self, prefixes: Sequence[Tokens], for_cache_only: bool) -> CompressedCache:
         groups = list(self._side_by_side(range(len(prefixes)), prefixes))
-        return prefill_padded(self._model, prefixes, side_by_side=groups, for_cache_only=self._for_cache_only)
+        return prefill_padded(self._model, prefixes, side_by_side=groups, for_cache_only=for_cache_only)
 
-    def _prefill(self, prefixes: Sequence[Tokens]) -> CompressedCache:
+    def _prefill(self, prefixes: Sequence[Tokens], for_cache_only: bool) -> CompressedCache:
         """Prefill prefixes of one length under the press."""
         length = len(prefixes[0])
         press = self.press.build(length, shrink=length < self.press.min_context())
@@ -191,9 +221,14 @@ class Compressor:
                 torch.tensor(prefixes),
                 press,
                 rerotates=self.press.rerotates,
-                for_cache_only=self._for_cache_only,
+                for_cache_only=for_cache_only,
                 reads_outputs=self.press.reads_outputs,
             )
+
+
+def _for_cache_only(contexts: Sequence[Context]) -> bool:
+    """Whether no token is predicted by the prefill, so that its hidden states are not needed."""
+    return all(context.num_held_back for context in contexts)
 
 
 def _by_length(rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval_kvpress.engine.contexts import Context, in_order, is_first
 from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Prompt
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.records.totals import TotalsByTask
@@ -27,7 +28,8 @@ class GenerationBatches:
     def __init__(
         self, prompts: Mapping[int, Prompt], settings: GenerationSettings, to_text: Callable[[Sequence[int]], str]
     ) -> None:
-        self._members = sorted(prompts, key=lambda member: -len(prompts[member].context))
+        members = list(prompts)
+        self._members = [members[index] for index in in_order([prompts[member].context for member in members])]
         self._prompts, self._settings, self._to_text = prompts, settings, to_text
         self.progress_total = len(self._members)
         self.longest = max((len(prompt.context) for prompt in prompts.values()), default=0)
@@ -51,7 +53,7 @@ class GenerationBatches:
         how = sorted(settings.options.items()), settings.max_new_tokens, sorted(settings.stop_ids), settings.until
         return self._prompt(item), how, self._members[item]
 
-    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+    def contexts(self, items: Sequence[int]) -> list[Context]:
         return [self._prompt(item).context for item in items]
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Generated]:
@@ -63,9 +65,13 @@ class GenerationBatches:
         return {self._members[item]: self._to_text(outcome.ids) for item, outcome in outcomes.items()}
 
     def record_totals(self, outcomes: Mapping[int, Generated], totals: TotalsByTask) -> None:
+        seen = set[tuple[str, Tokens]]()
         for item in range(len(self._members)):
-            outcome, of_task = outcomes[item], totals[self._prompt(item).id.task]
-            of_task.add_context(outcome.context)
+            prompt, outcome = self._prompt(item), outcomes[item]
+            of_task = totals[prompt.id.task]
+            of_task.num_held_back[prompt.context.num_held_back] += 1
+            if is_first(prompt.context, prompt.id.task, seen):
+                of_task.add_context(outcome.context)
             of_task.num_tokens_generated += len(outcome.ids)
             of_task.num_texts += 1
             of_task.num_texts_compressed += outcome.num_compressions > 0

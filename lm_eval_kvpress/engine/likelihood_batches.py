@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval_kvpress.engine.batching import group_by_context
+from lm_eval_kvpress.engine.contexts import Context, is_first
 from lm_eval_kvpress.engine.outcomes import Scored
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.records.meter import RequestId
@@ -19,14 +20,14 @@ class LikelihoodBatches:
     """One item per context (see `request_batches.RequestBatches`).
 
     Args:
-        pairs: ``(context, continuation)`` of each request.
+        pairs: the context of each request, in its two parts, and its continuation.
         ids: of each request.
     """
 
     request_type, splits_requests = "loglikelihood", False
     is_cached_whole, num_cache_copies = False, 1
 
-    def __init__(self, pairs: Sequence[tuple[Tokens, Tokens]], ids: Sequence[RequestId]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId]) -> None:
         self._groups, self._ids = group_by_context(pairs), ids
         self.progress_total = len(self._groups)
         self.longest = max((len(group.context) for group in self._groups), default=0)
@@ -41,7 +42,7 @@ class LikelihoodBatches:
         group = self._groups[item]
         return group.context, group.continuations, [self._ids[member] for member in group.members]
 
-    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+    def contexts(self, items: Sequence[int]) -> list[Context]:
         return [self._groups[item].context for item in items]
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
@@ -57,10 +58,13 @@ class LikelihoodBatches:
         }
 
     def record_totals(self, outcomes: Mapping[int, Scored], totals: TotalsByTask) -> None:
+        seen = set[tuple[str, Tokens]]()
         for item, group in enumerate(self._groups):
             outcome = outcomes[item]
             assert outcome.context is not None
             for task in dict.fromkeys(self._ids[member].task for member in group.members):
-                totals[task].add_context(outcome.context)
+                totals[task].num_held_back[group.context.num_held_back] += 1
+                if is_first(group.context, task, seen):
+                    totals[task].add_context(outcome.context)
             for member, branch in zip(group.members, outcome.branches, strict=True):
                 totals[self._ids[member].task].add_scores(branch.logprobs, pressed=outcome.pressed)

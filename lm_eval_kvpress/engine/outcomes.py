@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.records.meter import RequestId
 from lm_eval_kvpress.records.totals import ContextRecord
@@ -83,12 +84,12 @@ class Prompt:
     """A prompt to continue.
 
     Attributes:
-        context: token ids.
+        context: in its two parts.
         seed: of its random draws, where tokens are sampled.
         id: its request.
     """
 
-    context: tuple[int, ...]
+    context: Context
     seed: int
     id: RequestId
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.records.totals import TotalsByTask
 
 Outcome = TypeVar("Outcome")
-Tokens = tuple[int, ...]
 
 
 class RequestBatches(Protocol[Outcome]):
@@ -46,7 +46,7 @@ class RequestBatches(Protocol[Outcome]):
     def identity(self, item: int) -> Any:
         """All that the item's outcome depends on, besides model, press and protocol."""
 
-    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+    def contexts(self, items: Sequence[int]) -> list[Context]:
         """The contexts of these items that a press will act on."""
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Outcome]:

@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.outcomes import Scored
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.records.meter import RequestId
 from lm_eval_kvpress.records.rolling_score import RollingScore
 from lm_eval_kvpress.records.totals import TotalsByTask
-
-Tokens = tuple[int, ...]
 
 
 class RollingBatches:
@@ -47,9 +46,9 @@ class RollingBatches:
         index, window = self._items[item]
         return window.context, window.targets, window.pressed, self._ids[index]
 
-    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+    def contexts(self, items: Sequence[int]) -> list[Context]:
         windows = [self._items[item][1] for item in items]
-        return [window.context for window in windows if window.pressed]
+        return [window.parts for window in windows if window.pressed]
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
         batch = [self._items[item] for item in items]

@@ -107,15 +107,14 @@ class Runner:
             UsageError: for a log-likelihood that is not finite.
         """
         self.meter.start()
-        contexts = [window.context for window in windows]
         records: Sequence[ContextRecord | None] = [None] * len(windows)
         pressed = [False] * len(windows)
         if windows[0].pressed:
             with self._autocast():
-                batch = self.compressor.compress(contexts)
+                batch = self.compressor.compress([window.parts for window in windows])
             cache, queries, records, pressed = batch.cache, batch.queries, batch.records, batch.pressed
         else:  # the whole context is fed with the targets: one plain forward, in which no press can act
-            cache, queries = self.model.empty_cache(len(windows)), contexts
+            cache, queries = self.model.empty_cache(len(windows)), [window.context for window in windows]
         scores = self._score(cache, [Pack(q, (window.targets,)) for q, window in zip(queries, windows, strict=True)])
         for id, branches in zip(ids, scores, strict=True):
             self._check_finite(branches[0].logprobs, f"document {id.doc_id} of task '{id.task}'")
@@ -162,7 +161,7 @@ class Runner:
     ) -> tuple[list[list[int]], tuple[float, ...]]:
         """The new tokens of each prompt, and for each step the seconds since ``start_sec``."""
         times_sec = list[float]()
-        contexts, seeds = [prompt.context for prompt in prompts], [prompt.seed for prompt in prompts]
+        contexts, seeds = [prompt.context.tokens for prompt in prompts], [prompt.seed for prompt in prompts]
         sampler = sampler_for(settings.options, contexts, seeds, settings.max_new_tokens, self.model.device)
         must_run_singly = keeper is not None or not sampler.is_repeatable
         try:

@@ -82,19 +82,23 @@ class SharedPrefills:
         self.num_tokens = 0
 
     def run(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
-        """Prefill contexts in groups of equal length and forget the ones before, unless all of them are there already.
+        """Prefill contexts in groups of equal length, those that are there already excepted, and forget all others.
+
+        Nothing is forgotten if all of them are there.
 
         Args:
             for_cache_only: as for `prefill.prefill`; the same for all presses.
         """
         wanted = [context for context in dict.fromkeys(contexts) if context]
-        if all(context in self._places for context in wanted):
+        missing = [context for context in wanted if context not in self._places]
+        if not missing:
             return
-        self._places.clear()  # frees memory before the next forwards
+        # Before the next forwards, which need the memory:
+        self._places = {context: self._places[context] for context in wanted if context in self._places}
         by_length: dict[int, list[Tokens]] = defaultdict(list)
-        for context in wanted:
+        for context in missing:
             by_length[len(context)].append(context)
-        num_tokens = sum(map(len, wanted))
+        num_tokens = sum(map(len, missing))
         with self._clock.phase("prefill", num_tokens=num_tokens):
             for group in by_length.values():
                 prefill = self._run_group(group, for_cache_only)

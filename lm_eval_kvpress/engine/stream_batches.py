@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lm_eval_kvpress.engine import memory
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.outcomes import Document, Streamed
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
@@ -69,7 +70,7 @@ class StreamBatches:
     def identity(self, item: int) -> Any:
         return self._document(item), self._plan, self._prefix_token
 
-    def contexts(self, items: Sequence[int]) -> list[Tokens]:
+    def contexts(self, items: Sequence[int]) -> list[Context]:
         return []  # a stream has no prefill, and no document is too short for it
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Streamed]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lm_eval_kvpress.engine.contexts import Context
+
 Tokens = tuple[int, ...]
 
 
@@ -19,11 +21,18 @@ class Window:
         context: tokens before the targets, at least one.
         targets: tokens to score; over all windows of a document each of its tokens stands here exactly once.
         pressed: whether the context is prefilled under the press (else the window is one plain forward).
+        num_held_back: of a pressed window's context, the last tokens that are fed after compression.
     """
 
     context: Tokens
     targets: Tokens
     pressed: bool = False
+    num_held_back: int = 0
+
+    @property
+    def parts(self) -> Context:
+        """The context in its two parts."""
+        return Context(self.context, min(self.num_held_back, len(self.context)))
 
 
 def one_pass_windows(tokens: Sequence[int], prefix_token: int, max_length: int) -> Iterator[Window]:
@@ -40,20 +49,17 @@ def one_pass_windows(tokens: Sequence[int], prefix_token: int, max_length: int) 
         yield Window(tuple(tokens[end - max_length - 1 : start]), tuple(tokens[start:end]))
 
 
-def prefix_windows(tokens: Sequence[int], prefix_token: int, context: int, score: int) -> Iterator[Window]:
+def prefix_windows(
+    tokens: Sequence[int], prefix_token: int, context: int, score: int, *, num_held_back: int = 1
+) -> Iterator[Window]:
     """The first ``context`` tokens in plain windows; then blocks of ``score`` tokens, each after a pressed context.
 
     Args:
         context: tokens before each block that are prefilled under the press (C).
         score: tokens per block, scored over the compressed cache (S).
+        num_held_back: of each pressed context, the last tokens that are fed after compression.
     """
     yield from one_pass_windows(tokens[:context], prefix_token, context)
     for start in range(context, len(tokens), score):
         block = tuple(tokens[start : start + score])
-        yield Window(tuple(tokens[start - context : start]), block, pressed=True)
-
-
-def truncate_left(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Tokens:
-    """The end of a context that fits beside its continuation, as stock ``HFLM`` truncates it."""
-    num_kept = max_length + 1 - len(continuation)
-    return tuple(context[max(0, len(context) - num_kept) :])
+        yield Window(tuple(tokens[start - context : start]), block, pressed=True, num_held_back=num_held_back)

@@ -70,6 +70,9 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     own = {name: parse_setting(name, rest.pop(name)) for name in ARGUMENTS if name in rest}
     settings = _with_stream(Settings(press, **own), press_arguments, decoding)
     settings = _with_decoding(settings, decoding, decoding_arguments)
+    settings.check_question()
+    if settings.is_question_known and "query_aware" not in own:
+        raise UsageError("question_pattern and question_field belong to query_aware=false, which is not asked for")
     _refuse_unknown(rest, press_argument_names(prefill), prefill)
     _check_hflm_arguments(rest)
     rest["attn_implementation"] = _attn_implementation(settings.press, rest.get("attn_implementation"))

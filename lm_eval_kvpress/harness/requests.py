@@ -19,12 +19,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.engine import windows
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.generation_batches import GenerationBatches
 from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
 from lm_eval_kvpress.engine.outcomes import Document, Prompt
 from lm_eval_kvpress.engine.rolling_batches import RollingBatches
 from lm_eval_kvpress.engine.stream_batches import StreamBatches
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness import splitting
 from lm_eval_kvpress.harness.document_ids import document_id
 from lm_eval_kvpress.harness.generation_arguments import answer_text, generation_settings
 from lm_eval_kvpress.harness.ranks import without_padding
@@ -68,30 +70,51 @@ def request_ids(requests: Sequence[Instance]) -> list[RequestId]:
 def likelihood_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> LikelihoodBatches:
     """``loglikelihood``: pairs of a context and a continuation."""
     pairs = encode_pairs(lm, [request.args for request in requests])
-    return likelihood_batches_of_tokens(lm, session, pairs, request_ids(requests))
+    _check_pairs(lm, pairs, request_ids(requests))
+    prompts = [
+        splitting.Prompt(request, request.args[0].rstrip(), tuple(context))
+        for request, (context, _) in zip(requests, pairs, strict=True)
+    ]
+    contexts = splitting.split_all(lm, session, prompts)
+    split = [(context, tuple(continuation)) for context, (_, continuation) in zip(contexts, pairs, strict=True)]
+    return _fitting(lm, session, split, request_ids(requests))
 
 
 def likelihood_batches_of_tokens(
     lm: HFLM, session: Session, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ids: Sequence[RequestId]
 ) -> LikelihoodBatches:
-    """Pairs of token ids; a context that is too long with its continuation loses its beginning.
+    """Pairs of token ids, of whose contexts the last ``query_tokens`` are held back.
 
     Raises:
         UsageError: for a side without tokens, a continuation longer than ``max_length``, or a token id that the
             checkpoint does not know.
     """
+    _check_pairs(lm, pairs, ids)
+    num_last = session.settings.query_tokens
+    split = [(Context(tuple(one), min(num_last, len(one))), tuple(other)) for one, other in pairs]
+    return _fitting(lm, session, split, ids)
+
+
+def _check_pairs(lm: HFLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ids: Sequence[RequestId]) -> None:
     _check_token_ids(lm, itertools.chain.from_iterable(pairs))
-    fitting, cut = list[tuple[Tokens, Tokens]](), set[tuple[str, Tokens]]()
     for index, (context, continuation) in enumerate(pairs):
         if not context or not continuation or len(continuation) > lm.max_length:
             raise UsageError(
                 f"request {index} of task '{ids[index].task}' has {len(context)} context and {len(continuation)} "
                 f"continuation tokens; each needs at least 1, and a continuation at most {lm.max_length}"
             )
-        kept = windows.truncate_left(context, continuation, lm.max_length)
-        fitting.append((kept, tuple(continuation)))
+
+
+def _fitting(
+    lm: HFLM, session: Session, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId]
+) -> LikelihoodBatches:
+    """A context that is too long with its continuation loses its beginning, as stock ``HFLM`` cuts it."""
+    fitting, cut = list[tuple[Context, Tokens]](), set[tuple[str, Tokens]]()
+    for id, (context, continuation) in zip(ids, pairs, strict=True):
+        kept = context.last(lm.max_length + 1 - len(continuation))
+        fitting.append((kept, continuation))
         if len(kept) < len(context):
-            cut.add((ids[index].task, tuple(context)))
+            cut.add((id.task, context.tokens))
     if cut:
         logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), lm.max_length)
     for task, _ in cut:
@@ -118,12 +141,14 @@ def stream_batches(
 def _windows(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:
     if session.settings.rolling == "one_pass":
         return windows.one_pass_windows(tokens, lm.prefix_token_id, lm.max_length)
-    return windows.prefix_windows(tokens, lm.prefix_token_id, *session.rolling_window)
+    return windows.prefix_windows(
+        tokens, lm.prefix_token_id, *session.rolling_window, num_held_back=session.settings.query_tokens
+    )
 
 
 def generation_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[GenerationBatches]:
     """``generate_until``: prompts, those with the same generation arguments together."""
-    prompts = _prompts(lm, requests)
+    prompts = _prompts(lm, session, requests)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[repr(sorted(request.args[1].items()))].append(index)
@@ -133,16 +158,20 @@ def generation_batches(lm: HFLM, session: Session, requests: Sequence[Instance])
     ]
 
 
-def _prompts(lm: HFLM, requests: Sequence[Instance]) -> list[Prompt]:
+def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[Prompt]:
     """Prompts with their seeds. A repeated prompt gets another seed; neither order nor batches change a seed."""
-    occurrences: Counter[Tokens] = Counter()
-    prompts = []
     encoded = encode_prompts(lm, [request.args[0] for request in requests])
     _check_token_ids(lm, encoded)
-    for tokens, id in zip(encoded, request_ids(requests), strict=True):
-        context = tuple(tokens or [lm.prefix_token_id])
-        seed = zlib.crc32(repr((torch.initial_seed(), occurrences[context], context)).encode())
-        occurrences[context] += 1
+    texts = [
+        splitting.Prompt(request, request.args[0], tuple(tokens or [lm.prefix_token_id]))
+        for request, tokens in zip(requests, encoded, strict=True)
+    ]
+    occurrences: Counter[Tokens] = Counter()
+    prompts = []
+    for context, id in zip(splitting.split_all(lm, session, texts), request_ids(requests), strict=True):
+        tokens = context.tokens
+        seed = zlib.crc32(repr((torch.initial_seed(), occurrences[tokens], tokens)).encode())
+        occurrences[tokens] += 1
         prompts.append(Prompt(context, seed, id))
     return prompts
 
@@ -160,7 +189,7 @@ def _generation_group(
         )
     for prompt in too_long:
         session.totals[prompt.id.task].num_cut_contexts += 1
-    cut = {index: replace(prompt, context=prompt.context[-longest:]) for index, prompt in prompts.items()}
+    cut = {index: replace(prompt, context=prompt.context.last(longest)) for index, prompt in prompts.items()}
     return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until))
 
 

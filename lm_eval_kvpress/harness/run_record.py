@@ -15,6 +15,8 @@ from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.timings import RunLabels
 
+_QUESTION = ("question_pattern", "question_field")
+
 
 def asked(settings: Settings, max_length: int) -> dict[str, Any]:
     """The press and the protocol that the user asked for."""
@@ -24,6 +26,8 @@ def asked(settings: Settings, max_length: int) -> dict[str, Any]:
         "press": settings.describe_press(),
         "protocol": {
             "query_tokens": settings.query_tokens,
+            "query_aware": settings.query_aware,
+            **{name: getattr(settings, name) for name in _QUESTION if getattr(settings, name) is not None},
             "rolling": settings.rolling,
             "rolling_context": context,
             "rolling_score": score_tokens,

@@ -102,7 +102,6 @@ def new_session(
     compressor = Compressor(
         model,
         settings.press,
-        query_tokens=settings.query_tokens,
         short_context=settings.short_context,
         clock=clock,
         shared=shared_prefills,

@@ -7,6 +7,7 @@ typed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ class Settings:
         press: what compresses the cache, with all its arguments.
         query_tokens: last tokens of a context that are held back and fed after compression. 0 predicts the first
             continuation token from the full cache, as most scripts do.
+        query_aware: whether contexts are compressed with the question in them. If not, it is held back with all that
+            follows it, and ``query_tokens`` are those of documents and of prompts without a question.
+        question_pattern, question_field: where the question begins: at the last match of this regular expression, or
+            where this field of the document stands last. Without both, the rule of the task (`questions`).
         rolling: protocol of ``loglikelihood_rolling``.
         rolling_context, rolling_score: tokens prefilled and scored per window of ``prefix``; None is half of
             ``max_length`` and `MAX_WINDOW` at most, or what the other one leaves if that is less.
@@ -53,6 +58,9 @@ class Settings:
 
     press: PressSpec
     query_tokens: int = field(default=1, metadata={"range": Range(low=0)})
+    query_aware: bool = True
+    question_pattern: str | None = None
+    question_field: str | None = None
     rolling: Literal["prefix", "one_pass", "stream"] = "prefix"
     rolling_context: int | None = field(default=None, metadata=POSITIVE)
     rolling_score: int | None = field(default=None, metadata=POSITIVE)
@@ -108,6 +116,29 @@ class Settings:
                 "held back: raise rolling_context or lower query_tokens"
             )
         return context, score
+
+    @property
+    def is_question_known(self) -> bool:
+        """Whether the user said where the question begins."""
+        return self.question_pattern is not None or self.question_field is not None
+
+    def check_question(self) -> None:
+        """Refuse what does not say where the question begins, or leaves no token to hold back.
+
+        Raises:
+            UsageError: in one line.
+        """
+        if self.question_pattern is not None and self.question_field is not None:
+            raise UsageError("question_pattern and question_field both say where the question begins: give one")
+        try:
+            re.compile(self.question_pattern or "")
+        except re.error as error:
+            raise UsageError(f"question_pattern={self.question_pattern} is no regular expression: {error}") from error
+        if not self.query_aware and self.query_tokens == 0:
+            raise UsageError(
+                "query_tokens=0 feeds nothing after compression, and query_aware=false all of the question: leave one "
+                "of them out"
+            )
 
     def check_likelihoods(self) -> None:
         """Refuse to score under a press that acts only while text is generated: nothing would be compressed.

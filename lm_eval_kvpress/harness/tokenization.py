@@ -7,6 +7,7 @@ Knows an ``HFLM`` and its tokenizer. Does not know models, presses or requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lm_eval.models.huggingface import HFLM
 
@@ -65,3 +66,58 @@ def _without_context(lm: HFLM, text: str) -> tuple[list[int], list[int]]:
     """Take the prefix token for the context, unless the text begins with it."""
     ids: list[int] = lm.tok_encode(text, add_special_tokens=False)
     return (ids[:1], ids[1:]) if ids[:1] == [lm.prefix_token_id] else ([lm.prefix_token_id], ids)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a place in a text lies among its tokens.
+
+    Attributes:
+        num_before: tokens that end at or before it.
+        is_inside: whether text before it belongs to the next token.
+    """
+
+    num_before: int
+    is_inside: bool
+
+
+def cut_at(lm: HFLM, text: str, tokens: Sequence[int], place: int) -> Cut:
+    """Cut the tokens of a text at the last token boundary at or before a place, counted in characters.
+
+    Args:
+        tokens: of the whole text, as `encode_all` gives them.
+    """
+    offsets = _offsets(lm, text, tokens)
+    ends = [end for _, end in offsets]
+    after = next((index for index, end in enumerate(ends) if end > place), None)
+    if after is None or offsets[after][0] > place:  # no offsets, or white space there, which offsets may leave out
+        return _cut_by_tokens(lm, text, tokens, place)
+    return Cut(after, (ends[after - 1] if after else 0) < place)
+
+
+def _offsets(lm: HFLM, text: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last place of each token; empty where the tokenizer has none for just these tokens."""
+    for special in _special_tokens(lm) if lm.tokenizer.is_fast else ():
+        encoded = lm.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False, **special)
+        if encoded["input_ids"] == list(tokens):
+            return list(encoded["offset_mapping"])
+    return []
+
+
+def _cut_by_tokens(lm: HFLM, text: str, tokens: Sequence[int], place: int) -> Cut:
+    """Cut where the tokens begin to differ from those of the text before the place, which is never too late."""
+    before = [lm.tokenizer.encode(text[:place], **special) if place else [] for special in _special_tokens(lm)]
+    cuts = [(_num_equal(one, tokens), one) for one in before]
+    num_equal, longest = max(cuts, key=lambda cut: cut[0])
+    return Cut(num_equal, num_equal < len(longest))
+
+
+def _special_tokens(lm: HFLM) -> list[dict[str, bool]]:
+    """How a text may have been encoded: with the tokens that the tokenizer adds, or without."""
+    return [{} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}, {"add_special_tokens": False}]
+
+
+def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -72,6 +72,7 @@ def parse_value(name: str, kind: Any, value: Any, allowed: Range = ANY_NUMBER, *
     if get_origin(kind) is list:
         return _parse_list(name, options[0], value, allowed, separator)
     if kind is bool:
+        value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
         if not isinstance(value, bool):
             raise UsageError(f"{name}={value} must be true or false")
         return value

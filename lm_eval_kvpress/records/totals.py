@@ -7,6 +7,7 @@ batch that failed and was run again counts once.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,11 @@ class TaskTotals:
         pressed, unpressed: contexts that went through a press, and those that did not.
         num_short_contexts: contexts left uncompressed because they are shorter than the press needs.
         num_shrunk_contexts: contexts pressed with a window shrunk to fit.
+        num_held_back: how many contexts and prompts had so many of their tokens fed after compression.
+        num_prompts_without_question, num_prompts_without_context: under ``query_aware=false``, prompts in which no
+            question was found, and those with nothing before it.
+        num_questions_inside_tokens: questions that begin inside a token, which is held back with them: the context
+            alone would have other tokens.
         num_cut_contexts: contexts and prompts that lost their beginning because they did not fit into ``max_length``.
         num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
         num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
@@ -106,6 +112,10 @@ class TaskTotals:
     unpressed: KeptTotals = field(default_factory=KeptTotals)
     num_short_contexts: int = 0
     num_shrunk_contexts: int = 0
+    num_held_back: Counter[int] = field(default_factory=Counter)
+    num_prompts_without_question: int = 0
+    num_prompts_without_context: int = 0
+    num_questions_inside_tokens: int = 0
     num_cut_contexts: int = 0
     num_tokens: int = 0
     num_tokens_pressed: int = 0
@@ -162,6 +172,10 @@ class TaskTotals:
             "num_short_contexts": self.num_short_contexts,
             "num_shrunk_contexts": self.num_shrunk_contexts,
             "num_cut_contexts": self.num_cut_contexts,
+            "tokens_held_back": _spread(self.num_held_back),
+            "num_prompts_without_question": self.num_prompts_without_question,
+            "num_prompts_without_context": self.num_prompts_without_context,
+            "num_questions_inside_tokens": self.num_questions_inside_tokens,
             "tokens_scored": self.num_tokens,
             "tokens_scored_under_press": self.num_tokens_pressed,
             "token_perplexity": perplexity(self.loglikelihood, self.num_tokens),
@@ -175,6 +189,14 @@ class TaskTotals:
             "max_stream_bytes": self.max_stream_bytes,
             "notes": dict(self.notes),
         }
+
+
+def _spread(counts: Counter[int]) -> dict[str, float] | None:
+    """The least, the median and the most of numbers, given how often each occurs; None without any."""
+    if not counts:
+        return None
+    numbers = list(counts.elements())
+    return {"least": min(numbers), "median": statistics.median(numbers), "most": max(numbers)}
 
 
 def perplexity(loglikelihood: float, num_tokens: int) -> float | None:

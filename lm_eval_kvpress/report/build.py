@@ -111,9 +111,21 @@ def _protocol(table: Table) -> str:
         return "Stock lm-eval: one forward per request"
     facts = dict(setting.protocol)
     rest = [f"{name}={facts[name]}" for name in ("query_tokens", "short_context", "max_length") if name in facts]
+    if "query_aware" in facts:
+        names = ("query_aware", "question_pattern", "question_field")
+        rest[:1] = [f"{name}={facts[name]}" for name in names if name in facts] + _held_back(table)
     rest += [f"{name}={value}" for name, value in setting.model_settings]
     has_perplexity = any(task.is_rolling for cell in table.cells for task in cell.tasks)
     return (f"Perplexity over {_rolling(facts)}; " if has_perplexity else "") + ", ".join(rest)
+
+
+def _held_back(table: Table) -> list[str]:
+    """How many tokens of each task's prompts were fed after compression, in words."""
+    spreads = {task.name: task.held_back for cell in table.cells for task in cell.tasks if task.held_back is not None}
+    return [
+        f"{name}: {least:g} to {most:g} tokens held back (median {median:g})"
+        for name, (least, median, most) in spreads.items()
+    ]
 
 
 def _rolling(facts: dict[str, str]) -> str:

@@ -109,6 +109,8 @@ class Task:
         fingerprint: lm-eval's hash of the task's documents and prompts; None where no samples were logged.
         loaded: which texts the task says that it loaded (``metadata.loaded``); None where it says nothing.
         kept: None where nothing was measured.
+        held_back: the least, the median and the most tokens of a prompt that were fed after compression; None where
+            the file does not say.
         notes: what the press reported, and for how many contexts.
     """
 
@@ -125,6 +127,7 @@ class Task:
     kept: Kept | None
     notes: tuple[tuple[str, int], ...]
     samples: Path | None
+    held_back: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)

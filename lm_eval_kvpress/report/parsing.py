@@ -26,7 +26,7 @@ MODEL_ARGUMENTS = (
 # Parts of our protocol that make figures incomparable. A stream's budget is its compression, not its protocol.
 PROTOCOL = (
     *("query_tokens", "rolling", "rolling_context", "rolling_score", "short_context"),
-    *("stream_chunk", "stream_positions", "max_length"),
+    *("stream_chunk", "stream_positions", "max_length", "query_aware", "question_pattern", "question_field"),
 )
 # What ran, as a results file and a folder of losses (stream_output) both record it.
 IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
@@ -60,7 +60,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         attention=str(facts.get("attn_implementation") or "unknown"),
         batch_size=str(facts.get("batch_size") or config.get("batch_size")),
         model_settings=_model_settings(content, arguments),
-        protocol=STOCK_PROTOCOL if protocol is None else _pairs({key: protocol.get(key) for key in PROTOCOL}),
+        protocol=STOCK_PROTOCOL if protocol is None else _protocol(protocol),
         press=_press(facts.get("press"), protocol or {}),
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tasks,
@@ -125,6 +125,7 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             fingerprint=(content.get("task_hashes") or {}).get(name),
             loaded=_loaded(config.get("metadata")),
             kept=_kept(fact) if fact else None,
+            held_back=_held_back(fact.get("tokens_held_back")),
             notes=tuple(sorted((fact.get("notes") or {}).items())),
             samples=samples if samples.is_file() else None,
         )
@@ -141,6 +142,16 @@ def _loaded(metadata: Any) -> str | None:
         return None
     texts = {key: value for key, value in loaded.items() if key != "source"} if isinstance(loaded, Mapping) else loaded
     return json.dumps([texts, metadata.get("max_tokens")], sort_keys=True)
+
+
+def _protocol(protocol: Mapping[str, Any]) -> Pairs:
+    """What makes figures incomparable; ``query_aware=true`` is left out, which files of older versions do not name."""
+    facts = {key: protocol.get(key) for key in PROTOCOL}
+    return _pairs({**facts, "query_aware": None if facts["query_aware"] in (True, None) else "false"})
+
+
+def _held_back(spread: Mapping[str, float] | None) -> tuple[float, float, float] | None:
+    return None if spread is None else (spread["least"], spread["median"], spread["most"])
 
 
 def _kept(fact: Mapping[str, Any]) -> Kept:

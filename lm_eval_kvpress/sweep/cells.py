@@ -25,10 +25,10 @@ Arguments = Mapping[str, Any]
 LONGEST_NAME = 200
 """Bytes of a cell's folder."""
 
-LISTED = ("rolling", "query_tokens")
+LISTED = ("rolling", "query_tokens", "query_aware")
 """Arguments of which a sweep lists the values, one protocol for each combination."""
 
-PROTOCOL = (*LISTED, "rolling_context", "rolling_score")
+PROTOCOL = (*LISTED, "question_pattern", "question_field", "rolling_context", "rolling_score")
 """Arguments of a cell on which the windows of a document, or the tokens of a context that are prefilled, depend."""
 
 OF_THE_MODEL = ("parity", "fast", "throughput_log", "stream_output", "metrics_port")
@@ -96,8 +96,8 @@ def _refuse_unused_sizes(settings: SweepSettings, cells: Iterable[Cell]) -> None
 
 def _protocols(settings: SweepSettings) -> Iterator[Arguments]:
     lists = ([{name: value} for value in getattr(settings, name)] or [{}] for name in LISTED)
-    for rolling, query_tokens in itertools.product(*lists):
-        yield {**rolling, **query_tokens}
+    for parts in itertools.product(*lists):
+        yield {key: value for part in parts for key, value in part.items()}
 
 
 def _press_arguments(press: Any) -> dict[str, Any]:

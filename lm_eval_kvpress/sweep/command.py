@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", help=f"{lists} tokens kept, instead of ratios; what rolling=stream needs")
     parser.add_argument("--rolling", help=f"{lists} protocols of perplexity tasks: prefix, one_pass, stream")
     parser.add_argument("--query_tokens", help=f"{lists} numbers of held-back tokens")
+    parser.add_argument("--query_aware", help=f"{lists}: true, false (the question is held back as a whole)")
     parser.add_argument("--tasks", help=lists)
     parser.add_argument("--output_path", metavar="DIR", help="folder of the sweep")
     for name in ("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata"):

@@ -33,7 +33,11 @@ class SweepModel:
 
     def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
         # Cells that stream have a budget each; the model itself is loaded under the default protocol.
-        own = {name: value for name, value in arguments.items() if name != "rolling" and not name.startswith("stream_")}
+        own = {
+            name: value
+            for name, value in arguments.items()
+            if name != "rolling" and not name.startswith(("stream_", "question_"))
+        }
         self.lm = KVPress(pretrained, **own)
         self._shared_arguments = arguments
         self._shared_prefills = SharedPrefills(self.lm.press_model)

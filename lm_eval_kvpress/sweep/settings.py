@@ -44,7 +44,8 @@ class SweepSettings:
         presses: names, or mappings of ``press`` and its arguments.
         ratios: fractions removed; presses that take none have one cell.
         budgets: tokens kept, instead of ratios; with ``rolling=stream`` the budget of the stream.
-        rolling, query_tokens: protocols; one cell for each. Empty is what `model_args` or the defaults say.
+        rolling, query_tokens, query_aware: protocols; one cell for each. Empty is what `model_args` or the defaults
+            say.
         batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
             lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
         launcher: where cells run; ``local`` is this process.
@@ -59,6 +60,7 @@ class SweepSettings:
     budgets: list[int] = field(default_factory=list)
     rolling: list[str] = field(default_factory=list)
     query_tokens: list[int] = field(default_factory=list)
+    query_aware: list[bool] = field(default_factory=list)
     batch_size: int | Literal["auto"] = 1
     max_batch_size: int = 64
     device: str | None = None
@@ -85,7 +87,8 @@ class SweepSettings:
     @property
     def shared(self) -> dict[str, Any]:
         """The settings that may not change between two calls in one folder. More cells may be added."""
-        varying = ("presses", "ratios", "budgets", "rolling", "query_tokens", "output_path", "launcher", "wandb_args")
+        protocols = ("rolling", "query_tokens", "query_aware")
+        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "launcher", "wandb_args")
         fixed = {key: value for key, value in self.as_typed().items() if key not in varying}
         return fixed | {"batch_size": None, "max_batch_size": None}  # which change no result
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm_eval_kvpress import recall
 from lm_eval_kvpress.cache.compressed import CompressedCache
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS
@@ -141,7 +142,8 @@ def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreT
 
 def compress(lm: KVPress, context: Sequence[int]) -> tuple[CompressedCache, tuple[int, ...]]:
     """The compressed cache of one context and its held-back end, made and recorded as for the lm's own requests."""
-    batch = lm.session.runner.compressor.compress([tuple(context)])
+    num_held_back = min(lm.session.settings.query_tokens, len(context))
+    batch = lm.session.runner.compressor.compress([Context(tuple(context), num_held_back)])
     lm.session.totals["verify"].add_context(batch.records[0])
     return batch.cache, batch.queries[0]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
 from lm_eval_kvpress.engine.runner import Runner
@@ -93,7 +94,6 @@ class Bench:
             press: Compressor(
                 self._model,
                 spec,
-                query_tokens=QUERY_TOKENS,
                 short_context="error",
                 clock=self._clock,
             )
@@ -106,7 +106,7 @@ class Bench:
         if case.num_prompt_tokens + case.num_new_tokens > positions:
             asked = f"--prompt-tokens {case.num_prompt_tokens} and --new-tokens {case.num_new_tokens}"
             raise ValueError(f"{asked} exceed the {positions} positions that the model was trained on")
-        self._compressors[case.press].check_lengths([range(case.num_prompt_tokens)])
+        self._compressors[case.press].check_lengths([Context((0,) * case.num_prompt_tokens, QUERY_TOKENS)])
 
     def notes(self, case: Case) -> list[str]:
         """What the press says about itself in this case, such as that it does the same as another press."""
@@ -119,7 +119,8 @@ class Bench:
         meter = Meter(self._clock, UNLABELLED, [_Collector(records)])
         compressor = self._compressors[case.press]
         runner = Runner(self._model, compressor, self._clock, meter, nullcontext, graphs=self._graphs)
-        jobs = [Prompt(prompt, seed=0, id=RequestId("", None, row)) for row, prompt in enumerate(prompts)]
+        contexts = [Context(prompt, QUERY_TOKENS) for prompt in prompts]
+        jobs = [Prompt(context, seed=0, id=RequestId("", None, row)) for row, context in enumerate(contexts)]
         runner.generate(jobs, GenerationSettings({}, case.num_new_tokens, frozenset(), lambda new: [False] * len(new)))
         meter.finish("generate_until")
         return _measurement(records)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from lm_eval_kvpress.engine import batching
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.errors import UsageError
 
 
 def test_groups_share_contexts_and_lose_no_request() -> None:
     pairs = [((1, 2), (5,)), ((3,), (6,)), ((1, 2), (7, 8)), ((1, 2), (5,))]
-    groups = batching.group_by_context(pairs)
-    assert [group.context for group in groups] == [(1, 2), (3,)]
+    groups = batching.group_by_context([(Context(context, 1), continuation) for context, continuation in pairs])
+    assert [group.context.tokens for group in groups] == [(1, 2), (3,)]
     assert groups[0].members == (0, 2, 3)
     assert groups[0].continuations == ((5,), (7, 8), (5,))
 

@@ -12,6 +12,7 @@ from references import distinct_tokens
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine import compression
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
@@ -32,12 +33,10 @@ def compressed(
     """The batch, and the shape of each forward's tokens."""
     shapes: list[tuple[int, ...]] = []
     prefills = SharedPrefills(model) if shared else None
-    compressor = Compressor(
-        model, parse_press(press), query_tokens=1, short_context="keep", clock=Clock(model.device), shared=prefills
-    )
+    compressor = Compressor(model, parse_press(press), short_context="keep", clock=Clock(model.device), shared=prefills)
     embeddings = model.model.get_input_embeddings()
     with embeddings.register_forward_hook(lambda _, args, output: shapes.append(tuple(args[0].shape))):
-        batch = compressor.compress(CONTEXTS)
+        batch = compressor.compress([Context(tokens, 1) for tokens in CONTEXTS])
     return batch, shapes
 
 

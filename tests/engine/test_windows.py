@@ -38,10 +38,3 @@ def test_prefix_windows_score_every_token_once_after_its_own_past(length: int, c
 def test_an_empty_document_has_no_windows() -> None:
     assert list(windows.one_pass_windows([], 0, 8)) == []
     assert list(windows.prefix_windows([], 0, 4, 4)) == []
-
-
-def test_truncation_keeps_the_end_of_the_context_as_stock_does() -> None:
-    context, continuation = list(range(20)), [90, 91, 92]
-    stock = (context + continuation)[-(10 + 1) :]
-    assert [*windows.truncate_left(context, continuation, 10), *continuation] == stock
-    assert windows.truncate_left([1, 2], continuation, 10) == (1, 2)

@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval_requests import generation_requests, ours, rolling_requests, text
 
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.harness.requests import generation_batches, likelihood_batches
 from lm_eval_kvpress.records.rolling_score import RollingScore
 
@@ -48,11 +49,11 @@ def test_what_is_cut_loses_its_beginning_as_under_stock(checkpoint_dir: Path) ->
     prompt = Instance("generate_until", {}, (long, {"until": [], "max_gen_toks": 4}), 0, ("t", 0, 0))
     (batches,) = generation_batches(lm, lm.session, [prompt])
     stock, _ = lm.tok_batch_encode([long], left_truncate_len=60)  # of HFLM, as its generate_until calls it
-    assert batches.contexts([0]) == [tuple(stock[0].tolist())] and batches.longest == 60
+    assert batches.contexts([0]) == [Context(tuple(stock[0].tolist()), 1)] and batches.longest == 60
     choice = Instance("loglikelihood", {}, (long, " grey geese"), 0, ("t", 0, 1))
     whole, continuation = lm.tok_encode(long), lm.tok_encode(" grey geese")
     expected = (whole + continuation)[-65:][: -len(continuation)]
-    assert likelihood_batches(lm, lm.session, [choice]).contexts([0]) == [tuple(expected)]
+    assert likelihood_batches(lm, lm.session, [choice]).contexts([0]) == [Context(tuple(expected), 1)]
 
 
 def test_a_stop_string_in_the_prompt_ends_no_text(checkpoint_dir: Path) -> None:

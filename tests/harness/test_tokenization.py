@@ -118,5 +118,5 @@ def test_a_prompt_with_the_tokenizers_bos_is_continued_from_one_bos(make_neox: C
     lm = KVPress(pretrained=make_neox(vocab_size=259), tokenizer=tokenizer("<s>"), prefix_token_id=1)
     requests = [Instance("generate_until", {}, ("<s>The mill", {"until": []}), 0, ("chat", 0, 1))]
     (batches,) = generation_batches(lm, lm.session, requests)
-    (context,) = batches.contexts([0])
+    context = batches.contexts([0])[0].tokens
     assert list(context) == lm.tok_batch_encode(["<s>The mill"])[0][0].tolist() and context[:2].count(0) == 1

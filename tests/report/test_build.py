@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from report_files import NUM_DOCUMENTS, predict_only
+from report_files import NUM_DOCUMENTS, amend, predict_only, write_results
 
 from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.data_files import as_csv, as_json
@@ -53,3 +54,30 @@ def test_every_writer_takes_results_without_figures_and_shows_no_placeholder(tmp
     assert html(report)
     for text in (markdown(report), latex(report), as_csv(report), as_json(report)):
         assert "bypass" not in text
+
+
+def test_runs_that_hold_the_question_back_say_how_much_and_are_never_mixed_with_others(tmp_path: Path) -> None:
+    """A file that does not say whether the press saw the question is of a version in which it always did."""
+
+    def run(press: str, name: str, **protocol: Any) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["config"]["kvpress"]["protocol"] |= protocol
+            content["config"]["kvpress"]["tasks"]["recall"]["tokens_held_back"] = {
+                "least": 9,
+                "median": 11.5,
+                "most": 14,
+            }
+
+        amend(write_results(tmp_path, press, 0.5 if press == "knorm" else 0.0, name=name), change)
+
+    run("none", "old")
+    run("knorm", "aware", query_aware=True)
+    for press in ("none", "knorm"):
+        run(press, "agnostic", query_aware=False, question_pattern="Question:")
+    report = build_report([tmp_path])
+    assert [len(table.rows) for table in report.tables] == [2, 2]
+    protocols = sorted(table.protocol for table in report.tables)
+    assert "query_tokens" not in protocols[0] and protocols[0].startswith(
+        "query_aware=false, question_pattern=Question:, recall: 9 to 14 tokens held back (median 11.5)"
+    )
+    assert protocols[1].startswith("query_tokens=1")

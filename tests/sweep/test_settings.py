@@ -68,6 +68,7 @@ def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path:
         ],
         "ratios": [0.25, 0.5],
         "query_tokens": [1, 32],
+        "query_aware": [True, False],
         "tasks": ["kvpress_demo"],
         "output_path": "out",
     }
@@ -75,9 +76,11 @@ def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path:
     settings = settings_from(["--config", str(file), "--limit", "3"])
     assert settings.limit == 3 and settings.model_args == content["model_args"]
     names = [cell.name for cell in cells_of(settings)]
-    assert len(names) == len(set(names)) == 2 * (1 + 2 + 2 + 1)
-    assert "snapkv_window_size=32_compression_ratio=0.25_query_tokens=32" in names
-    assert "adakv.knorm_compression_ratio=0.5_query_tokens=1" in names
+    assert len(names) == len(set(names)) == 2 * 2 * (1 + 2 + 2 + 1)
+    assert "snapkv_window_size=32_compression_ratio=0.25_query_tokens=32_query_aware=True" in names
+    assert "adakv.knorm_compression_ratio=0.5_query_tokens=1_query_aware=False" in names
+    typed = settings_from(["--config", str(file), "--query_aware", "true,false"])
+    assert typed == settings_from(["--config", str(file)])
     assert settings_from(["--config", str(file), "--presses", "none"]).presses == ["none"]
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(json.loads(json.dumps(settings.as_typed()))))

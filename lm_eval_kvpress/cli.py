@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError, one_line
+from lm_eval_kvpress.harness.command_line import discard_output, open_output
 from lm_eval_kvpress.presses.suggest import near
 
 BAD_INPUT = 2  # the exit status that argparse uses
@@ -43,7 +43,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Call one command. What a user can mend is one line on stderr; a defect keeps its traceback."""
+    """Call one command. What a user can mend or did is one line on stderr; a defect keeps its traceback."""
+    open_output()
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:
@@ -56,18 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, OSError, KeyboardInterrupt) as error:
         if (line := one_line(error)) is None:
             raise
-        _drop_unwritten_output()
+        discard_output()
         print(f"{parser.prog} {args.command}: {line}", file=sys.stderr)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
     return status
-
-
-def _drop_unwritten_output() -> None:
-    """Keep Python from failing, at its end, to write what standard output would not take before."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: Sequence[str]) -> int:

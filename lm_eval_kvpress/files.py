@@ -42,16 +42,19 @@ def write_errors(what: object, advice: str = GOES_ON) -> Iterator[None]:
         raise UsageError(f"{what} cannot be written ({error.strerror or error}): {advice}") from error
 
 
-def write_whole(file: Path, text: str, advice: str = GOES_ON) -> None:
+def write_whole(file: Path, text: str, advice: str = GOES_ON, *, what: object = None) -> None:
     """Write a text file that appears in full or not at all, also if the process is killed or the power fails.
 
     Once this returns, the file is on disk. The folder must be there.
+
+    Args:
+        advice, what: as `write_errors` takes them.
 
     Raises:
         UsageError: in one line with ``advice``, if it cannot be written; the file before is left as it was.
     """
     beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with write_errors(file, advice):
+    with write_errors(what or file, advice):
         try:
             with beside.open("w", encoding="utf-8", newline="") as stream:
                 stream.write(text)

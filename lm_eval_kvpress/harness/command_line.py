@@ -1,21 +1,23 @@
-"""Behave well inside a command: errors in one line, log messages where lm-eval prints its own.
+"""Behave well inside a command: errors in one line, log messages where lm-eval prints its own, output that may fail.
 
-Both change state of the whole process, so they happen only where the process is lm-eval's command line or ours. In a
-program that merely imports lm-eval or loads a model nothing is touched.
+All of it changes state of the whole process, so it happens only where the process is lm-eval's command line or ours. In
+a program that merely imports lm-eval or loads a model nothing is touched.
 
 Standard library only: start-up imports this as soon as lm-eval's models are imported.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lm_eval_kvpress.errors import one_line
+from lm_eval_kvpress.errors import UsageError, one_line
 
 COMMANDS = ("lm_eval", "lm-eval", "lm-eval-kvpress")
 PACKAGES = ("lm_eval", "lm_eval_kvpress")
@@ -30,7 +32,7 @@ def is_a_command(program: str) -> bool:
 
 
 class UsageErrorsInOneLine:
-    """A ``sys.excepthook`` that prints what a user can mend as one line and hands on every other error."""
+    """A ``sys.excepthook`` that prints as one line what a user can mend or did, and hands on every other error."""
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self._previous = previous
@@ -41,6 +43,30 @@ class UsageErrorsInOneLine:
             self._previous(kind, error, trace)
         else:
             print(f"error: {line}", file=sys.stderr)
+            discard_output()
+
+
+class ClosedOutput(io.TextIOBase):
+    """The standard output of a command that was started without one (``>&-``), for which Python has None."""
+
+    def write(self, text: str, /) -> int:
+        raise UsageError("the standard output is closed: leave it open, or have it written to a file")
+
+
+def open_output() -> None:
+    """Have a closed standard output say so when it is written to, and keep its number from the next file opened."""
+    if sys.stdout is None:
+        os.open(os.devnull, os.O_RDONLY)
+        sys.stdout = ClosedOutput()
+
+
+def discard_output() -> None:
+    """Forget what could not be written, which Python would try again when it ends, with an error of its own."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_usage_errors_in_one_line() -> None:

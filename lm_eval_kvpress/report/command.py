@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.files import make_folder, write_errors, write_whole
+from lm_eval_kvpress.files import make_folder, refuse_special, write_errors, write_whole
 from lm_eval_kvpress.report.build import TITLE, build_report
 from lm_eval_kvpress.report.contents import Report
 from lm_eval_kvpress.report.data_files import as_csv, as_json
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 def _write(report: Report, file: Path) -> None:
     text = WRITERS[file.suffix](report)
     make_folder(file.parent)
-    write_whole(file, text, ELSEWHERE)
+    write_whole(file.resolve(), text, ELSEWHERE, what=f"-o {file}")  # what a link leads to
     num_rows, num_tables = sum(len(table.rows) for table in report.tables), len(report.tables)
     print(f"{file}: {num_rows} rows in {num_tables} table{'s' if num_tables > 1 else ''}")
 
@@ -75,6 +75,7 @@ def _output_file(name: str) -> Path:
         raise UsageError(f"-o {file}: the ending must be one of {', '.join(WRITERS)}")
     if file.match(PATTERN):
         raise UsageError(f"-o {file}: {PATTERN} are results, which reports read and never write: name another file")
+    refuse_special(file, f"-o {file}")
     _check_writable("-o", file)
     return file
 

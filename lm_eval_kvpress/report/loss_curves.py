@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.files import checksum, file_name
+from lm_eval_kvpress.files import checksum, file_name, refuse_special
 from lm_eval_kvpress.report.cell import Cell, Identity
 from lm_eval_kvpress.report.parsing import identity
 
@@ -150,6 +150,7 @@ def _undamaged(file: Path) -> str:
     Raises:
         UsageError: if it does not. Older versions wrote no checksum.
     """
+    refuse_special(file)
     beside = file.with_suffix(".json")
     try:
         about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}

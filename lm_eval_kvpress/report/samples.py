@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import refuse_special
 from lm_eval_kvpress.report.metric_values import NOT_RUN
 
 Array = npt.NDArray[np.float64]
@@ -79,6 +80,7 @@ def read_samples(file: Path) -> dict[str, Samples]:
     Raises:
         UsageError: if a line is not a whole sample.
     """
+    refuse_special(file)
     by_filter: dict[str, dict[DocumentKey, Sample]] = {}
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if line:

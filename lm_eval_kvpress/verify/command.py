@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from lm_eval.utils import simple_parse_args_string
 
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import make_writable, refuse_special, write_whole
 from lm_eval_kvpress.verify import answers, kept, presentation, scores
 from lm_eval_kvpress.verify.check import Check
 from lm_eval_kvpress.verify.subject import Subject
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     seconds = time.perf_counter() - started
     print(verdict(failed, len(found)) + f" ({seconds:.0f} s)")
     if options.json:
-        options.json.write_text(json.dumps(report(options.model_args, subject, found, seconds), indent=2) + "\n")
+        text = json.dumps(report(options.model_args, subject, found, seconds), indent=2) + "\n"
+        advice = "the verdict above is complete; make room and run it again for the file"
+        write_whole(options.json, text, advice, what=f"--json {options.json}")
     return 1 if failed else 0
 
 
@@ -141,8 +145,12 @@ def _model_args(text: str) -> dict[str, Any]:
 
 
 def _writable(text: str) -> Path:
+    file = Path(text)
     try:
-        open(text, "a").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
-    return Path(text)
+        if not text:
+            raise UsageError("the name is empty: name a file")
+        refuse_special(file)
+        make_writable("--json", file.parent)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return file.resolve()

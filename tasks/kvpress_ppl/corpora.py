@@ -22,6 +22,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext as stock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.files import refuse_special
 from lm_eval_kvpress.harness.checkpoint import BUILTIN, resolve_pretrained
 
 Record = dict[str, Any]
@@ -246,6 +247,7 @@ def read_records(
 
 
 def _from_file(path: Path, hub_dataset: str) -> list[Record]:
+    refuse_special(path)
     try:
         with path.open(encoding="utf-8") as lines:
             return [_record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import command_line, messages
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
@@ -66,6 +67,26 @@ def test_without_its_handlers_messages_go_where_they_went(caplog: pytest.LogCapt
     command_line.share_log_handlers("a_package_without_handlers")
     messages.log_kept_shares(settings, {"other": TaskTotals()})
     assert "other: press=knorm compressed nothing; its figures are the uncompressed ones" in caplog.text
+
+
+def test_ctrl_c_and_a_full_disk_are_one_line_and_a_defect_is_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    handed_on: list[BaseException] = []
+    hook = command_line.UsageErrorsInOneLine(lambda kind, error, trace: handed_on.append(error))
+    errors = [
+        KeyboardInterrupt(),
+        OSError(28, "No space left on device"),
+        UsageError("do this"),
+        ValueError("a defect"),
+    ]
+    for error in errors:
+        hook(type(error), error, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[0] == "error: interrupted"
+        and lines[1].startswith("error: No space left on device: ")
+        and lines[2:] == ["error: do this"]
+    )
+    assert handed_on == errors[3:]
 
 
 def test_a_program_of_ones_own_is_no_command() -> None:

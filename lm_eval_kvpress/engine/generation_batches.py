@@ -74,6 +74,7 @@ class GenerationBatches:
                 of_task.add_context(outcome.context)
             of_task.num_tokens_generated += len(outcome.ids)
             of_task.num_texts += 1
+            of_task.num_texts_at_limit += self._settings.hits_limit(outcome.ids)
             of_task.num_texts_compressed += outcome.num_compressions > 0
             of_task.num_decode_compressions += outcome.num_compressions
             of_task.max_decode_entries = max(of_task.max_decode_entries, outcome.max_entries)

@@ -104,6 +104,7 @@ class GenerationSettings:
         stop_ids: token ids that end a text.
         stopped: says from the new tokens, ``(B, n)``, which texts are complete.
         until: the strings that `stopped` looks for.
+        ignored_ids: token ids that would end a text and do not, so that all texts are equally long.
     """
 
     options: Mapping[str, Any]
@@ -111,3 +112,9 @@ class GenerationSettings:
     stop_ids: frozenset[int]
     stopped: Callable[[torch.Tensor], Sequence[bool]]
     until: tuple[str, ...] = ()
+    ignored_ids: frozenset[int] = frozenset()
+
+    def hits_limit(self, ids: Sequence[int]) -> bool:
+        """Whether nothing but ``max_new_tokens`` ended a text."""
+        is_full = len(ids) == self.max_new_tokens and ids[-1] not in self.stop_ids
+        return is_full and not self.stopped(torch.tensor([list(ids)]))[0]

@@ -18,6 +18,7 @@ from lm_eval_kvpress.engine.outcomes import GenerationSettings
 from lm_eval_kvpress.engine.sampling import check_options
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.generation_config import effective_options
+from lm_eval_kvpress.presses.values import parse_value
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -32,6 +33,7 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
         UsageError: for an argument that is not supported, or so many new tokens that no prompt fits.
     """
     given = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
+    ignores_eos = parse_value("ignore_eos", bool, given.pop("ignore_eos", False))
     if lm.eot_token_id is None:
         raise UsageError("the tokenizer has no EOS, at which texts would end: choose tasks that score, or another one")
     eos = lm.tok_decode([lm.eot_token_id], skip_special_tokens=False)
@@ -51,13 +53,21 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
             f"{lm.max_length} tokens of max_length"
         )
     check_options(options, lm.model.config.vocab_size)
-    stop_ids, stopped = frozenset([lm.eot_token_id, *options["eos_token_id"]]), StopStrings(lm.tokenizer, until)
-    return GenerationSettings(options, max_new_tokens, stop_ids, stopped, tuple(until)), until
+    ends, none = frozenset([lm.eot_token_id, *options["eos_token_id"]]), frozenset[int]()
+    stop_ids, ignored_ids = (none, ends) if ignores_eos else (ends, none)
+    stops = [stop for stop in until if not (ignores_eos and stop == eos)]
+    stopped = StopStrings(lm.tokenizer, stops)
+    return GenerationSettings(options, max_new_tokens, stop_ids, stopped, tuple(stops), ignored_ids), until
 
 
-def answer_text(lm: HFLM, ids: Sequence[int], until: list[str]) -> str:
-    """The text of generated ids, without thinking and without what follows a stop string, as stock ``HFLM`` cuts it."""
-    ids, end = list(ids), lm.think_end_token
+def answer_text(lm: HFLM, ids: Sequence[int], until: list[str], ignored_ids: frozenset[int] = frozenset()) -> str:
+    """The text of generated ids, without thinking and without what follows a stop string, as stock ``HFLM`` cuts it.
+
+    Args:
+        ignored_ids: token ids at which the text would have ended under another setting; it ends there.
+    """
+    num_ids = next((place for place, id in enumerate(ids, start=1) if id in ignored_ids), len(ids))
+    ids, end = list(ids[:num_ids]), lm.think_end_token
     if isinstance(end, int):
         after = len(ids) - ids[::-1].index(end) if end in ids else 0
         text = lm.tok_decode(ids[after:]).lstrip()

@@ -101,7 +101,7 @@ def _refuse_unknown(gen_kwargs: Mapping[str, Any]) -> None:
     if unknown:
         raise UsageError(
             f"generation arguments not supported: {', '.join(unknown)}; supported are do_sample, until, max_gen_toks, "
-            f"eos_token_id, {', '.join(OPTIONS)}"
+            f"ignore_eos, eos_token_id, {', '.join(OPTIONS)}"
         )
 
 

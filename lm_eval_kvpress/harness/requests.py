@@ -190,7 +190,7 @@ def _generation_group(
     for prompt in too_long:
         session.totals[prompt.id.task].num_cut_contexts += 1
     cut = {index: replace(prompt, context=prompt.context.last(longest)) for index, prompt in prompts.items()}
-    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until))
+    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until, settings.ignored_ids))
 
 
 def encode_documents(lm: HFLM, requests: Sequence[Instance]) -> list[list[int]]:

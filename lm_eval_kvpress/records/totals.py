@@ -99,7 +99,9 @@ class TaskTotals:
         num_tokens, loglikelihood: scored tokens and their log-likelihood in nats.
         num_tokens_pressed, loglikelihood_pressed: of these, what was scored over a compressed cache.
         num_tokens_generated: tokens produced by ``generate_until``.
-        num_texts, num_texts_compressed: texts produced, and those from whose cache a decoding press evicted entries
+        num_texts, num_texts_at_limit: texts produced, and those that ended only because they had as many tokens as were
+            allowed.
+        num_texts_compressed: texts from whose cache a decoding press evicted entries
             before their end.
         num_decode_compressions, max_decode_entries: how often a decoding press evicted, and the most entries per layer
             that it found.
@@ -123,6 +125,7 @@ class TaskTotals:
     loglikelihood_pressed: float = 0.0
     num_tokens_generated: int = 0
     num_texts: int = 0
+    num_texts_at_limit: int = 0
     num_texts_compressed: int = 0
     num_decode_compressions: int = 0
     max_decode_entries: int = 0
@@ -182,6 +185,7 @@ class TaskTotals:
             "token_perplexity_under_press": self._perplexity_under_press(),
             "tokens_generated": self.num_tokens_generated,
             "texts_generated": self.num_texts,
+            "texts_at_limit": self.num_texts_at_limit,
             "texts_compressed_while_decoding": self.num_texts_compressed,
             "num_decode_compressions": self.num_decode_compressions,
             "max_decode_entries": self.max_decode_entries,

@@ -76,8 +76,8 @@ class Metric:
 class Kept:
     """What a press left of a task's contexts: sums over contexts; shares are fractions of the prefilled tokens.
 
-    ``num_texts`` counts generated texts. It is 0 in files of older versions, which do not say on how many of them a
-    decoding press acted.
+    ``num_texts`` counts generated texts, ``num_texts_at_limit`` those that nothing but their allowed length ended. The
+    first is 0 and the second None in files of older versions, which do not say it.
     """
 
     num_contexts_pressed: int
@@ -95,6 +95,8 @@ class Kept:
     bytes_allocated: int
     bytes_effective: int
     max_stream_bytes: int
+    num_tokens_generated: int | None = None
+    num_texts_at_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,22 @@ class Cell:
         if not self.kept or not self.press.acts_on_prefill:
             return None
         return float(sum(kept.num_contexts_unpressed for kept in self.kept))
+
+    @property
+    def tokens_per_text(self) -> float | None:
+        """Mean length of generated texts."""
+        return self._per_text([kept.num_tokens_generated for kept in self.kept])
+
+    @property
+    def share_at_limit(self) -> float | None:
+        """Fraction of generated texts that nothing but their allowed length ended."""
+        return self._per_text([kept.num_texts_at_limit for kept in self.kept])
+
+    def _per_text(self, sums: list[int | None]) -> float | None:
+        """Mean over the texts of all tasks that say it."""
+        known = [(kept.num_texts, count) for kept, count in zip(self.kept, sums, strict=True) if count is not None]
+        num_texts = sum(texts for texts, _ in known)
+        return sum(count for _, count in known) / num_texts if num_texts else None
 
     def _bytes_per_context(self, sums: list[int]) -> float | None:
         """Mean over all contexts, compressed or not. For a stream: the most that its caches took at once."""

@@ -56,7 +56,8 @@ class Column:
 
 def table_columns(table: Table) -> list[Column]:
     """The columns of a table in order, with every metric."""
-    return [*_CACHE, *(_metric_column(key, table) for key in table.metrics), *_SPEED, *_TRUST]
+    output = _OUTPUT if any(cell.tokens_per_text is not None for cell in table.cells) else ()
+    return [*_CACHE, *(_metric_column(key, table) for key in table.metrics), *output, *_SPEED, *_TRUST]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
@@ -135,6 +136,25 @@ _CACHE = (
         Kind.BYTES,
         _of_cell(lambda cell: cell.bytes_effective),
         "Bytes of the entries that can be attended, mean per context. Less than allocated under a masking press.",
+        False,
+    ),
+)
+_OUTPUT = (
+    Column(
+        "tokens_per_text",
+        "Tokens per text",
+        "Output",
+        Kind.RATE,
+        _of_cell(lambda cell: cell.tokens_per_text),
+        "Mean length of generated texts, which compression often makes longer.",
+    ),
+    Column(
+        "share_at_limit",
+        "At the limit",
+        "Output",
+        Kind.SHARE,
+        _of_cell(lambda cell: cell.share_at_limit),
+        "Share of generated texts that nothing but the allowed number of tokens ended.",
         False,
     ),
 )

@@ -172,6 +172,8 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
         bytes_allocated=pressed["kv_bytes_allocated"] + unpressed["kv_bytes_allocated"],
         bytes_effective=(pressed["kv_bytes_effective"] or 0) + (unpressed["kv_bytes_effective"] or 0),
         max_stream_bytes=fact.get("max_stream_bytes", 0),
+        num_tokens_generated=fact.get("tokens_generated") if "texts_at_limit" in fact else None,
+        num_texts_at_limit=fact.get("texts_at_limit"),
     )
 
 

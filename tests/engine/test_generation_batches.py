@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.generation_batches import GenerationBatches
 from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
 from lm_eval_kvpress.records.meter import RequestId
@@ -21,12 +22,13 @@ OTHERS: dict[str, Any] = {
 
 
 def test_every_setting_is_told_apart_or_made_of_another() -> None:
-    assert {field.name for field in fields(GenerationSettings)} == {*OTHERS, "stopped"}, "which is made of until"
+    made_of_others = {"stopped", "ignored_ids"}  # of until, and what the answer is cut at once the ids are there
+    assert {field.name for field in fields(GenerationSettings)} == {*OTHERS, *made_of_others}
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_prompt_continued_in_another_way_has_another_outcome(name: str) -> None:
-    prompts = {0: Prompt((1, 2, 3), 7, RequestId("t", 0, 0))}
+    prompts = {0: Prompt(Context((1, 2, 3), 1), 7, RequestId("t", 0, 0))}
 
     def identity(settings: GenerationSettings) -> str:
         return repr(GenerationBatches(prompts, settings, str).identity(0))

@@ -9,6 +9,7 @@ import pytest
 from lm_eval_requests import generation_requests, ours
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.requests import generation_batches
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,35 @@ from lm_eval_kvpress.errors import UsageError
 def test_unsupported_generation_arguments_are_errors(checkpoint_dir: Path, gen_kwargs: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="not supported|leave room|top_p"):
         ours(checkpoint_dir).generate_until(generation_requests(until=[], **gen_kwargs), disable_tqdm=True)
+
+
+def ids_and_record(checkpoint_dir: Path, **gen_kwargs: Any) -> tuple[list[str], list[tuple[int, ...]], dict[str, Any]]:
+    lm = ours(checkpoint_dir, press="knorm", batch_size=2)
+    requests = generation_requests(until=[], max_gen_toks=8, **gen_kwargs)
+    (batches,) = generation_batches(lm, lm.session, requests)
+    outcomes = batches.run(lm.session.runner, range(len(requests)), lambda _: None)
+    return lm.generate_until(requests, disable_tqdm=True), [one.ids for one in outcomes], lm.describe()["tasks"]["gen"]
+
+
+def test_ignored_ends_make_texts_equally_long_and_change_no_answer(checkpoint_dir: Path) -> None:
+    _, free, _ = ids_and_record(checkpoint_dir)
+    ends = sorted({free[0][2], free[1][5]})
+    answers, ids, record = ids_and_record(checkpoint_dir, eos_token_id=ends)
+    num_ended = sum(len(one) < 8 or one[-1] in ends for one in ids)
+    assert num_ended >= 2 and (record["texts_generated"], record["texts_at_limit"]) == (5, 5 - num_ended)
+    assert record["tokens_generated"] == sum(map(len, ids)) < 5 * 8
+    steady, all_ids, record = ids_and_record(checkpoint_dir, eos_token_id=ends, ignore_eos=True)
+    assert steady == answers and all_ids == free
+    assert (record["tokens_generated"], record["texts_at_limit"]) == (5 * 8, 5)
+
+
+def test_a_least_number_of_new_tokens_keeps_texts_from_ending(checkpoint_dir: Path) -> None:
+    _, free, _ = ids_and_record(checkpoint_dir)
+    ends = [free[0][2]]
+    _, ids, _ = ids_and_record(checkpoint_dir, eos_token_id=ends, min_new_tokens=6)
+    assert all(len(one) >= 6 and not set(one[:6]) & set(ends) for one in ids)
+
+
+def test_ignore_eos_is_true_or_false(checkpoint_dir: Path) -> None:
+    with pytest.raises(UsageError, match="ignore_eos=3 must be true or false"):
+        ours(checkpoint_dir).generate_until(generation_requests(until=[], ignore_eos=3), disable_tqdm=True)

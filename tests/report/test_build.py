@@ -81,3 +81,19 @@ def test_runs_that_hold_the_question_back_say_how_much_and_are_never_mixed_with_
         "query_aware=false, question_pattern=Question:, recall: 9 to 14 tokens held back (median 11.5)"
     )
     assert protocols[1].startswith("query_tokens=1")
+
+
+def test_generated_texts_have_columns_of_their_length(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["config"]["kvpress"]["tasks"]["recall"] |= {
+            "texts_generated": 4,
+            "tokens_generated": 50,
+            "texts_at_limit": 1,
+        }
+
+    write_results(tmp_path, "none", 0.0)
+    assert not any(column.group == "Output" for column in build_report([tmp_path]).tables[0].columns)
+    amend(write_results(tmp_path, "knorm", 0.5), change)
+    (table,) = build_report([tmp_path]).tables
+    found = [[row.entries[key].text for key in ("tokens_per_text", "share_at_limit")] for row in table.rows]
+    assert found == [["-", "-"], ["12.5", "25.0 %"]]

@@ -1,7 +1,8 @@
-"""MkDocs hook: pages of the site that are files outside `docs/`, and links that work on GitHub and on the site alike.
+"""MkDocs hook: pages that are files outside `docs/`, links that work on GitHub too, and drawings that follow the theme.
 
 Pages link to each other by the paths of the repository, so that they can be read there. This turns such a path into
-that of the site's page. It knows no content. MkDocs then checks that the page, and the heading, exist.
+that of the site's page, and puts a drawing into the page itself, where the site's style sheet reaches its colours. It
+knows no content. MkDocs then checks that the page, and the heading, exist.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OUTSIDE_DOCS = {
     "tasks/demo/README.md": "tasks/demo.md",
     "tasks/kvpress_ppl/README.md": "tasks/kvpress_ppl.md",
 }
+DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]*drawings/[^)\s]+\.svg)\)$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 
 
@@ -34,14 +36,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let a page's links lead to pages of the site."""
+    """Let a page's links lead to pages of the site, and draw its drawings."""
     of_page = {on_site: source for source, on_site in OUTSIDE_DOCS.items()}
     source = of_page.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def relink(match: re.Match[str]) -> str:
         return match[1] + link_on_site(match[2], source, page.file.src_uri) + match[3]
 
-    return LINK.sub(relink, markdown)
+    return LINK.sub(relink, DRAWING.sub(lambda match: _drawn(match, source), markdown))
+
+
+def _drawn(match: re.Match[str], source: str) -> str:
+    drawing = (ROOT / source).parent / match[2]
+    return f"<figure>\n{drawing.read_text(encoding='utf-8')}</figure>"
 
 
 def link_on_site(target: str, source: str, page: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval_requests import generation_requests, loglikelihood_requests, ours, text
+from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests, text
+from repository import ROOT
 
 from lm_eval_kvpress.models.fast import onednn_linear
 
@@ -26,6 +31,21 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
     assert pressed["kv_bytes_before"] == 2 * config.num_hidden_layers * pressed["num_tokens"] * config.hidden_size * 4
     assert record["press"]["arguments"]["window_size"] == 8
     assert set(record["versions"]) == {"torch", "transformers", "kvpress", "lm_eval"}
+
+
+@pytest.mark.parametrize("rolling", [{}, {"rolling": "stream", "stream_budget": 80}])
+def test_the_record_fits_the_schema(checkpoint_dir: Path, rolling: dict[str, Any]) -> None:
+    schema = json.loads((ROOT / "docs" / "results.schema.json").read_text(encoding="utf-8"))
+    lm = ours(checkpoint_dir, press="streaming_llm", max_length=128, parity=not rolling, **rolling)
+    lm.loglikelihood_rolling(rolling_requests()[1:3], disable_tqdm=True)
+    lm.generate_until(generation_requests(until=[], max_gen_toks=3)[:2] * (not rolling), disable_tqdm=True)
+    record = json.loads(json.dumps(lm.describe()))
+    jsonschema.validate(record, schema)
+    for path in ([], ["tasks", "rolling"], ["tasks", "rolling", "contexts_pressed"], ["throughput"]):
+        changed = json.loads(json.dumps(record))
+        functools.reduce(operator.getitem, path, changed)["unknown"] = 0
+        with pytest.raises(jsonschema.ValidationError, match="'unknown' was unexpected"):
+            jsonschema.validate(changed, schema)
 
 
 def test_the_record_names_how_steps_of_decoding_were_made(checkpoint_dir: Path) -> None:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE_DOCS = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "lm_eval_kvpress/builtin/README.md": "builtin.md",
     "tasks/demo/README.md": "tasks/demo.md",
     "tasks/kvpress_ppl/README.md": "tasks/kvpress_ppl.md",

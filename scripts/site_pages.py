@@ -26,7 +26,7 @@ OUTSIDE_DOCS = {
     "tasks/kvpress_ppl/README.md": "tasks/kvpress_ppl.md",
 }
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]*drawings/[^)\s]+\.svg)\)$", re.MULTILINE)
-LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,7 +42,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = of_page.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def relink(match: re.Match[str]) -> str:
-        return match[1] + link_on_site(match[2], source, page.file.src_uri) + match[3]
+        text, target, heading = match[1], match[2], match[3] or ""
+        on_site = link_on_site(target, source, page.file.src_uri, config.repo_url or "")
+        return f"[{text}]({on_site}{heading})" if on_site else text
 
     return LINK.sub(relink, DRAWING.sub(lambda match: _drawn(match, source), markdown))
 
@@ -52,24 +54,27 @@ def _drawn(match: re.Match[str], source: str) -> str:
     return f"<figure>\n{drawing.read_text(encoding='utf-8')}</figure>"
 
 
-def link_on_site(target: str, source: str, page: str) -> str:
+def link_on_site(target: str, source: str, page: str, repository: str) -> str:
     """Translate a link.
 
     Args:
         target: as written, relative to `source`.
         source: the file that holds the link, relative to the repository.
         page: that file on the site, relative to the site's root.
+        repository: its address, for files that are not part of the site.
+
+    Returns:
+        The link; empty for a file that is not part of the site, where the repository has no address.
 
     Raises:
-        PluginError: the target is no page and no file of `docs/`.
+        PluginError: there is no such file.
     """
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if path == "README.md":
-        on_site = "index.md"
-    elif path.startswith("docs/"):
+    on_site = {"README.md": "index.md", **OUTSIDE_DOCS}.get(path)
+    if path.startswith("docs/"):
         on_site = path.removeprefix("docs/")
-    elif path in OUTSIDE_DOCS:
-        on_site = OUTSIDE_DOCS[path]
-    else:
-        raise PluginError(f"{source}: {target} is not part of the site; name the file without a link")
-    return posixpath.relpath(on_site, posixpath.dirname(page) or ".")
+    if on_site is not None:
+        return posixpath.relpath(on_site, posixpath.dirname(page) or ".")
+    if not (ROOT / path).exists():
+        raise PluginError(f"{source}: there is no {target}")
+    return f"{repository}/blob/main/{path}" if repository else ""

@@ -25,12 +25,19 @@ from scripts.site_pages import OUTSIDE_DOCS, link_on_site  # noqa: E402
     ],
 )
 def test_a_link_of_the_repository_is_one_of_the_site(source: str, page: str, target: str, on_site: str) -> None:
-    assert link_on_site(target, source, page) == on_site
+    assert link_on_site(target, source, page, "https://host/owner/name") == on_site
 
 
-def test_a_link_out_of_the_site_ends_the_build() -> None:
-    with pytest.raises(PluginError, match="not part of the site"):
-        link_on_site("../scripts/demo.py", "docs/usage.md", "usage.md")
+@pytest.mark.parametrize(
+    "repository, link", [("https://host/name", "https://host/name/blob/main/scripts/demo.py"), ("", "")]
+)
+def test_a_link_to_another_file_leads_to_the_repository(repository: str, link: str) -> None:
+    assert link_on_site("../scripts/demo.py", "docs/usage.md", "usage.md", repository) == link
+
+
+def test_a_link_to_no_file_ends_the_build() -> None:
+    with pytest.raises(PluginError, match=r"docs/usage.md: there is no ../scripts/no.py"):
+        link_on_site("../scripts/no.py", "docs/usage.md", "usage.md", "")
 
 
 def test_pages_from_outside_exist() -> None:

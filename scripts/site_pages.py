@@ -25,7 +25,10 @@ OUTSIDE_DOCS = {
     "tasks/demo/README.md": "tasks/demo.md",
     "tasks/kvpress_ppl/README.md": "tasks/kvpress_ppl.md",
 }
+WITHOUT_SIDEBARS = {"leaderboard.md"}
+"""Pages of wide tables."""
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]*drawings/[^)\s]+\.svg)\)$", re.MULTILINE)
+NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:%|KiB|MiB|GiB|GB|ms|s)(?!\w))")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -37,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let a page's links lead to pages of the site, and draw its drawings."""
+    """Let a page's links lead to pages of the site, draw its drawings, and name the repository to clone."""
     of_page = {on_site: source for source, on_site in OUTSIDE_DOCS.items()}
     source = of_page.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
@@ -46,7 +49,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         on_site = link_on_site(target, source, page.file.src_uri, config.repo_url or "")
         return f"[{text}]({on_site}{heading})" if on_site else text
 
+    if page.file.src_uri in WITHOUT_SIDEBARS:
+        page.meta["hide"] = ["navigation", "toc"]
+    if config.repo_url:
+        markdown = markdown.replace("git clone ADDRESS", f"git clone {config.repo_url}")
     return LINK.sub(relink, DRAWING.sub(lambda match: _drawn(match, source), markdown))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep a number and its unit on one line."""
+    return NUMBER_AND_UNIT.sub("\u00a0", html)
 
 
 def _drawn(match: re.Match[str], source: str) -> str:

@@ -58,7 +58,7 @@ def test_the_docs_show_offline_and_hub_runs() -> None:
 
 
 def test_the_readme_is_short_and_runs_something() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 130
     assert any(command in OFFLINE for command in commands(ROOT / "README.md"))
 
 
@@ -121,7 +121,8 @@ def test_every_model_argument_stands_in_the_table() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+        on_github = target.startswith(("http", "../../actions/"))
+        assert on_github or (page.parent / target).exists(), target
 
 
 def test_make_targets_of_the_docs_exist() -> None:

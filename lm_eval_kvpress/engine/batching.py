@@ -6,7 +6,7 @@ Knows token ids as integers, and of torch that memory may run out. Does not know
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -100,14 +100,15 @@ def batches(requests: Segmented, max_items: int, max_tokens: int | None) -> Iter
         yield from in_batches(segment, max_items, requests.length, max_tokens)
 
 
-def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int]) -> list[Outcome]:
-    """Runs a batch; if it does not fit into memory, its halves, and theirs.
+def in_halves(run: Callable[[Sequence[int]], Iterable[Outcome]], items: Sequence[int]) -> Iterator[Outcome]:
+    """Runs a batch; if it does not fit into memory, its halves, and theirs. What came before memory ran out stands.
 
     Raises:
         UsageError: if a single item does not fit.
     """
     try:
-        return run(items)
+        yield from run(items)
+        return
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
@@ -120,4 +121,5 @@ def in_halves(run: Callable[[Sequence[int]], list[Outcome]], items: Sequence[int
         torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
     logger.warning("out of memory with %d contexts at once; trying %d", len(items), middle)
-    return [*in_halves(run, items[:middle]), *in_halves(run, items[middle:])]
+    for half in (items[:middle], items[middle:]):
+        yield from in_halves(run, half)

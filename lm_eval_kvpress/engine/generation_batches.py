@@ -32,6 +32,7 @@ class GenerationBatches:
         self._members = [members[index] for index in in_order([prompts[member].context for member in members])]
         self._prompts, self._settings, self._to_text = prompts, settings, to_text
         self.progress_total = len(self._members)
+        self.requests: Sequence[int] = list(prompts)
         self.longest = max((len(prompt.context) for prompt in prompts.values()), default=0)
 
     @property
@@ -56,6 +57,12 @@ class GenerationBatches:
     def contexts(self, items: Sequence[int]) -> list[Context]:
         return [self._prompt(item).context for item in items]
 
+    def part(self, items: Sequence[int]) -> GenerationBatches:
+        prompts = {self._members[item]: self._prompt(item) for item in items}
+        part = GenerationBatches(prompts, self._settings, _no_text)
+        part._members = list(prompts)
+        return part
+
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Generated]:
         outcomes = runner.generate([self._prompt(item) for item in items], self._settings)
         advance(len(items))
@@ -78,3 +85,7 @@ class GenerationBatches:
             of_task.num_texts_compressed += outcome.num_compressions > 0
             of_task.num_decode_compressions += outcome.num_compressions
             of_task.max_decode_entries = max(of_task.max_decode_entries, outcome.max_entries)
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    raise AssertionError("texts are made where the requests came from")

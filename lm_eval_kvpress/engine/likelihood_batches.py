@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_eval_kvpress.engine.batching import group_by_context
+from lm_eval_kvpress.engine.batching import ContextGroup, group_by_context
 from lm_eval_kvpress.engine.contexts import Context, is_first
 from lm_eval_kvpress.engine.outcomes import Scored
 from lm_eval_kvpress.engine.runner import Runner
@@ -28,9 +28,13 @@ class LikelihoodBatches:
     is_cached_whole, num_cache_copies = False, 1
 
     def __init__(self, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId]) -> None:
-        self._groups, self._ids = group_by_context(pairs), ids
-        self.progress_total = len(self._groups)
-        self.longest = max((len(group.context) for group in self._groups), default=0)
+        self._set(group_by_context(pairs), dict(enumerate(ids)))
+
+    def _set(self, groups: list[ContextGroup], ids: Mapping[int, RequestId]) -> None:
+        self._groups, self._ids = groups, ids
+        self.progress_total = len(groups)
+        self.requests: Sequence[int] = list(ids)
+        self.longest = max((len(group.context) for group in groups), default=0)
 
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))
@@ -44,6 +48,12 @@ class LikelihoodBatches:
 
     def contexts(self, items: Sequence[int]) -> list[Context]:
         return [self._groups[item].context for item in items]
+
+    def part(self, items: Sequence[int]) -> LikelihoodBatches:
+        groups = [self._groups[item] for item in items]
+        part = LikelihoodBatches((), ())
+        part._set(groups, {member: self._ids[member] for group in groups for member in group.members})
+        return part
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
         outcomes = runner.score_groups([self._groups[item] for item in items], self._ids)

@@ -28,6 +28,7 @@ class RequestBatches(Protocol[Outcome]):
         num_cache_copies: how often a batch holds its cache in memory at the same time.
         progress_total: the sum of what `run` reports over all items.
         longest: tokens of the longest context, or of the longest document in ``loglikelihood_rolling``; 0 without any.
+        requests: the requests of the call to which the items belong, in any order.
     """
 
     request_type: str
@@ -36,6 +37,7 @@ class RequestBatches(Protocol[Outcome]):
     num_cache_copies: int
     progress_total: int
     longest: int
+    requests: Sequence[int]
 
     def segments(self) -> Iterator[list[int]]:
         """Items in runs that may share a batch; items of different segments never do."""
@@ -48,6 +50,9 @@ class RequestBatches(Protocol[Outcome]):
 
     def contexts(self, items: Sequence[int]) -> list[Context]:
         """The contexts of these items that a press will act on."""
+
+    def part(self, items: Sequence[int]) -> RequestBatches[Outcome]:
+        """These items alone, counted from 0 in the order given, without what only answers need. It can be pickled."""
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Outcome]:
         """Run these items as one batch; one outcome per item, in order. Progress is reported to ``advance``."""

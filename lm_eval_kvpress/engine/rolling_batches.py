@@ -30,8 +30,9 @@ class RollingBatches:
     def __init__(self, documents: Sequence[Sequence[Window]], ids: Sequence[RequestId]) -> None:
         items = [(index, window) for index, windows in enumerate(documents) for window in windows]
         items.sort(key=lambda item: (item[1].pressed, -len(item[1].context) - len(item[1].targets)))
-        self._items, self._ids, self._num_documents = items, ids, len(documents)
+        self._items, self._ids, self._num_documents = items, dict(enumerate(ids)), len(documents)
         self.progress_total = len(items)
+        self.requests: Sequence[int] = range(len(documents))
         self.longest = max((sum(len(window.targets) for window in windows) for windows in documents), default=0)
 
     def segments(self) -> Iterator[list[int]]:
@@ -49,6 +50,12 @@ class RollingBatches:
     def contexts(self, items: Sequence[int]) -> list[Context]:
         windows = [self._items[item][1] for item in items]
         return [window.parts for window in windows if window.pressed]
+
+    def part(self, items: Sequence[int]) -> RollingBatches:
+        part = RollingBatches((), ())
+        part._items, part.progress_total = [self._items[item] for item in items], len(items)
+        part._ids = {index: self._ids[index] for index, _ in part._items}
+        return part
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Scored]:
         batch = [self._items[item] for item in items]

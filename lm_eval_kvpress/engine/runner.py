@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,11 +60,11 @@ class Runner:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
 
-    def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Sequence[RequestId]) -> list[Scored]:
+    def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Mapping[int, RequestId]) -> list[Scored]:
         """Score all continuations of each context, which is prefilled once.
 
         Args:
-            ids: ids of all requests; a group's ``members`` are indices into it.
+            ids: by request; a group's ``members`` are such requests.
 
         Raises:
             UsageError: for a log-likelihood that is not finite.

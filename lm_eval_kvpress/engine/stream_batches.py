@@ -46,6 +46,7 @@ class StreamBatches:
         loss_files: LossFiles | None = None,
     ) -> None:
         self._documents, self._plan, self._prefix_token, self._files = documents, plan, prefix_token, loss_files
+        self.requests: Sequence[int] = range(len(documents))
         found = {index: outcome for index in range(len(documents)) if (outcome := self._load(documents[index]))}
         self._members = sorted(range(len(documents)), key=lambda index: (index not in found, -self._num_tokens(index)))
         self._stored = [found[index] for index in self._members[: len(found)]]
@@ -72,6 +73,12 @@ class StreamBatches:
 
     def contexts(self, items: Sequence[int]) -> list[Context]:
         return []  # a stream has no prefill, and no document is too short for it
+
+    def part(self, items: Sequence[int]) -> StreamBatches:
+        """Its outcomes are saved by who asked for them, with `save`."""
+        part = StreamBatches([self._document(item) for item in items], self._plan, prefix_token=self._prefix_token)
+        part._members, part._stored = list(range(len(items))), []
+        return part
 
     def run(self, runner: Runner, items: Sequence[int], advance: Callable[[int], object]) -> list[Streamed]:
         outcomes = {item: outcome for item in items if (outcome := self._finished(item))}

@@ -154,9 +154,14 @@ class KVPress(CheckedHFLM):
 
     def batch_limits(self, press: PressSpec, requests: RequestBatches[Any]) -> tuple[int, int | None]:
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is memory for."""
+        return self.batch_limits_within(batch_size.free_bytes(self.press_model.device), press, requests)
+
+    def batch_limits_within(
+        self, free: int | None, press: PressSpec, requests: RequestBatches[Any]
+    ) -> tuple[int, int | None]:
+        """As `batch_limits`, for a device of so many free bytes; None for a CPU."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
-        free = batch_size.free_bytes(self.press_model.device)
         share = 1.0 if requests.is_cached_whole else batch_size.kept_share(press, self.model.config)
         copies = requests.num_cache_copies
         return self.max_batch_size, batch_size.tokens_per_batch(self.press_model, free, share=share, num_copies=copies)

@@ -39,6 +39,7 @@ class Session:
         max_length: tokens of a context with its continuation, at most.
         totals: what was kept and scored so far, by task.
         gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
+        num_ranks: processes that answer for this one, if others do.
     """
 
     settings: Settings
@@ -46,11 +47,12 @@ class Session:
     max_length: int
     totals: TotalsByTask = field(default_factory=new_totals)
     gathered: RankFacts | None = None
+    num_ranks: int = 1
 
     @property
     def own_facts(self) -> RankFacts:
-        """What this process did."""
-        return RankFacts(self.totals, self.runner.meter.records)
+        """What this process did, or others for it."""
+        return RankFacts(self.totals, self.runner.meter.records, self.num_ranks)
 
     @property
     def facts(self) -> RankFacts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +47,14 @@ class RequestShare:
     weight: float = 1.0
     context: ContextRecord | None = None
     token_times_sec: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeteredBatch:
+    """A batch with its requests, as one process hands it to another."""
+
+    record: BatchRecord
+    shares: tuple[RequestShare, ...]
 
 
 class Recorder(Protocol):
@@ -100,7 +108,25 @@ class Meter:
         """Record a batch with the timings since `start`, for the requests that shared it."""
         seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
         seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
-        record = self._record(request_type, batch_size, seconds, timings, decoding_steps)
+        self._add(self._record(request_type, batch_size, seconds, timings, decoding_steps), shares)
+
+    def take(self) -> list[MeteredBatch]:
+        """Return the batches since the last call or `finish`, for the meter of the process that records them."""
+        batches: dict[int, MeteredBatch] = {}
+        for parts in self._open.values():
+            for record, share, _ in parts:
+                before = batches.get(record.batch, MeteredBatch(record, ()))
+                batches[record.batch] = MeteredBatch(record, (*before.shares, share))
+        self._open.clear()
+        return list(batches.values())
+
+    def adopt(self, batches: Iterable[MeteredBatch]) -> None:
+        """Record what another meter measured, on its device, as batches of this run."""
+        for batch in batches:
+            record = replace(batch.record, run=self.labels.run, batch=len(self.records.batches))
+            self._add(record, batch.shares)
+
+    def _add(self, record: BatchRecord, shares: Sequence[RequestShare]) -> None:
         self.records.batches.append(record)
         self._write(record)
         total = sum(share.weight for share in shares)
@@ -110,7 +136,8 @@ class Meter:
     def finish(self, request_type: str) -> None:
         """Record the requests of the batches since the last call."""
         for id, parts in self._open.items():
-            record = _request_record(self.labels, id, request_type, parts)
+            labels = replace(self.labels, device=parts[-1][0].device)  # another process's, if that ran the batch
+            record = _request_record(labels, id, request_type, parts)
             self.records.requests.append(record)
             self._write(record)
             self.records.itls[record] = [

@@ -1,6 +1,7 @@
-"""Answers for all cells of one protocol at once: batch by batch, one prefill, then every cell compresses and scores.
+"""Answers for all cells of one protocol at once: batches become jobs for workers, and what comes back is stored.
 
-What has been answered is on disk before the next cell is run: a sweep that is killed loses one batch of one cell.
+What has been answered is on disk before it counts, cell by cell: a sweep that is killed loses one batch of one cell of
+each worker. Knows cells and their stores. Does not know where jobs are done.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_kvpress.engine.batching import batches, in_halves
+from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.answering import BatchLimits
 from lm_eval_kvpress.presses.parse import parse_press
-from lm_eval_kvpress.sweep.answers import Outcome
 from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.workers.jobs import Job, Workers
 
 
 class CellAnswering:
@@ -27,10 +28,11 @@ class CellAnswering:
         run: the cell whose answers lm-eval asks for.
         peers: it and the unfinished cells that share its prefills.
         limits: sizes of batches of one session.
+        workers: that do the jobs. If they do a share only, every answer is None.
     """
 
-    def __init__(self, run: CellRun, peers: Sequence[CellRun], limits: BatchLimits) -> None:
-        self._run, self._peers, self._limits = run, list(peers), limits
+    def __init__(self, run: CellRun, peers: Sequence[CellRun], limits: BatchLimits, workers: Workers) -> None:
+        self._run, self._peers, self._limits, self._workers = run, list(peers), limits, workers
 
     def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         for requests in kinds:
@@ -39,49 +41,49 @@ class CellAnswering:
         for requests in kinds:
             keys = _keys(requests)
             self._run_all(requests, keys, bar)
+            if not self._workers.answers_all:
+                yield from dict.fromkeys(requests.requests).items()
+                continue
             stored = self._run.store.answers.outcomes()
             outcomes = {item: stored[key] for item, key in enumerate(keys)}
             requests.record_totals(outcomes, self._run.session.totals)
             yield from requests.answers(outcomes).items()
 
     def _run_all(self, requests: RequestBatches[Any], keys: Sequence[str], bar: tqdm[Any]) -> None:
-        """Run what some peer has not answered yet, batch by batch; the bar counts answers of all of them."""
+        """Have done what some peer has not answered yet; the bar counts answers of all of them."""
         unfinished = [peer for peer in self._peers if not peer.done.issuperset(keys)]
         counted = unfinished or [self._run]
         bar.total += len(keys) * (len(counted) - 1)
         bar.update(sum(len(peer.done.intersection(keys)) for peer in counted))
-        for items in batches(requests, *self._shared_limits(requests)):
-            missing = [item for item in items if any(keys[item] not in peer.done for peer in unfinished)]
-            if missing:
-                in_halves(lambda part: _run_batch(requests, part, keys, unfinished, bar), missing)
+        runs = {peer.cell.name: peer for peer in unfinished}
+        for job, answered in self._workers.run(self._jobs(requests, keys, unfinished)):
+            run = runs[answered.cell.name]
+            run.store_answers(requests, [keys[job.items[place]] for place in answered.places], answered)
+            bar.update(len(answered.places))
+            bar.set_postfix({"cell": run.cell.name, **run.session.runner.meter.live()}, refresh=False)
         for peer in unfinished:
             peer.session.runner.meter.finish(requests.request_type)
             peer.store.answers.add({})  # the records of whole documents belong to what is kept
+
+    def _jobs(self, requests: RequestBatches[Any], keys: Sequence[str], runs: Sequence[CellRun]) -> Iterator[Job]:
+        """One for each batch that some cell has not answered, made when a worker asks for it."""
+        max_items, max_tokens = self._shared_limits(requests)
+        blocks = [block for items in requests.segments() for block in in_batches(items, max_items, requests.length)]
+        for number, block in enumerate(blocks):
+            for items in in_batches(block, max_items, requests.length, max_tokens):
+                missing = [item for item in items if any(keys[item] not in run.done for run in runs)]
+                todo = [
+                    (run.cell, frozenset(place for place, item in enumerate(missing) if keys[item] not in run.done))
+                    for run in runs
+                ]
+                if missing:
+                    found = tuple((cell, places) for cell, places in todo if places)
+                    yield Job(requests.part(missing), missing, found, block=number)
 
     def _shared_limits(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
         """A shared prefill is held whole, with half as much again, and a clone beside it: a third of the tokens."""
         max_items, max_tokens = self._limits(parse_press("none"), requests)
         return max_items, None if max_tokens is None else max(1, max_tokens // 3)
-
-
-def _run_batch(
-    requests: RequestBatches[Any], items: Sequence[int], keys: Sequence[str], runs: Sequence[CellRun], bar: tqdm[Any]
-) -> list[None]:
-    """Run one batch under every cell that has not answered it."""
-    shared = [run for run in runs if run.shares]
-    if shared:
-        shared[0].session.runner.compressor.run_shared(requests.contexts(items))
-    for run in runs:
-        runner, todo = run.session.runner, [item for item in items if keys[item] not in run.done]
-        if todo:
-            found = requests.run(runner, todo, bar.update)
-            outcomes: dict[str, Outcome] = {keys[item]: outcome for item, outcome in zip(todo, found, strict=True)}
-            if not requests.splits_requests:
-                runner.meter.finish(requests.request_type)
-            run.store.answers.add(outcomes)
-            run.done.update(outcomes)
-        bar.set_postfix({"cell": run.cell.name, **runner.meter.live()}, refresh=False)
-    return [None] * len(items)
 
 
 def _keys(requests: RequestBatches[Any]) -> list[str]:

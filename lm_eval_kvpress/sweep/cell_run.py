@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.workers.jobs import Answered
 
 
 @dataclass
@@ -17,7 +21,8 @@ class CellRun:
     Attributes:
         session: of the loaded model, under the cell's press and protocol.
         done: the items that have an answer.
-        num_batches_before: of the runner's batches, those of earlier calls.
+        num_batches_before: of the meter's batches, those of earlier calls.
+        num_tokens_shared: prefilled by this call for this cell and others.
     """
 
     cell: Cell
@@ -26,6 +31,22 @@ class CellRun:
     log: ThroughputLog
     done: set[str] = field(default_factory=set)
     num_batches_before: int = 0
+    num_tokens_shared: int = 0
+
+    def store_answers(self, requests: RequestBatches[Any], keys: Sequence[str], answered: Answered) -> None:
+        """Bring a worker's answers to disk, behind the records of the time that they took.
+
+        Args:
+            requests: to which they belong.
+            keys: the name of each answered item.
+        """
+        meter = self.session.runner.meter
+        meter.adopt(answered.batches)
+        if not requests.splits_requests:
+            meter.finish(requests.request_type)
+        self.store.answers.add(dict(zip(keys, answered.outcomes, strict=True)))
+        self.done.update(keys)
+        self.num_tokens_shared += answered.num_tokens_shared
 
     @property
     def shares(self) -> bool:

@@ -6,19 +6,25 @@ are answered together (`answering`), and each later cell finds its answers on di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import parse_arguments
-from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
+from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.sweep.answering import CellAnswering
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.workers.jobs import Workers
+
+MODELS: Mapping[str, type[KVPress]] = {"pythia-kvpress": PythiaKVPress, "kvpress": KVPress}
 
 
 class SweepModel:
@@ -54,28 +60,59 @@ class SweepModel:
         Raises:
             UsageError: if the cell does not fit the model, naming it.
         """
-        settings, _ = parse_arguments({**self._shared_arguments, **cell.arguments})
-        try:
-            self.lm.check_settings(settings)
-        except UsageError as error:
-            raise UsageError(f"cell {cell.name}: {error}") from error
-        streams = settings.rolling == "stream"
-        if streams:
+        settings = self._settings(cell)
+        if settings.rolling == "stream":
             settings = replace(settings, stream_output=str(store.folder / "stream"))
         store.folder.mkdir(parents=True, exist_ok=True)
         if store.answers.file.exists():
             store.answers.take_back_log()
         log = ThroughputLog(store.throughput)
-        shares = settings.press.shares_prefill and not streams
-        session = self.lm.open_session(settings, [log], self._shared_prefills if shares else None)
+        session = self.lm.open_session(settings, [log], self._prefills_of(settings))
         meter = session.runner.meter
         meter.restore(log.records())
         return CellRun(cell, session, store, log, store.answers.keys(), len(meter.records.batches))
 
-    def turn_to(self, run: CellRun, peers: Sequence[CellRun]) -> None:
+    def open_session(self, cell: Cell) -> Session:
+        """A session in which a worker answers under the cell; nothing of it is stored."""
+        settings = self._settings(cell)
+        return self.lm.open_session(settings, [], self._prefills_of(settings))
+
+    def _settings(self, cell: Cell) -> Settings:
+        settings, _ = parse_arguments({**self._shared_arguments, **cell.arguments})
+        try:
+            self.lm.check_settings(settings)
+        except UsageError as error:
+            raise UsageError(f"cell {cell.name}: {error}") from error
+        return settings
+
+    def _prefills_of(self, settings: Settings) -> SharedPrefills | None:
+        shares = settings.press.shares_prefill and settings.rolling != "stream"
+        return self._shared_prefills if shares else None
+
+    def turn_to(self, run: CellRun, peers: Sequence[CellRun], workers: Workers) -> None:
         """Make ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
         streams = run.session.settings.rolling == "stream"  # each by itself, and its documents are in loss files
-        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self.lm.batch_limits))
-        needed = run.session.settings.press.attn_implementation or self._attention_at_load
+        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self.lm.batch_limits, workers))
+        self.set_attention(run.session)
+
+    def set_attention(self, session: Session) -> None:
+        """Give the model the attention implementation that the session's press needs."""
+        needed = session.settings.press.attn_implementation or self._attention_at_load
         if self.lm.model.config._attn_implementation != needed:
             self.lm.model.set_attn_implementation(needed)
+
+
+def load_model(settings: SweepSettings) -> SweepModel:
+    """Load the weights that all cells share."""
+    arguments = dict(settings.model_args)
+    pretrained = arguments.pop("pretrained", None)
+    if pretrained is None:
+        pretrained = MODELS[settings.model].DEFAULT_PRETRAINED
+    if settings.device is not None:
+        arguments["device"] = settings.device
+    if settings.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    model = SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
+    if settings.apply_chat_template and not getattr(model.lm.tokenizer, "chat_template", None):
+        raise UsageError(f"apply_chat_template: the tokenizer of {model.lm.pretrained_name} has no chat template")
+    return model

@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import datasets
@@ -22,18 +22,17 @@ from lm_eval.tasks import TaskManager
 from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.harness.identity import checkpoint_hashes
-from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell
-from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.launchers.launch import launch
+from lm_eval_kvpress.sweep.model import SweepModel, load_model
 from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.store import SweepStore
 from lm_eval_kvpress.sweep.tasks import check_tasks, task_hashes, task_manager
+from lm_eval_kvpress.sweep.workers.jobs import Workers
 
 logger = logging.getLogger("lm_eval_kvpress")
-
-MODELS: Mapping[str, type[KVPress]] = {"pythia-kvpress": PythiaKVPress, "kvpress": KVPress}
 
 
 def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> None:
@@ -54,14 +53,20 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = load_model(settings)
     store.begin(tasks, checkpoint_hashes(model.lm))
-    with _says_what_is_complete(cells, store), _opened(model, todo, store) as runs:
+    with (
+        _says_what_is_complete(cells, store),
+        closing(launch(model)) as workers,
+        _opened(model, todo, store, workers) as runs,
+    ):
         for peers in sharing_prefills(runs):
-            _evaluate_all(model, settings, peers)
+            _evaluate_all(model, settings, peers, workers)
+    num_tokens_shared = sum(run.num_tokens_shared for run in runs)
     summary = {
         "num_cells": len(cells),
         "num_cells_run": len(todo),
-        "num_tokens_prefilled": model.num_tokens_shared + sum(run.num_tokens_prefilled for run in runs),
-        "num_tokens_prefilled_shared": model.num_tokens_shared,
+        "num_workers": max(1, len(workers.facts)),
+        "num_tokens_prefilled": num_tokens_shared + sum(run.num_tokens_prefilled for run in runs),
+        "num_tokens_prefilled_shared": num_tokens_shared,
         "seconds": time.perf_counter() - start,
     }
     write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
@@ -107,32 +112,17 @@ def _remind_of_baseline(cells: Sequence[Cell]) -> None:
         say("no cell is the baseline, from which differences are taken: add none to the presses")
 
 
-def load_model(settings: SweepSettings) -> SweepModel:
-    """Load the weights that all cells share."""
-    arguments = dict(settings.model_args)
-    pretrained = arguments.pop("pretrained", None)
-    if pretrained is None:
-        pretrained = MODELS[settings.model].DEFAULT_PRETRAINED
-    if settings.device is not None:
-        arguments["device"] = settings.device
-    if settings.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    model = SweepModel(pretrained, batch_size=settings.batch_size, max_batch_size=settings.max_batch_size, **arguments)
-    if settings.apply_chat_template and not getattr(model.lm.tokenizer, "chat_template", None):
-        raise UsageError(f"apply_chat_template: the tokenizer of {model.lm.pretrained_name} has no chat template")
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 
 @contextmanager
-def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore) -> Iterator[list[CellRun]]:
+def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore, workers: Workers) -> Iterator[list[CellRun]]:
     """Open cells, with what an earlier call answered; their throughput logs are closed at the end."""
     with ExitStack() as logs:
         runs = list[CellRun]()
         for cell in cells:
             runs.append(model.open(cell, store.cell(cell.folder)))
+            runs[-1].session.num_ranks = max(1, len(workers.facts))
             logs.callback(runs[-1].log.close)
         if num_kept := sum(len(run.done) for run in runs):
             say(f"{num_kept} answers of unfinished cells are there from an earlier call")
@@ -147,7 +137,7 @@ def sharing_prefills(runs: Sequence[CellRun]) -> list[list[CellRun]]:
     return list(groups.values())
 
 
-def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun]) -> None:
+def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun], workers: Workers) -> None:
     """Evaluate the cells of a group one after the other; the first has all of them answered."""
     tasks = task_manager(settings, peers[0].cell)
     if not peers[0].shares:
@@ -155,8 +145,8 @@ def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[Ce
     with _messages() as name_cell:
         for index, run in enumerate(peers):
             name_cell(run.cell.name)
-            model.turn_to(run, peers[index:])
-            _evaluate(model, settings, tasks, run)
+            model.turn_to(run, peers[index:], workers)
+            _evaluate(model, settings, tasks, run, workers)
             say(f"{run.cell.name} is finished")
 
 
@@ -173,7 +163,7 @@ def _messages() -> Iterator[Callable[[str], None]]:
         logger.setLevel(level)
 
 
-def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run: CellRun) -> None:
+def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run: CellRun, workers: Workers) -> None:
     """Have lm-eval evaluate a cell, and write its results and samples as lm-eval's command does."""
     tracker = EvaluationTracker(output_path=str(run.store.new_results()))
     results = lm_eval.simple_evaluate(
@@ -192,9 +182,11 @@ def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, ru
     )
     assert results is not None
     results["config"] |= _config(settings, run)
+    results["config"]["kvpress"] |= workers.facts[0].record if workers.facts else {}
     results["config"]["kvpress"]["sweep"] = {
         "cell": run.cell.name,
         "shares_prefill": run.shares,
+        "workers": [{"host": facts.host, "device": facts.record["device"]} for facts in workers.facts],
         "settings": settings.as_typed(),
     }
     template = model.lm.chat_template(settings.apply_chat_template) if settings.apply_chat_template else None

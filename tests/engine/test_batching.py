@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_in_order(fail: Callable[[], 
             fail()
         return [10 * item for item in items]
 
-    assert batching.in_halves(run, range(5)) == [0, 10, 20, 30, 40]
+    assert list(batching.in_halves(run, range(5))) == [0, 10, 20, 30, 40]
     assert sizes == [5, 3, 2, 1, 2]
 
 
@@ -73,7 +73,7 @@ def test_a_single_item_that_does_not_fit_is_one_line(fail: Callable[[], None]) -
         return []
 
     with pytest.raises(UsageError, match="^out of memory with a single context.*$"):
-        batching.in_halves(run, range(3))
+        list(batching.in_halves(run, range(3)))
 
 
 def test_another_error_is_no_reason_to_try_again() -> None:
@@ -84,5 +84,5 @@ def test_another_error_is_no_reason_to_try_again() -> None:
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        batching.in_halves(run, range(4))
+        list(batching.in_halves(run, range(4)))
     assert sizes == [4]

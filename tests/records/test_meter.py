@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,26 @@ def test_a_requests_share_of_a_batch_goes_by_its_weight() -> None:
     for name in ("seconds", "score_sec"):
         whole = getattr(batch, name)
         assert (getattr(long, name), getattr(short, name)) == (pytest.approx(whole * 0.75), pytest.approx(whole / 4))
+
+
+def test_batches_of_another_process_are_of_this_run_and_of_its_device() -> None:
+    """Requests whose batches two processes ran are one request."""
+    of_this = Meter(Clock(torch.device("cpu")), LABELS)
+    for device in ("cuda:0", "cuda:1"):
+        other = Meter(Clock(torch.device("cpu")), replace(LABELS, run=device, device=device))
+        other.start()
+        other.batch("loglikelihood_rolling", 1, [RequestShare(RequestId("t", 0, 0), 3, 4)])
+        of_this.adopt(other.take())
+        assert other.take() == [], "nothing is handed over twice"
+    of_this.finish("loglikelihood_rolling")
+    batches, (request,) = of_this.records.batches, of_this.records.requests
+    assert [(batch.run, batch.batch, batch.device) for batch in batches] == [
+        (LABELS.run, 0, "cuda:0"),
+        (LABELS.run, 1, "cuda:1"),
+    ]
+    assert (request.num_batches, request.num_output_tokens, request.run) == (2, 8, LABELS.run)
+    assert request.seconds == sum(batch.seconds for batch in batches)
+    assert of_this.records.summary()["num_batches"] == 2
 
 
 def test_warm_up_is_the_first_batch_of_a_type_size_and_number_of_tokens() -> None:

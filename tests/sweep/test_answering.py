@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.sweep.answering import CellAnswering
 from lm_eval_kvpress.sweep.answers import Answers
 from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.workers.worker import Here, Worker
 
 IDENTITIES = ["a", "b", "a", "c", "d"]  # a document that repeats itself has the same window twice
 LARGEST = 2
@@ -24,6 +27,7 @@ class Windows:
     """Request batches in which memory runs out for more than two items."""
 
     request_type, splits_requests, is_cached_whole, num_cache_copies = "loglikelihood_rolling", False, False, 1
+    requests = range(len(IDENTITIES))
 
     def __init__(self) -> None:
         self.runs: list[list[int]] = []
@@ -36,6 +40,9 @@ class Windows:
 
     def identity(self, item: int) -> str:
         return IDENTITIES[item]
+
+    def part(self, items: Sequence[int]) -> Part:
+        return Part(self, items)
 
     def contexts(self, items: Sequence[int]) -> list[tuple[int, ...]]:
         return []
@@ -53,12 +60,22 @@ class Windows:
     def record_totals(self, outcomes: Any, totals: Any) -> None: ...
 
 
+class Part(Windows):
+    """Some of them, counted from 0."""
+
+    def __init__(self, whole: Windows, items: Sequence[int]) -> None:
+        self._whole, self._items = whole, items
+
+    def run(self, runner: Any, items: Sequence[int], advance: Any) -> list[Scored]:
+        return self._whole.run(runner, [self._items[item] for item in items], advance)
+
+
 def cell_run(folder: Path, *, is_small: bool) -> CellRun:
-    meter = SimpleNamespace(finish=lambda kind: None, live=dict)
+    meter = SimpleNamespace(finish=lambda kind: None, live=dict, take=tuple, adopt=lambda batches: None)
     runner = SimpleNamespace(meter=meter, is_small=is_small, compressor=SimpleNamespace(shares=False))
     session: Any = SimpleNamespace(runner=runner, check_lengths=lambda requests: None, totals=None)
     store: Any = SimpleNamespace(answers=Answers(folder / "answers.sqlite", folder / "log"))
-    cell: Any = SimpleNamespace(name=folder.name)
+    cell = Cell(folder.name, {})
     log: Any = None
     return CellRun(cell, session, store, log, store.answers.keys())
 
@@ -66,7 +83,15 @@ def cell_run(folder: Path, *, is_small: bool) -> CellRun:
 def answer(runs: Sequence[CellRun]) -> tuple[dict[int, float], tqdm[Any], Windows]:
     requests: Any = Windows()
     bar = tqdm(total=len(IDENTITIES), disable=False)
-    answers = dict(CellAnswering(runs[0], runs, lambda press, batches: (5, None)).answers([requests], bar))
+    sessions = {run.cell.name: run.session for run in runs}
+    model: Any = SimpleNamespace(
+        open_session=lambda cell: sessions[cell.name],
+        set_attention=lambda session: None,
+        lm=SimpleNamespace(press_model=SimpleNamespace(in_use=nullcontext)),
+        num_tokens_shared=0,
+    )
+    answering = CellAnswering(runs[0], runs, lambda press, batches: (5, None), Here(Worker(model)))
+    answers = dict(answering.answers([requests], bar))
     return answers, bar, requests
 
 

@@ -1,0 +1,110 @@
+"""Do jobs of a sweep with a loaded model: one prefill for all cells of a job, halved where memory runs out.
+
+Knows the model. Does not know files, lm-eval's tasks, or from where jobs come.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+
+from lm_eval_kvpress import __version__
+from lm_eval_kvpress.engine.batch_size import free_bytes
+from lm_eval_kvpress.engine.batching import in_halves
+from lm_eval_kvpress.harness.identity import checkpoint_hashes
+from lm_eval_kvpress.harness.run_record import versions
+from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.workers.jobs import Answered, Job, WorkerFacts
+
+OF_THE_PLACE = ("device", "machine", "fast", "linear_layers", "dtype", "parity")
+"""Entries of a run's record that are about where it was computed."""
+
+
+class Worker:
+    """A model and a session per cell.
+
+    Args:
+        model: that answers.
+    """
+
+    def __init__(self, model: SweepModel) -> None:
+        self._model, self._sessions = model, dict[str, Session]()
+        self._num_tokens_before = 0
+
+    def facts(self) -> WorkerFacts:
+        """Say with what it answers."""
+        lm = self._model.lm
+        record = lm.describe()
+        return WorkerFacts(
+            host=socket.gethostname(),
+            versions=all_versions(),
+            checkpoint=checkpoint_hashes(lm),
+            free_bytes=free_bytes(lm.press_model.device),
+            record={key: record[key] for key in OF_THE_PLACE},
+        )
+
+    def answer(self, job: Job) -> Iterator[Answered]:
+        """Answer a batch under every cell that has not answered it, cell by cell.
+
+        Raises:
+            UsageError: for a single context that does not fit into memory, or scores that are not finite.
+        """
+        todo = {cell.name: set(places) for cell, places in job.todo}
+        places = sorted(set[int]().union(*todo.values()))
+        self._model.set_attention(self._session(job.todo[0][0]))
+        with self._model.lm.press_model.in_use():
+            for answered in in_halves(functools.partial(self._run, job, todo), places):
+                todo[answered.cell.name].difference_update(answered.places)
+                yield answered
+
+    def _run(self, job: Job, todo: dict[str, set[int]], places: Sequence[int]) -> Iterator[Answered]:
+        cells = [cell for cell, _ in job.todo if not todo[cell.name].isdisjoint(places)]
+        shared = [cell for cell in cells if self._session(cell).runner.compressor.shares]
+        if shared:
+            self._session(shared[0]).runner.compressor.run_shared(job.requests.contexts(places))
+        for cell in cells:
+            runner, own = self._session(cell).runner, tuple(place for place in places if place in todo[cell.name])
+            outcomes = job.requests.run(runner, own, _no_bar)
+            yield Answered(cell, own, tuple(outcomes), tuple(runner.meter.take()), self._newly_shared())
+
+    def _session(self, cell: Cell) -> Session:
+        if cell.name not in self._sessions:
+            self._sessions[cell.name] = self._model.open_session(cell)
+        return self._sessions[cell.name]
+
+    def _newly_shared(self) -> int:
+        before, self._num_tokens_before = self._num_tokens_before, self._model.num_tokens_shared
+        return self._num_tokens_before - before
+
+
+class Here:
+    """Does jobs in this process, one after the other.
+
+    Args:
+        worker: that does them.
+    """
+
+    answers_all = True
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.facts: Sequence[WorkerFacts] = ()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
+        for job in jobs:
+            for answered in self._worker.answer(job):
+                yield job, answered
+
+    def close(self) -> None: ...
+
+
+def all_versions() -> dict[str, str]:
+    """Of this package and of those on which answers depend."""
+    return {"lm-eval-kvpress": __version__, **versions()}
+
+
+def _no_bar(num_items: int) -> None:
+    """Progress shows where answers are stored."""

@@ -35,6 +35,9 @@ COMMANDS = {
     "sweep": Command(
         "lm_eval_kvpress.sweep.command:main", "evaluate many presses and ratios at once, from one prefill"
     ),
+    "calibrate": Command(
+        "lm_eval_kvpress.calibrate.command:main", "take the statistics of a model that some presses need"
+    ),
     "report": Command(
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"
     ),

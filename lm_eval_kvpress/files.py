@@ -42,8 +42,10 @@ def write_errors(what: object, advice: str = GOES_ON) -> Iterator[None]:
         raise UsageError(f"{what} cannot be written ({error.strerror or error}): {advice}") from error
 
 
-def write_whole(file: Path, text: str, advice: str = GOES_ON, *, what: object = None) -> None:
-    """Write a text file that appears in full or not at all, also if the process is killed or the power fails.
+def write_whole(file: Path, content: str | bytes, advice: str = GOES_ON, *, what: object = None) -> None:
+    """Write a file that appears in full or not at all, also if the process is killed or the power fails.
+
+    Text is written as UTF-8.
 
     Once this returns, the file is on disk. The folder must be there.
 
@@ -56,8 +58,8 @@ def write_whole(file: Path, text: str, advice: str = GOES_ON, *, what: object = 
     beside = file.with_name(f"{file.name}.{os.getpid()}.part")
     with write_errors(what or file, advice):
         try:
-            with beside.open("w", encoding="utf-8", newline="") as stream:
-                stream.write(text)
+            with beside.open("wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
             beside.replace(file)

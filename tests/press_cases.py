@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from statistics_files import LLAMA, NEOX, statistics_file
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
+from lm_eval_kvpress.presses.statistics import TENSORS
 
 Kept = Callable[[int, float, Mapping[str, Any]], list[float]]
 NUM_LAYERS = 3
@@ -74,14 +76,21 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "compactor": ({"sink_size_start": 4, "chunk_size": 32}, exact),
     "cur": ({}, exact),
     "cap": ({}, exact),
+    "qfilter": ({"statistics": statistics_file("qfilter", NEOX)}, exact),
+    "expected_attention_stats": ({"statistics": statistics_file("expected_attention_stats", NEOX)}, exact),
     "think": ({"window_size": 8}, everything),
     "simlayerkv": ({"lazy_threshold": 0, "n_recent": 20, "n_initial": 3, "n_last": 2}, lazy),
     "adakv:snapkv": ({"window_size": 8}, exact),
     "adakv:knorm": ({}, exact),
+    "adakv:qfilter": ({"statistics": statistics_file("qfilter", LLAMA)}, exact),
     "critical_adakv:snapkv": ({"window_size": 8}, exact),
     "critical_adakv:expected_attention": ({}, exact),
     "criticalkv:snapkv": ({"window_size": 8}, exact),
     "criticalkv:expected_attention": ({}, exact),
+    "criticalkv:expected_attention_stats": (
+        {"statistics": statistics_file("expected_attention_stats", LLAMA)},
+        exact,
+    ),
     "criticalkv:observed_attention": ({}, exact),
     "key_rerotation:streaming_llm": ({}, exact),
     "key_rerotation:criticalkv:tova": ({}, exact),
@@ -116,8 +125,22 @@ def takes_ratio(name: str) -> bool:
 
 def fitting(models: dict[str, PressableModel], spec: PressSpec) -> Iterator[tuple[str, PressableModel]]:
     for name, model in models.items():
-        if spec.attn_implementation in (None, name.split()[1]):
+        if spec.attn_implementation in (None, name.split()[1]) and has_statistics_of(spec, model):
             yield name, model
+
+
+def has_statistics_of(spec: PressSpec, model: PressableModel) -> bool:
+    """Whether the press needs none, or has those of a model of this shape."""
+    statistics = spec.statistics
+    if statistics is None:
+        return True
+    config = model.model.config
+    kv_heads, head_dim = model.num_key_value_heads, model.head_dim
+    sizes = {"L": config.num_hidden_layers, "H": config.num_attention_heads, "K": kv_heads, "D": head_dim}
+    return all(
+        tuple(statistics.tensors[name].shape) == tuple(sizes[letter] for letter in letters)
+        for name, letters in TENSORS[statistics.press].items()
+    )
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:

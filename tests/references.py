@@ -22,10 +22,25 @@ from typing import Any
 
 import kvpress
 import torch
+from statistics_files import LLAMA, NEOX, statistics_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.presses.calibrated import CalibratedQFilterPress
+
+
+class QFilterOfAnyModel(CalibratedQFilterPress):
+    """Random filters of the shape that the model asks for."""
+
+    def __init__(self, compression_ratio: float) -> None:
+        super().__init__(compression_ratio, statistics=statistics_file("qfilter", NEOX))
+
+    def post_init_from_model(self, model: Any) -> None:
+        is_llama = model.config.num_key_value_heads < model.config.num_attention_heads
+        self.statistics = statistics_file("qfilter", LLAMA if is_llama else NEOX)
+        super().post_init_from_model(model)
+
 
 PRESSES: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
@@ -36,6 +51,7 @@ PRESSES: dict[str, Callable[[], Any]] = {
     "random": lambda: kvpress.RandomPress(0.5, seed=1),
     "tova": lambda: kvpress.TOVAPress(0.5),
     "expected_attention": lambda: kvpress.ExpectedAttentionPress(0.5),
+    "qfilter": lambda: QFilterOfAnyModel(0.5),
     "adakv:snapkv": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(0.5, window_size=8)),
     "key_rerotation:streaming_llm": lambda: kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(0.5)),
 }

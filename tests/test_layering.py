@@ -30,21 +30,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "engine": {"presses", "cache", "models", "records"},
     "harness": {"presses", "cache", "models", "records", "engine", "recall"},
+    "calibrate": {"presses", "models", "harness"},
     "verify": {"presses", "cache", "models", "records", "engine", "harness", "recall"},
     "sweep": {"presses", "cache", "models", "records", "engine", "harness"},
     "recall": set(),
     "errors": set(),
     "files": set(),
     "tables": set(),
-    "cli": {"presses", "harness", "verify", "sweep", "report"},
+    "cli": {"presses", "harness", "verify", "sweep", "calibrate", "report"},
     "__main__": {"cli"},
     "_startup": {"harness"},
 }
 
 # Library, or a part of one -> the only packages or files that import it.
 OWNERS = {
-    "kvpress": {"presses"},
-    "lm_eval": {"harness", "sweep", "verify", "cli"},
+    "kvpress": {"presses", "calibrate.queries"},
+    "lm_eval": {"harness", "sweep", "verify", "calibrate", "cli"},
     "triton": {"models.fast"},
     "lm_eval_kvpress.models.fast": {"models.fast", "models.architectures"},
     "transformers.models": {"models", "cache.stream_layer", "cache.window_layer"},

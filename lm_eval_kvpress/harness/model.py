@@ -46,6 +46,7 @@ from lm_eval_kvpress.harness.requests import (
 )
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
+from lm_eval_kvpress.harness.statistics import check_statistics
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -146,6 +147,11 @@ class KVPress(CheckedHFLM):
             recorders=recorders,
             shared_prefills=shared_prefills,
         )
+
+    def check_settings(self, settings: Settings) -> None:
+        super().check_settings(settings)
+        for press in settings.all_presses:
+            check_statistics(press, self.press_model)
 
     def use(self, session: Session, answering: Answering | None = None) -> None:
         """Answer requests under ``session`` from now on, by ``answering`` if one is given."""

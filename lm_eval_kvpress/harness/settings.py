@@ -87,6 +87,11 @@ class Settings:
             return f"decoding:{self.decoding.press.name}"
         return f"prefill_decoding:{self.press.name}+{self.decoding.press.name}"
 
+    @property
+    def all_presses(self) -> tuple[PressSpec, ...]:
+        """The press of the prefill, and the one that acts while decoding, if there is one."""
+        return (self.press,) if self.decoding is None else (self.press, self.decoding.press)
+
     def describe_press(self) -> dict[str, Any]:
         """Name and arguments of the press, for the record; ready for JSON."""
         facts = self.press.describe()

@@ -132,6 +132,15 @@ def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:
     return torch.cat([rotated[:half_rotated], passed[:half_passed], rotated[half_rotated:], passed[half_passed:]])
 
 
+def head_order(model: GPTNeoXForCausalLM) -> torch.Tensor:
+    """The order that a prepared model's heads have, by the checkpoint's own dims, shape ``(D,)``.
+
+    Dims that do not rotate are those whose frequency is zero.
+    """
+    frequencies = model.gpt_neox.rotary_emb.inv_freq
+    return full_width_order(2 * frequencies.numel(), 2 * int(frequencies.count_nonzero()))
+
+
 def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
     """Change the basis of Q and K in memory so that RoPE covers whole heads, for good. Idempotent; returns the model.
 
@@ -234,7 +243,7 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     )
     with ExitStack() as stack:
         stack.enter_context(_without_untested_warning())
-        stack.enter_context(lend(model, model=base))
+        stack.enter_context(lend(model, model=base, head_order=head_order(model)))
         stack.enter_context(lend(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
         for attention in attentions:
             stack.enter_context(_lent_to_attention(attention, head_dim, model.gpt_neox.rotary_emb))

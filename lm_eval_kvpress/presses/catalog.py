@@ -20,6 +20,7 @@ from typing import Any
 import kvpress
 
 from lm_eval_kvpress.presses import fallbacks, notes
+from lm_eval_kvpress.presses.calibrated import CalibratedExpectedAttentionPress, CalibratedQFilterPress
 from lm_eval_kvpress.presses.notes import Notes
 from lm_eval_kvpress.presses.per_layer import PerLayerPress
 
@@ -113,7 +114,7 @@ def _check_simlayerkv(arguments: Mapping[str, Any]) -> str:
 _NO_CRITICAL: Mapping[str, str] = {
     "criticalkv": "the weighting by the output projection would be applied twice",
     **dict.fromkeys(
-        ("knorm", "keydiff", "leverage", "noncausal", "compactor"),
+        ("knorm", "keydiff", "leverage", "noncausal", "compactor", "qfilter"),
         "it multiplies scores, which must not be negative: wrap snapkv, tova or expected_attention",
     ),
 }
@@ -161,6 +162,21 @@ _ROWS = (
     ),
     Row("cur", kvpress.CURPress, "https://arxiv.org/abs/2509.15038", Reads.ORDER, batches_unless="use_random_leverage"),
     Row("cap", kvpress.CapPress, "https://arxiv.org/abs/2604.25975", Reads.QUERIES, ("n_sink",)),
+    Row(
+        "qfilter",
+        CalibratedQFilterPress,
+        "https://arxiv.org/abs/2503.02812",
+        defaults={"statistics": REQUIRED},
+    ),
+    Row(
+        "expected_attention_stats",
+        CalibratedExpectedAttentionPress,
+        "https://arxiv.org/abs/2510.00636",
+        Reads.QUERIES,
+        ("n_sink",),
+        defaults={"statistics": REQUIRED},
+        hidden=("sample_seq_len", "num_samples", "dataset_name", "stats_folder"),
+    ),
     Row(
         "think",
         kvpress.ThinKPress,

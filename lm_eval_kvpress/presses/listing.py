@@ -10,6 +10,7 @@ from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RATIO, argu
 from lm_eval_kvpress.presses.catalog import REQUIRED, ROWS, Row
 from lm_eval_kvpress.presses.decoding import DECODING_PRESSES, DEFAULT_INTERVAL
 from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING, ParsedName, why_not_wrapped
+from lm_eval_kvpress.presses.statistics import STATISTICS
 from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 
 
@@ -55,6 +56,8 @@ def _info(row: Row) -> PressInfo:
     sizes: dict[str, Any] = {RATIO: DEFAULT_RATIO, BUDGET: None} if row.takes_ratio else {}
     defaults = {key: argument.default for key, argument in arguments_of(row).items()}
     needs = [f"{row.attention} attention"] if row.attention else []
+    if STATISTICS in defaults:
+        needs.append(f"statistics of the model, from calibrate {row.name}")
     if row.wraps is not None:
         needs.append(f"wraps {_wrapped(row)}")
     if row.name == "composed":

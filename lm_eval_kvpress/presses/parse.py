@@ -14,6 +14,7 @@ from lm_eval_kvpress.presses.build import build_press
 from lm_eval_kvpress.presses.catalog import REQUIRED
 from lm_eval_kvpress.presses.names import NONE, ParsedName, parse_name, resolve_alias
 from lm_eval_kvpress.presses.spec import PressSpec
+from lm_eval_kvpress.presses.statistics import STATISTICS
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.presses.values import Range, parse_number
 
@@ -94,8 +95,14 @@ def _parse_arguments(parsed: ParsedName, given: Mapping[str, Any], defaults: Map
                 continue
             values[recorded] = presets.get(key, argument.default)
             if values[recorded] is REQUIRED:
-                raise UsageError(f"press={row.name} needs {recorded}=...: without it nothing would be removed")
+                raise UsageError(f"press={row.name} needs {recorded}={_why_needed(row.name, key)}")
     return values
+
+
+def _why_needed(press: str, argument: str) -> str:
+    if argument == STATISTICS:
+        return f"FILE.safetensors: lm-eval-kvpress calibrate {press} writes it"
+    return "...: without it nothing would be removed"
 
 
 def _as_recorded(parsed: ParsedName, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lm_eval_kvpress.presses.arguments import BUDGET, RATIO, RATIOS, arguments_o
 from lm_eval_kvpress.presses.catalog import Row
 from lm_eval_kvpress.presses.names import NONE, parse_name
 from lm_eval_kvpress.presses.per_layer import PerLayerPress, check_number_of_ratios
+from lm_eval_kvpress.presses.statistics import STATISTICS, Statistics, read_statistics
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,18 @@ class PressSpec:
         changes = [row.changes(own[row.name]) for row in self.rows if row.changes is not None]
         return "; ".join(filter(None, changes)) or None
 
+    @property
+    def statistics(self) -> Statistics | None:
+        """The statistics of the model that it reads from a file, or None.
+
+        Raises:
+            UsageError: if the file is gone.
+        """
+        for row in self.rows:
+            if STATISTICS in arguments_of(row):
+                return read_statistics(row.name, self.own_arguments()[row.name][STATISTICS])
+        return None
+
     def min_context(self) -> int:
         """Return the least number of context tokens on which the press runs and can remove something.
 
@@ -166,7 +179,7 @@ class PressSpec:
 
     def describe(self) -> dict[str, Any]:
         """Return what was asked for, for the record; JSON can hold it. What was kept must be measured."""
-        ratio = self.compression_ratio
+        ratio, statistics = self.compression_ratio, self.statistics
         return {
             "name": self.name,
             "arguments": dict(self.arguments),
@@ -179,6 +192,7 @@ class PressSpec:
             "rerotates": self.rerotates,
             "changes_entries": self.changes_entries,
             "min_context": self.min_context(),
+            **({} if statistics is None else {STATISTICS: statistics.describe()}),
         }
 
     def notes(self, context_tokens: int, num_layers: int) -> list[str]:

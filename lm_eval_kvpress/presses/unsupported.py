@@ -31,7 +31,6 @@ _DECODES = "it acts while text is generated: decoding:PRESS holds a budget there
 
 UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
     {
-        "qfilter": Unsupported(kvpress.QFilterPress, _TRAINED.format("filters"), "https://arxiv.org/abs/2503.02812"),
         "duo_attention": Unsupported(
             kvpress.DuoAttentionPress,
             "it needs head patterns computed for the one model, or a tokenizer and texts to compute them",
@@ -50,11 +49,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
             _TRAINED.format("an adapter"),
             "https://arxiv.org/abs/2608.01247",
             ("RestoreKV", "RestoreKV_plus"),
-        ),
-        "expected_attention_stats": Unsupported(
-            kvpress.ExpectedAttentionStatsPress,
-            "it needs query statistics computed for the one model: expected_attention takes them from the context",
-            "https://arxiv.org/abs/2510.00636",
         ),
         "lukv": Unsupported(
             kvpress.LUKVPress,

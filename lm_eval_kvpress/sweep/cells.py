@@ -18,6 +18,7 @@ from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.decoding import split_name
 from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.sweep.settings import SweepSettings
 
 Arguments = Mapping[str, Any]
@@ -81,6 +82,12 @@ def cells_of(settings: SweepSettings) -> list[Cell]:
         raise UsageError("nothing to run: rolling=stream needs a press, and none is the only one in presses")
     _refuse_unused_sizes(settings, cells.values())
     return list(cells.values())
+
+
+def presses_of(settings: SweepSettings, cells: Iterable[Cell]) -> list[PressSpec]:
+    """Return every press of the cells, those that act while decoding included."""
+    shared = {key: value for key, value in settings.model_args.items() if key != "pretrained"}
+    return [press for cell in cells for press in parse_arguments({**shared, **cell.arguments})[0].all_presses]
 
 
 def _refuse_unused_sizes(settings: SweepSettings, cells: Iterable[Cell]) -> None:

@@ -22,8 +22,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.harness.identity import checkpoint_hashes
+from lm_eval_kvpress.harness.statistics import hashes_of_statistics
 from lm_eval_kvpress.sweep.cell_run import CellRun
-from lm_eval_kvpress.sweep.cells import Cell
+from lm_eval_kvpress.sweep.cells import Cell, presses_of
 from lm_eval_kvpress.sweep.launchers.launch import launch
 from lm_eval_kvpress.sweep.model import SweepModel, load_model
 from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
@@ -52,7 +53,7 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     _remind_of_baseline(cells)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = load_model(settings)
-    store.begin(tasks, checkpoint_hashes(model.lm))
+    store.begin(tasks, {**checkpoint_hashes(model.lm), **hashes_of_statistics(presses_of(settings, cells))})
     with (
         _says_what_is_complete(cells, store),
         closing(launch(model)) as workers,

@@ -59,6 +59,8 @@ def test_every_press_keeps_what_kvpress_keeps_by_itself(architecture: str) -> No
     models = {attention: present(tiny(architecture, attention), fast=False) for attention in ("sdpa", "eager")}
     untouched = {attention: tiny(architecture, attention) for attention in models}
     for spec in map(spec_for, PRESSES):
+        if spec.statistics is not None:  # of models of another shape
+            continue
         attention = spec.attn_implementation or "sdpa"
         cache = run(models[attention], spec, context)
         if architecture != "gpt_neox":

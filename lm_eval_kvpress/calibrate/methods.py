@@ -1,0 +1,62 @@
+"""How each press's statistics follow from a model: one function per press, named in `METHODS`.
+
+Tensors come in the checkpoint's own basis, with the names of the files that kvpress published. Does not know text or
+files.
+
+Letters: L layers, H query heads, K key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from lm_eval_kvpress.calibrate.queries import query_moments
+from lm_eval_kvpress.models.pressable import PressableModel
+
+Windows = Sequence[Sequence[int]]
+Tensors = dict[str, torch.Tensor]
+
+NUM_SKIPPED = 4
+"""First tokens of every window whose queries do not count, as in kvpress's own statistics."""
+
+
+def qfilter(model: PressableModel, windows: Windows) -> Tensors:
+    """Q-Filters (arXiv 2503.02812): minus the first right singular vector of each head's queries after RoPE.
+
+    It points to where most queries point, by the sum of its left vector; heads that share keys share the mean. The sign
+    is that of the published files, which kvpress's score turns round: a key that queries point away from goes first.
+    """
+    moments = query_moments(model, windows, rotated=True, num_skipped=NUM_SKIPPED)
+    leading = torch.linalg.eigh(moments.products).eigenvectors[..., -1]  # (L, H, D)
+    towards = torch.where((leading * moments.sums).sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
+    by_group = (-towards * leading).unflatten(1, (model.num_key_value_heads, -1))  # (L, K, H / K, D)
+    return {"q_filters": _in_own_basis(model, by_group.mean(dim=2), 1)}
+
+
+def expected_attention_stats(model: PressableModel, windows: Windows) -> Tensors:
+    """Expected attention (arXiv 2510.00636): mean and covariance of each head's queries before RoPE."""
+    moments = query_moments(model, windows, rotated=False, num_skipped=NUM_SKIPPED)
+    return {
+        "query_mean": _in_own_basis(model, moments.mean, 1),
+        "query_cov": _in_own_basis(model, moments.covariance, 2),
+    }
+
+
+METHODS: Mapping[str, Callable[[PressableModel, Windows], Tensors]] = types.MappingProxyType(
+    {"qfilter": qfilter, "expected_attention_stats": expected_attention_stats}
+)
+"""By press; what each returns is what `presses.statistics.TENSORS` asks for."""
+
+
+def _in_own_basis(model: PressableModel, tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
+    """The last ``num_dims`` dims, which are those of a head, in the order of the checkpoint's weights; fp32."""
+    with model.in_use(), model.presented():
+        order = getattr(model.model, "head_order", None)
+        if order is not None:
+            back = order.argsort().to(tensor.device)
+            for dim in range(-num_dims, 0):
+                tensor = tensor.index_select(dim, back)
+    return tensor.float().contiguous()

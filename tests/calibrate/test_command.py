@@ -1,0 +1,125 @@
+"""The command writes a file that says whose statistics it holds, and runs take it for these weights alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_kvpress import cli
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.harness.statistics import hashes_of_statistics
+from lm_eval_kvpress.sweep.cells import Cell, presses_of
+from lm_eval_kvpress.sweep.settings import SweepSettings
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text(" ".join(SENTENCES * 6), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def filters(checkpoint_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("statistics") / "filters.safetensors"
+    arguments = [
+        "--model_args",
+        f"pretrained={checkpoint_dir}",
+        "--data",
+        str(data),
+        "--window",
+        "128",
+        "-o",
+        str(file),
+    ]
+    assert cli.main(["calibrate", "qfilter", *arguments, "--window", "128", "--num_tokens", "300"]) == 0
+    return file
+
+
+def answers(lm: KVPress) -> list[tuple[float, bool]]:
+    tokens: list[int] = lm.tok_encode(" ".join(SENTENCES))
+    return lm._loglikelihood_tokens([(("", ""), tokens[:60], tokens[60:80])], disable_tqdm=True)
+
+
+def test_the_file_says_whose_statistics_it_holds(filters: Path, checkpoint_dir: Path, data: Path) -> None:
+    with safe_open(filters, framework="pt") as content:
+        about = content.metadata()
+    assert (about["press"], about["model"], about["data"]) == ("qfilter", str(checkpoint_dir), str(data))
+    assert (about["num_tokens"], about["num_windows"], about["dtype"]) == ("300", "3", "float32")
+    assert json.loads(about["versions"]).keys() >= {"torch", "kvpress"}
+
+
+def test_a_run_takes_the_statistics_of_its_weights_and_records_them(filters: Path, checkpoint_dir: Path) -> None:
+    lm = KVPress(str(checkpoint_dir), press="qfilter", statistics=str(filters), max_length=128)
+    facts = lm.describe()["press"]["statistics"]
+    assert facts["file"] == str(filters) and len(facts["sha256"]) == 64 and facts["num_tokens"] == "300"
+    assert answers(lm) != answers(KVPress(str(checkpoint_dir), max_length=128))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    passed_in = KVPress(model, tokenizer=tokenizer, press="qfilter", statistics=str(filters), max_length=128)
+    assert answers(passed_in)[0][0] == pytest.approx(answers(lm)[0][0], abs=1e-4)
+
+
+def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, checkpoint_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir)
+    with torch.no_grad():
+        model.gpt_neox.layers[1].attention.dense.weight[3, 5] += 0.01
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    with pytest.raises(UsageError, match="are of other weights .* calibrate this model") as caught:
+        KVPress(model, tokenizer=tokenizer, press="adakv:qfilter", statistics=str(filters))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="were taken in float32, and this model is in bfloat16"):
+        KVPress(str(checkpoint_dir), dtype="bfloat16", press="qfilter", statistics=str(filters))
+    with pytest.raises(UsageError, match="those of press=qfilter: calibrate expected_attention_stats"):
+        KVPress(str(checkpoint_dir), press="expected_attention_stats", statistics=str(filters))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["snapkv"], "invalid choice"),
+        (["qfilter", "--model_args", "press=knorm"], "without a press"),
+        (["qfilter", "-o", "x.pt"], "must end in .safetensors"),
+        (["qfilter", "-o", "no/such/folder/x.safetensors"], "there is no folder"),
+        (["qfilter", "--num_tokens", "0"], "above 0"),
+    ],
+)
+def test_bad_commands_end_before_anything_is_loaded(
+    changed: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(data), *([] if "-o" in changed else ["-o", "x.safetensors"])]
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", *changed, *given])
+    assert message in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused_and_nothing_is_written(
+    checkpoint_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = tmp_path / "short.txt", tmp_path / "x.safetensors"
+    data.write_text("Few words.", encoding="utf-8")
+    arguments = ["--model_args", f"pretrained={checkpoint_dir}", "--data", str(data), "-o", str(file)]
+    assert cli.main(["calibrate", "qfilter", *arguments]) == 2
+    assert "too few to calibrate on" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_a_sweep_knows_the_statistics_of_its_cells(filters: Path) -> None:
+    """They are part of what its answers depend on: a file that is written anew must not go on with the old answers."""
+    settings = SweepSettings(tasks=["x"], output_path="x", presses=["none"])
+    cells = [Cell("a", {"press": "none"}), Cell("b", {"press": "adakv:qfilter", "statistics": str(filters)})]
+    hashes = hashes_of_statistics(presses_of(settings, cells))
+    assert list(hashes) == [f"statistics {filters}"]
+    before = filters.read_bytes()
+    try:
+        filters.write_bytes(before.replace(b'"num_windows":"3"', b'"num_windows":"4"'))
+        assert hashes_of_statistics(presses_of(settings, cells)) != hashes
+    finally:
+        filters.write_bytes(before)

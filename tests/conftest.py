@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lm_eval_kvpress.harness.tokenization import lend_tokenizer
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.fast import gpt_neox_step, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -38,6 +39,16 @@ logging.disable_progress_bar()  # of weights that load in milliseconds; it would
 torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
 
 VOCAB_SIZE = 211
+
+
+class WordTokenizer:
+    """A token for each letter, for presses that put a prompt behind a context; it has no chat template."""
+
+    chat_template = None
+
+    def encode(self, text: str, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([[1 + ord(letter) % (VOCAB_SIZE - 1) for letter in text]], dtype=torch.long)
+
 
 TESTS = Path(__file__).resolve().parent
 FOLDER_MARKS = {
@@ -159,13 +170,21 @@ def make_neox() -> Callable[..., GPTNeoXForCausalLM]:
 @pytest.fixture(scope="session")
 def make_pressable() -> Callable[..., PressableModel]:
     """Present a tiny GPTNeoX; arguments as for ``make_neox``, and ``fast``."""
-    return lambda *args, fast=True, **kwargs: present(tiny_neox(*args, **kwargs), fast=fast)
+
+    def made(*args: Any, fast: bool = True, **kwargs: Any) -> PressableModel:
+        return lend_tokenizer(present(tiny_neox(*args, **kwargs), fast=fast), WordTokenizer())
+
+    return made
 
 
 @pytest.fixture(scope="session")
 def make_pressable_llama() -> Callable[..., PressableModel]:
     """Present a tiny Llama with grouped-query attention; arguments as for `tiny_llama`, and ``fast``."""
-    return lambda *args, fast=True, **kwargs: present(tiny_llama(*args, **kwargs), fast=fast)
+
+    def made(*args: Any, fast: bool = True, **kwargs: Any) -> PressableModel:
+        return lend_tokenizer(present(tiny_llama(*args, **kwargs), fast=fast), WordTokenizer())
+
+    return made
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -78,6 +78,7 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "cap": ({}, exact),
     "qfilter": ({"statistics": statistics_file("qfilter", NEOX)}, exact),
     "expected_attention_stats": ({"statistics": statistics_file("expected_attention_stats", NEOX)}, exact),
+    "kvzip": ({"chunk_size": 40}, None),
     "think": ({"window_size": 8}, everything),
     "simlayerkv": ({"lazy_threshold": 0, "n_recent": 20, "n_initial": 3, "n_last": 2}, lazy),
     "adakv:snapkv": ({"window_size": 8}, exact),

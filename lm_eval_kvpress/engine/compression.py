@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -211,8 +212,9 @@ class Compressor:
         """Prefill prefixes of one length under the press."""
         length = len(prefixes[0])
         press = self.press.build(length, shrink=length < self.press.min_context())
-        if press is not None:
-            press.forward_hook = self._clock.timed(press.forward_hook)  # kvpress registers what the instance has
+        if press is not None:  # kvpress registers what the instance has; a replay runs its own hooks
+            step: Any = "replay" if hasattr(press, "replay") else "forward_hook"
+            setattr(press, step, self._clock.timed(getattr(press, step)))
         with nullcontext() if self.press.batches else _seeded_by(prefixes[0]):
             if self._shared is not None:
                 return self._shared.compress(prefixes, press, rerotates=self.press.rerotates)

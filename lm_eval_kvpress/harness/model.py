@@ -47,6 +47,7 @@ from lm_eval_kvpress.harness.requests import (
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.statistics import check_statistics
+from lm_eval_kvpress.harness.tokenization import lend_tokenizer
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -119,6 +120,7 @@ class KVPress(CheckedHFLM):
         if is_adapted:
             self._model = self.model.get_base_model() if self._is_borrowed else self.model.merge_and_unload()
         pressable = present(self.model, fast=fast, for_good=not self._is_borrowed)
+        pressable = lend_tokenizer(pressable, self.tokenizer)
         return adapters.merged_in_use(pressable) if is_adapted and self._is_borrowed else pressable
 
     # ------------------------------------------------------------------------------------------------- sessions

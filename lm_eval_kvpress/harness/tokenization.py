@@ -1,18 +1,34 @@
 """Texts to token ids, as lm-eval's ``HFLM`` encodes them one by one, many in one call.
 
 A fast tokenizer spreads a call over cores unless ``TOKENIZERS_PARALLELISM=false``, which the ``lm_eval`` command sets.
-Knows an ``HFLM`` and its tokenizer. Does not know models, presses or requests.
+Knows an ``HFLM`` and its tokenizer. Does not know presses or requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_kvpress.models.lend import lend
+from lm_eval_kvpress.models.pressable import PressableModel
+
 TEXTS_PER_CALL = 512
 """A fast tokenizer returns spans and masks beside the ids: this bounds how many of them are alive."""
+
+
+def lend_tokenizer(model: PressableModel, tokenizer: Any) -> PressableModel:
+    """A model that is presented with its tokenizer, for presses that replay a context behind a prompt."""
+
+    @contextmanager
+    def presented() -> Iterator[Any]:
+        with model.presented() as own, lend(model.model, replay_tokenizer=tokenizer):
+            yield own
+
+    return replace(model, presented=presented)
 
 
 def encode_all(lm: HFLM, texts: Sequence[str]) -> list[list[int]]:

@@ -231,13 +231,21 @@ def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> 
         by_head[:, :2] = by_head[:, :2, order]  # Q and K; V stays as it is
 
 
+class _Base(SimpleNamespace):
+    """What ``model.model`` is of a Llama, which presses that replay a context call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
 @contextmanager
 def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     """Lend a prepared model the names and hook arguments that kvpress presses use; take them back on exit."""
     assert is_prepared(model), "call gpt_neox.prepare(model) first"
     config, attentions = model.config, attention_modules(model)
     head_dim = config.hidden_size // config.num_attention_heads
-    base = SimpleNamespace(
+    base = _Base(
+        forward=model.gpt_neox,
         layers=[SimpleNamespace(self_attn=attention) for attention in attentions],
         rotary_emb=model.gpt_neox.rotary_emb,
     )

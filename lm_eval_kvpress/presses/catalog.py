@@ -23,6 +23,7 @@ from lm_eval_kvpress.presses import fallbacks, notes
 from lm_eval_kvpress.presses.calibrated import CalibratedExpectedAttentionPress, CalibratedQFilterPress
 from lm_eval_kvpress.presses.notes import Notes
 from lm_eval_kvpress.presses.per_layer import PerLayerPress
+from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
 
 REQUIRED = "required"
 """In place of a default: the argument has none, or one with which the press would do nothing."""
@@ -202,6 +203,16 @@ _ROWS = (
         check=_check_simlayerkv,
     ),
     Row(
+        "kvzip",
+        ReplayedKVzipPress,
+        "https://arxiv.org/abs/2505.23416",
+        min_context=1,
+        attention="sdpa",
+        masks=True,
+        batches=False,
+        no_budget="its heads and layers share what is kept: use compression_ratio",
+    ),
+    Row(
         "adakv",
         kvpress.AdaKVPress,
         "https://arxiv.org/abs/2407.11550",
@@ -300,6 +311,7 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = types.MappingProxyType(
         "critical_adakv_snapkv": ("critical_adakv:snapkv", {}),
         "critical_expected_attention": ("criticalkv:expected_attention", {}),
         "critical_adakv_expected_attention": ("critical_adakv:expected_attention", {}),
+        "kvzip_plus": ("kvzip", {"kvzip_plus_normalization": True}),
         "merging_knorm": ("merging:knorm", {}),
         "merging_snapkv": ("merging:snapkv", {}),
         "merging_expected_attention": ("merging:expected_attention", {"epsilon": 0.01}),

@@ -60,12 +60,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
             "it needs a delimiter token between context and question, which no lm-eval request has: snapkv is its kin",
             "https://doi.org/10.1162/tacl_a_00716",
         ),
-        "kvzip": Unsupported(
-            kvpress.KVzipPress,
-            "it loads a tokenizer by the model's name and replays the context through Llama's own forward",
-            "https://arxiv.org/abs/2505.23416",
-            ("kvzip_plus",),
-        ),
         "kvgrad": Unsupported(
             kvpress.KVgradPress,
             "it loads a tokenizer by the model's name and replays the context forward and backward",

@@ -16,7 +16,7 @@ EVALUATED = (
 )
 NOT_HERE = (
     *("duo_attention", "duo_attention_on_the_fly", "fastkvzip", "finch", "kvcompose", "kvcompose_unstructured"),
-    *("kvzip", "kvzip_plus", "kvzap_linear", "kvzap_mlp", "kvzap_mlp_head", "kvzap_mlp_layer", "lukv"),
+    *("kvzap_linear", "kvzap_mlp", "kvzap_mlp_head", "kvzap_mlp_layer", "lukv"),
     *("RestoreKV", "RestoreKV_plus", "cam_streaming_llm", "cam_knorm", "cam_adakv_snapkv", "cam_tova"),
     *("decoding_knorm", "decoding_streaming_llm", "decoding_tova", "decoding_qfilter"),
     *("decoding_adakv_expected_attention_e2", "decoding_adakv_snapkv", "decoding_keydiff", "merging_kvzap_mlp"),

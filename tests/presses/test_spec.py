@@ -186,6 +186,7 @@ def test_who_may_read_what_an_attention_returns() -> None:
     readers = {name for name in PRESSES if spec_for(name).reads_outputs}
     assert {name.partition(":")[0] for name in readers if "observed_attention" not in name} == {
         "per_layer",
+        "kvzip",
         "dms",
         "composed",
     }

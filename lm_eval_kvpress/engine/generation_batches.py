@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval_kvpress.engine.contexts import Context, in_order, is_first
 from lm_eval_kvpress.engine.outcomes import Generated, GenerationSettings, Prompt
 from lm_eval_kvpress.engine.runner import Runner
-from lm_eval_kvpress.records.totals import TotalsByTask
+from lm_eval_kvpress.records.totals import TaskTotals, TotalsByTask
 
 Tokens = tuple[int, ...]
 
@@ -20,17 +20,23 @@ class GenerationBatches:
         prompts: prompt by request.
         settings: how all of them are continued.
         to_text: makes the answer of the new token ids.
+        found: what was counted while the requests were made, by task; part of the totals once they are answered.
     """
 
     request_type, splits_requests = "generate_until", False
     is_cached_whole, num_cache_copies = False, 2  # the compressed cache is copied into buffers that grow
 
     def __init__(
-        self, prompts: Mapping[int, Prompt], settings: GenerationSettings, to_text: Callable[[Sequence[int]], str]
+        self,
+        prompts: Mapping[int, Prompt],
+        settings: GenerationSettings,
+        to_text: Callable[[Sequence[int]], str],
+        found: Mapping[str, TaskTotals] | None = None,
     ) -> None:
         members = list(prompts)
         self._members = [members[index] for index in in_order([prompts[member].context for member in members])]
         self._prompts, self._settings, self._to_text = prompts, settings, to_text
+        self._found = found or {}
         self.progress_total = len(self._members)
         self.requests: Sequence[int] = list(prompts)
         self.longest = max((len(prompt.context) for prompt in prompts.values()), default=0)
@@ -72,6 +78,8 @@ class GenerationBatches:
         return {self._members[item]: self._to_text(outcome.ids) for item, outcome in outcomes.items()}
 
     def record_totals(self, outcomes: Mapping[int, Generated], totals: TotalsByTask) -> None:
+        for task, counts in self._found.items():
+            totals[task].merge(counts)
         seen = set[tuple[str, Tokens]]()
         for item in range(len(self._members)):
             prompt, outcome = self._prompt(item), outcomes[item]

@@ -11,7 +11,7 @@ from lm_eval_kvpress.engine.contexts import Context, is_first
 from lm_eval_kvpress.engine.outcomes import Scored
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.records.meter import RequestId
-from lm_eval_kvpress.records.totals import TotalsByTask
+from lm_eval_kvpress.records.totals import TaskTotals, TotalsByTask
 
 Tokens = tuple[int, ...]
 
@@ -22,12 +22,19 @@ class LikelihoodBatches:
     Args:
         pairs: the context of each request, in its two parts, and its continuation.
         ids: of each request.
+        found: what was counted while the requests were made, by task; part of the totals once they are answered.
     """
 
     request_type, splits_requests = "loglikelihood", False
     is_cached_whole, num_cache_copies = False, 1
 
-    def __init__(self, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Context, Tokens]],
+        ids: Sequence[RequestId],
+        found: Mapping[str, TaskTotals] | None = None,
+    ) -> None:
+        self._found = found or {}
         self._set(group_by_context(pairs), dict(enumerate(ids)))
 
     def _set(self, groups: list[ContextGroup], ids: Mapping[int, RequestId]) -> None:
@@ -68,6 +75,8 @@ class LikelihoodBatches:
         }
 
     def record_totals(self, outcomes: Mapping[int, Scored], totals: TotalsByTask) -> None:
+        for task, counts in self._found.items():
+            totals[task].merge(counts)
         seen = set[tuple[str, Tokens]]()
         for item, group in enumerate(self._groups):
             outcome = outcomes[item]

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.engine import batching
+from lm_eval_kvpress.engine import batching, memory
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
@@ -192,6 +192,7 @@ class Runner:
         prefix_token: int,
         on_tokens: Callable[[int, int], None] = lambda index, num_tokens: None,
         on_finished: Callable[[int, Streamed], None] = lambda index, outcome: None,
+        keeps_finished: bool = False,
     ) -> list[Streamed]:
         """Stream documents of at least one token each, side by side.
 
@@ -199,6 +200,8 @@ class Runner:
             prefix_token: predicts each document's first token.
             on_tokens: called after each step with a document's index and how many of its tokens were scored.
             on_finished: called with a document's index and outcome as soon as it ends, while others go on.
+            keeps_finished: whether a document is not streamed again once ``on_finished`` has it: if memory runs out,
+                the time of those that ended is recorded, and the others' time is no document's.
 
         Raises:
             UsageError: for a loss that is not finite.
@@ -206,19 +209,31 @@ class Runner:
         self.meter.start()
         press_for = functools.lru_cache(maxsize=8)(lambda num_entries: self.compressor.press.build(num_entries))
         streams = [DocumentStream(document.tokens, plan) for document in documents]
+        ended, failure = list[int](), None
         tokens = [document.tokens for document in documents]
         with self._autocast(), self.clock.phase("stream") as scored:
-            for step in stream(self.model, tokens, prefix_token, plan, press_for):
-                for index, losses in zip(step.documents, step.losses, strict=True):
-                    id = documents[index].id
-                    self._check_finite(losses, f"document {id.doc_id} of task '{id.task}'", num_before=step.start)
-                    streams[index].add(step, losses)
-                    scored["tokens"] += len(losses)
-                    on_tokens(index, len(losses))
-                    if streams[index].is_finished:
-                        on_finished(index, streams[index].outcome())
-        shares = [RequestShare(doc.id, 1, len(doc.tokens), weight=len(doc.tokens)) for doc in documents]
-        self.meter.batch("loglikelihood_rolling", len(documents), shares)
+            try:
+                for step in stream(self.model, tokens, prefix_token, plan, press_for):
+                    for index, losses in zip(step.documents, step.losses, strict=True):
+                        id = documents[index].id
+                        self._check_finite(losses, f"document {id.doc_id} of task '{id.task}'", num_before=step.start)
+                        streams[index].add(step, losses)
+                        scored["tokens"] += len(losses)
+                        on_tokens(index, len(losses))
+                        if streams[index].is_finished:
+                            on_finished(index, streams[index].outcome())
+                            ended.append(index)
+            except (RuntimeError, MemoryError) as error:
+                if not (keeps_finished and memory.ran_out(error)):
+                    raise
+                failure = error
+        if ended:
+            finished = [documents[index] for index in sorted(ended)]
+            shares = [RequestShare(doc.id, 1, len(doc.tokens), weight=len(doc.tokens)) for doc in finished]
+            lost_weight = scored["tokens"] - sum(len(doc.tokens) for doc in finished)
+            self.meter.batch("loglikelihood_rolling", len(documents), shares, lost_weight=lost_weight)
+        if failure is not None:
+            raise failure
         return [one.outcome() for one in streams]
 
     def _keeper(self) -> BudgetKeeper | None:

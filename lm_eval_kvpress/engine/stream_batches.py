@@ -24,8 +24,8 @@ class StreamBatches:
     """Documents that need no computation first, the others after them, longest first.
 
     A document is saved as soon as it ends, also while others of its batch go on. So a batch that ran out of memory, or
-    a run that was killed, computes only what was not finished. What a failed batch finished has no record of its time,
-    and its largest cache is that of the failed batch.
+    a run that was killed, computes only what was not finished. The largest cache of a document is that of the batch in
+    which it ended.
 
     Args:
         documents: one per request.
@@ -101,7 +101,14 @@ class StreamBatches:
 
         documents, prefix_token = [self._document(item) for item in items], self._prefix_token
         try:
-            found = runner.stream(documents, self._plan, prefix_token=prefix_token, on_tokens=count, on_finished=save)
+            found = runner.stream(
+                documents,
+                self._plan,
+                prefix_token=prefix_token,
+                on_tokens=count,
+                on_finished=save,
+                keeps_finished=self._files is not None,
+            )
         except (RuntimeError, MemoryError) as error:
             if memory.ran_out(error):
                 advance(-unsaved.total())
@@ -117,6 +124,7 @@ class StreamBatches:
             before, after = _logprobs(outcome)
             of_task.add_scores(before, pressed=False)
             of_task.add_scores(after, pressed=True)
+            of_task.num_documents_resumed += item < len(self._stored) and bool(outcome.losses)
             of_task.max_stream_entries = max(of_task.max_stream_entries, outcome.max_entries)
             of_task.max_stream_bytes = max(of_task.max_stream_bytes, outcome.max_bytes)
 

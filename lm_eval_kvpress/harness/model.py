@@ -28,6 +28,7 @@ from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import adapters, identity, messages, parity, ranks, run_record
+from lm_eval_kvpress.harness.answered_before import answered_before, on_each_read
 from lm_eval_kvpress.harness.answering import Answering, SessionAnswering
 from lm_eval_kvpress.harness.arguments import ignored_arguments, parse_arguments
 from lm_eval_kvpress.harness.command_line import share_log_handlers, show_usage_errors_in_one_line
@@ -239,7 +240,10 @@ class KVPress(CheckedHFLM):
         if cache_hook.dbdict is None:
             return
         identity.check_owner(cache_hook.dbdict, Path(cache_hook.dbdict.filename), self._identity())
-        logger.warning("use_cache: what was kept and how long it took is measured for new answers only")
+        on_each_read(cache_hook.dbdict, self._count_cached)
+
+    def _count_cached(self) -> None:
+        self.session.num_from_cache += 1
 
     def _identity(self) -> dict[str, Any]:
         return identity.run_identity(self, self.describe(), self._arguments_of_answers)
@@ -257,7 +261,10 @@ class KVPress(CheckedHFLM):
         share_log_handlers("lm_eval")  # again: --verbosity comes into force after the requests
         messages.log_kept_shares(self.session.settings, self.session.facts.totals)
         messages.log_records(self.session.settings, self.session.facts)
-        return {**super().get_model_info(), "kvpress": self.describe()}
+        record = self.describe()
+        for note in record["answered_before"]["notes"]:
+            logger.warning("%s", note)
+        return {**super().get_model_info(), "kvpress": record}
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
@@ -276,6 +283,7 @@ class KVPress(CheckedHFLM):
             "generation_config": checkpoint_options(self.model.generation_config),
             "parity": None if self._parity is None else self._parity.summary(),
             **run_record.measured(self.session.facts),
+            "answered_before": answered_before(self.session.facts, is_batched=self.batch_size != 1),
             "versions": run_record.versions(),
         }
 

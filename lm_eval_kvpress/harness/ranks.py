@@ -27,11 +27,13 @@ class RankFacts:
         totals: by task.
         records: of batches and requests. Seconds are of one device each, so rates are per device.
         num_ranks: number of ranks.
+        num_from_cache: requests that lm-eval answered from its cache, of which nothing else is known.
     """
 
     totals: Mapping[str, TaskTotals]
     records: RunRecords
     num_ranks: int = 1
+    num_from_cache: int = 0
 
 
 def merge(ranks: Sequence[RankFacts]) -> RankFacts:
@@ -43,7 +45,7 @@ def merge(ranks: Sequence[RankFacts]) -> RankFacts:
         for task, own in rank.totals.items():
             totals.setdefault(task, TaskTotals()).merge(own)
         records.merge(rank.records)
-    return RankFacts(totals, records, sum(rank.num_ranks for rank in ranks))
+    return RankFacts(totals, records, sum(rank.num_ranks for rank in ranks), sum(rank.num_from_cache for rank in ranks))
 
 
 class Repeated(Protocol):

@@ -35,6 +35,7 @@ from lm_eval_kvpress.harness.stream_settings import stream_plan
 from lm_eval_kvpress.harness.tokenization import encode_all, encode_pairs, encode_prompts
 from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.records.meter import RequestId
+from lm_eval_kvpress.records.totals import TotalsByTask, new_totals
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -75,9 +76,10 @@ def likelihood_batches(lm: HFLM, session: Session, requests: Sequence[Instance])
         splitting.Prompt(request, request.args[0].rstrip(), tuple(context))
         for request, (context, _) in zip(requests, pairs, strict=True)
     ]
-    contexts = splitting.split_all(lm, session, prompts)
+    found = new_totals()
+    contexts = splitting.split_all(lm, session, prompts, found)
     split = [(context, tuple(continuation)) for context, (_, continuation) in zip(contexts, pairs, strict=True)]
-    return _fitting(lm, session, split, request_ids(requests))
+    return _fitting(lm, split, request_ids(requests), found)
 
 
 def likelihood_batches_of_tokens(
@@ -92,7 +94,7 @@ def likelihood_batches_of_tokens(
     _check_pairs(lm, pairs, ids)
     num_last = session.settings.query_tokens
     split = [(Context(tuple(one), min(num_last, len(one))), tuple(other)) for one, other in pairs]
-    return _fitting(lm, session, split, ids)
+    return _fitting(lm, split, ids, new_totals())
 
 
 def _check_pairs(lm: HFLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ids: Sequence[RequestId]) -> None:
@@ -106,7 +108,7 @@ def _check_pairs(lm: HFLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
 
 
 def _fitting(
-    lm: HFLM, session: Session, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId]
+    lm: HFLM, pairs: Sequence[tuple[Context, Tokens]], ids: Sequence[RequestId], found: TotalsByTask
 ) -> LikelihoodBatches:
     """A context that is too long with its continuation loses its beginning, as stock ``HFLM`` cuts it."""
     fitting, cut = list[tuple[Context, Tokens]](), set[tuple[str, Tokens]]()
@@ -118,8 +120,8 @@ def _fitting(
     if cut:
         logger.warning("%d contexts were cut from the left to fit max_length=%d", len(cut), lm.max_length)
     for task, _ in cut:
-        session.totals[task].num_cut_contexts += 1
-    return LikelihoodBatches(fitting, ids)
+        found[task].num_cut_contexts += 1
+    return LikelihoodBatches(fitting, ids, found)
 
 
 def rolling_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> RollingBatches:
@@ -148,17 +150,19 @@ def _windows(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[wind
 
 def generation_batches(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[GenerationBatches]:
     """``generate_until``: prompts, those with the same generation arguments together."""
-    prompts = _prompts(lm, session, requests)
+    found = new_totals()
+    prompts = _prompts(lm, session, requests, found)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[repr(sorted(request.args[1].items()))].append(index)
+    founds = [found, *(new_totals() for _ in groups)]  # what was found in the prompts of all goes with the first group
     return [
-        _generation_group(lm, session, requests[indices[0]].args[1], {index: prompts[index] for index in indices})
-        for indices in groups.values()
+        _generation_group(lm, requests[indices[0]].args[1], {index: prompts[index] for index in indices}, own)
+        for indices, own in zip(groups.values(), founds, strict=False)
     ]
 
 
-def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[Prompt]:
+def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance], found: TotalsByTask) -> list[Prompt]:
     """Prompts with their seeds. A repeated prompt gets another seed; neither order nor batches change a seed."""
     encoded = encode_prompts(lm, [request.args[0] for request in requests])
     _check_token_ids(lm, encoded)
@@ -168,7 +172,7 @@ def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[P
     ]
     occurrences: Counter[Tokens] = Counter()
     prompts = []
-    for context, id in zip(splitting.split_all(lm, session, texts), request_ids(requests), strict=True):
+    for context, id in zip(splitting.split_all(lm, session, texts, found), request_ids(requests), strict=True):
         tokens = context.tokens
         seed = zlib.crc32(repr((torch.initial_seed(), occurrences[tokens], tokens)).encode())
         occurrences[tokens] += 1
@@ -177,7 +181,7 @@ def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance]) -> list[P
 
 
 def _generation_group(
-    lm: HFLM, session: Session, gen_kwargs: dict[str, object], prompts: Mapping[int, Prompt]
+    lm: HFLM, gen_kwargs: dict[str, object], prompts: Mapping[int, Prompt], found: TotalsByTask
 ) -> GenerationBatches:
     settings, until = generation_settings(lm, gen_kwargs)
     longest = lm.max_length - settings.max_new_tokens
@@ -188,9 +192,9 @@ def _generation_group(
             *(len(too_long), longest, lm.max_length, settings.max_new_tokens),
         )
     for prompt in too_long:
-        session.totals[prompt.id.task].num_cut_contexts += 1
+        found[prompt.id.task].num_cut_contexts += 1
     cut = {index: replace(prompt, context=prompt.context.last(longest)) for index, prompt in prompts.items()}
-    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until, settings.ignored_ids))
+    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until, settings.ignored_ids), found)
 
 
 def encode_documents(lm: HFLM, requests: Sequence[Instance]) -> list[list[int]]:

@@ -38,6 +38,7 @@ class Session:
         runner: runs batches under the press, on the loaded model.
         max_length: tokens of a context with its continuation, at most.
         totals: what was kept and scored so far, by task.
+        num_from_cache: requests that lm-eval answered from its cache so far.
         gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
         num_ranks: processes that answer for this one, if others do.
     """
@@ -46,13 +47,14 @@ class Session:
     runner: Runner
     max_length: int
     totals: TotalsByTask = field(default_factory=new_totals)
+    num_from_cache: int = 0
     gathered: RankFacts | None = None
     num_ranks: int = 1
 
     @property
     def own_facts(self) -> RankFacts:
         """What this process did, or others for it."""
-        return RankFacts(self.totals, self.runner.meter.records, self.num_ranks)
+        return RankFacts(self.totals, self.runner.meter.records, self.num_ranks, self.num_from_cache)
 
     @property
     def facts(self) -> RankFacts:

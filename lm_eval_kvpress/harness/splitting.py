@@ -6,7 +6,7 @@ all that follows it, ``gen_prefix`` and the end of a chat's template included, a
 whole prompt, cut at the last token boundary at or before the question, and prompts for which that is another text are
 counted.
 
-Knows ``HFLM``, its tokenizer and a session's settings and totals. Does not know how anything is computed.
+Knows ``HFLM``, its tokenizer and a session's settings. Does not know how anything is computed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lm_eval_kvpress.harness.document_ids import document_id
 from lm_eval_kvpress.harness.questions import rule_for
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.harness.tokenization import cut_at
+from lm_eval_kvpress.records.totals import TotalsByTask
 
 logger = logging.getLogger("lm_eval_kvpress")
 
@@ -71,8 +72,8 @@ class _Split:
         return bool(self.start and self.num_before)
 
 
-def split_all(lm: HFLM, session: Session, prompts: Sequence[Prompt]) -> list[Context]:
-    """The context of each prompt in its two parts; what was found is counted in the session's totals.
+def split_all(lm: HFLM, session: Session, prompts: Sequence[Prompt], found: TotalsByTask) -> list[Context]:
+    """The context of each prompt in its two parts; what was found is counted in ``found``.
 
     Raises:
         UsageError: under ``query_aware=false``, if no rule says where a task's questions begin, or none of its prompts
@@ -83,10 +84,10 @@ def split_all(lm: HFLM, session: Session, prompts: Sequence[Prompt]) -> list[Con
     if session.settings.query_aware:
         return contexts
     splits = _splits(lm, session, prompts)
-    _check_and_count(session, prompts, splits)
+    _check_and_count(session, prompts, splits, found)
     split = [
-        context if found.start is None else replace(context, num_held_back=len(context) - found.num_before)
-        for context, found in zip(contexts, splits, strict=True)
+        context if at.start is None else replace(context, num_held_back=len(context) - at.num_before)
+        for context, at in zip(contexts, splits, strict=True)
     ]
     sharing = Counter(context.compressed for context in set(split))
     return [replace(context, is_shared=sharing[context.compressed] > 1) for context in split]
@@ -113,7 +114,9 @@ def _splits(lm: HFLM, session: Session, prompts: Sequence[Prompt]) -> list[_Spli
 # --------------------------------------------------------------------------------------------------- what was found
 
 
-def _check_and_count(session: Session, prompts: Sequence[Prompt], splits: Sequence[_Split]) -> None:
+def _check_and_count(
+    session: Session, prompts: Sequence[Prompt], splits: Sequence[_Split], counts: TotalsByTask
+) -> None:
     """Count each prompt of each task once, name those without a question or a context, and refuse if all are such."""
     by_task: dict[str, dict[str, tuple[Prompt, _Split]]] = {}
     for prompt, split in zip(prompts, splits, strict=True):
@@ -124,7 +127,7 @@ def _check_and_count(session: Session, prompts: Sequence[Prompt], splits: Sequen
         bare = [prompt for prompt, split in found if split.start is not None and not split.has_context]
         if len(missing) + len(bare) == len(found):
             raise UsageError(_nothing_to_compress(session, task, missing, bare))
-        totals = session.totals[task]
+        totals = counts[task]
         totals.num_prompts_without_question += len(missing)
         totals.num_prompts_without_context += len(bare)
         totals.num_questions_inside_tokens += sum(split.is_inside for _, split in found)

@@ -55,6 +55,7 @@ class MeteredBatch:
 
     record: BatchRecord
     shares: tuple[RequestShare, ...]
+    lost_weight: float = 0.0
 
 
 class Recorder(Protocol):
@@ -80,6 +81,7 @@ class Meter:
         self._clock, self.labels, self._recorders = clock, labels, tuple(recorders)
         self._started_sec = 0.0
         self._open: dict[RequestId, list[tuple[BatchRecord, RequestShare, float]]] = {}
+        self._lost: dict[int, float] = {}
         self._shapes: set[tuple[str, int, int]] = set()
         self.records = RunRecords()
 
@@ -104,32 +106,40 @@ class Meter:
         shares: Sequence[RequestShare],
         *,
         decoding_steps: str | None = None,
+        lost_weight: float = 0.0,
     ) -> None:
-        """Record a batch with the timings since `start`, for the requests that shared it."""
+        """Record a batch with the timings since `start`, for the requests that shared it.
+
+        Args:
+            lost_weight: of work in the batch that is done again, whose seconds are no request's.
+        """
         seconds, timings = time.perf_counter() - self._started_sec, self._clock.take()
         seconds += sum(timing.seconds for timing in timings if timing.is_borrowed)
-        self._add(self._record(request_type, batch_size, seconds, timings, decoding_steps), shares)
+        self._add(self._record(request_type, batch_size, seconds, timings, decoding_steps), shares, lost_weight)
 
     def take(self) -> list[MeteredBatch]:
         """Return the batches since the last call or `finish`, for the meter of the process that records them."""
         batches: dict[int, MeteredBatch] = {}
         for parts in self._open.values():
             for record, share, _ in parts:
-                before = batches.get(record.batch, MeteredBatch(record, ()))
-                batches[record.batch] = MeteredBatch(record, (*before.shares, share))
+                before = batches.get(record.batch, MeteredBatch(record, (), self._lost.get(record.batch, 0.0)))
+                batches[record.batch] = replace(before, shares=(*before.shares, share))
         self._open.clear()
+        self._lost.clear()
         return list(batches.values())
 
     def adopt(self, batches: Iterable[MeteredBatch]) -> None:
         """Record what another meter measured, on its device, as batches of this run."""
         for batch in batches:
             record = replace(batch.record, run=self.labels.run, batch=len(self.records.batches))
-            self._add(record, batch.shares)
+            self._add(record, batch.shares, batch.lost_weight)
 
-    def _add(self, record: BatchRecord, shares: Sequence[RequestShare]) -> None:
+    def _add(self, record: BatchRecord, shares: Sequence[RequestShare], lost_weight: float) -> None:
         self.records.batches.append(record)
         self._write(record)
-        total = sum(share.weight for share in shares)
+        if lost_weight:
+            self._lost[record.batch] = lost_weight
+        total = lost_weight + sum(share.weight for share in shares)
         for share in shares:
             self._open.setdefault(share.id, []).append((record, share, share.weight / total))
 
@@ -144,6 +154,7 @@ class Meter:
                 itl for _, share, _ in parts for itl in np.diff(share.token_times_sec).tolist()
             ]
         self._open.clear()
+        self._lost.clear()
 
     def live(self) -> dict[str, str]:
         """Figures of the newest batch, for the progress bar."""

@@ -107,6 +107,8 @@ class TaskTotals:
             that it found.
         max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
             scored over, and the most bytes that keys and values of all rows took.
+        num_documents_resumed: documents whose losses an earlier run left on disk; not part of the summary, which is
+            that of a run without interruption.
         notes: what a reader must know of the press, and for how many contexts.
     """
 
@@ -131,6 +133,7 @@ class TaskTotals:
     max_decode_entries: int = 0
     max_stream_entries: int = 0
     max_stream_bytes: int = 0
+    num_documents_resumed: int = 0
     notes: Counter[str] = field(default_factory=Counter)
 
     def add_context(self, record: ContextRecord) -> None:

@@ -104,6 +104,22 @@ def test_a_stream_that_runs_out_of_memory_is_halved_and_scores_the_same(
         assert (found[item].num_pressed, found[item].max_entries) == (outcome.num_pressed, outcome.max_entries)
 
 
+def test_documents_that_ended_before_memory_ran_out_have_their_times(
+    make_pressable: Callable[..., PressableModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_side_by_side(monkeypatch, 12)  # all but the longest have ended by then
+    own, requests = runner(make_pressable()), stream_batches(LossFiles(tmp_path, {}))
+    for items in batches(requests, 8, None):
+        list(in_halves(lambda part: requests.run(own, part, lambda count: None), items))
+    own.meter.finish("loglikelihood_rolling")
+    records = own.meter.records
+    assert {one.doc_id: one.num_output_tokens for one in records.requests} == {0: 70, 2: 130, 3: 56, 4: 1}
+    failed, again = records.batches
+    assert (failed.num_output_tokens, again.num_output_tokens) == (70 + 56 + 1 + 12 * PLAN.chunk, 130)
+    ended = [one.seconds for one in records.requests if one.doc_id != 2]
+    assert sum(ended) == pytest.approx(failed.seconds * (70 + 56 + 1) / failed.num_output_tokens)
+
+
 def test_an_interrupted_run_has_the_totals_of_an_undisturbed_one(
     make_pressable: Callable[..., PressableModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +140,9 @@ def test_an_interrupted_run_has_the_totals_of_an_undisturbed_one(
     assert resumed.progress_total == sum(LENGTHS) - max(LENGTHS), "the longest came first and is on disk"
     found, num_tokens = outcomes(resumed, model, size=1)
     assert num_tokens == resumed.progress_total
-    assert totals(resumed, found) == totals(undisturbed, expected)
+    assert totals(resumed, found).num_documents_resumed == 1
+    assert totals(undisturbed, expected).num_documents_resumed == 0
+    assert totals(resumed, found).summary() == totals(undisturbed, expected).summary()
     assert totals(resumed, found).max_stream_entries == PLAN.budget
     assert resumed.answers(found) == undisturbed.answers(expected)
 

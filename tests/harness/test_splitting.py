@@ -35,8 +35,10 @@ def agnostic(checkpoint_dir: Path, **arguments: Any) -> KVPress:
 
 
 def contexts(lm: KVPress, requests: Sequence[Instance]) -> list[Context]:
-    """In the order of the requests."""
+    """In the order of the requests; what was found while they were made goes to the totals, as with the answers."""
     (batches,) = generation_batches(lm, lm.session, requests)
+    for task, counts in batches._found.items():
+        lm.session.totals[task].merge(counts)
     found = {batches._members[item]: batches._prompt(item).context for item in range(len(requests))}
     return [found[index] for index in range(len(requests))]
 

@@ -1,0 +1,52 @@
+"""Answers that an earlier run gave: how many of a run's figures they are in, and what is not known of them.
+
+lm-eval's ``--use_cache`` hands out its answers without asking the model, which sees the other requests alone. Finished
+documents of ``stream_output`` come with all that was counted of them, but not with their times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lm_eval_kvpress.harness.ranks import RankFacts
+
+OF_THE_CACHE = "what was kept for the {} requests answered from use_cache, and how long they took, is not known"
+OF_THE_STREAM = "the {} documents that stream_output held are in every figure but the times"
+IN_OTHER_BATCHES = (
+    "documents that were left met other neighbours in their batches: their losses differ by rounding, up to 1e-5 nats, "
+    "from those of a run without interruption, and max_stream_bytes is of other batches (batch_size=1: no difference)"
+)
+
+
+def on_each_read(cache: Any, count: Callable[[], None]) -> None:
+    """Have ``count`` called for every answer that lm-eval takes from its cache, a ``SqliteDict``."""
+    decode = cache.decode
+
+    def decode_and_count(value: Any) -> Any:
+        count()
+        return decode(value)
+
+    cache.decode = decode_and_count
+
+
+def answered_before(facts: RankFacts, *, is_batched: bool) -> dict[str, Any]:
+    """How many requests were answered by an earlier run, and what that means for the record.
+
+    Args:
+        is_batched: whether documents may have been streamed side by side.
+    """
+    num_cached = facts.num_from_cache
+    num_resumed = sum(totals.num_documents_resumed for totals in facts.totals.values())
+    notes = []
+    if num_cached:
+        notes.append(OF_THE_CACHE.format(num_cached))
+    if num_resumed:
+        notes.append(OF_THE_STREAM.format(num_resumed))
+        if is_batched:
+            notes.append(IN_OTHER_BATCHES)
+    return {
+        "requests_from_use_cache": num_cached,
+        "documents_from_stream_output": num_resumed,
+        "notes": notes,
+    }

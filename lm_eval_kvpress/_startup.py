@@ -7,7 +7,7 @@ environment. Hence its rules: nothing is imported here but `sys`, neither torch 
 absent nothing happens; and no other program fails because of us.
 
 The hook stands first in `sys.meta_path`, because a finder behind one that answers is never asked. It answers
-for two module names only, with what Python's own path finder answers for them, so it needs no knowledge of
+for the module names below only, with what Python's own path finder answers for them, so it needs no knowledge of
 the other finders and cannot recurse through them. What it adds to a loader goes away when the module has been
 executed: `__loader__` stays the real one for `inspect`, `importlib.resources` and `importlib.reload`.
 """
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 # A module of lm-eval -> what `plugin` does once it has been executed. Not earlier: lm-eval fills its registry
 # by importing `lm_eval.models` only as long as the registry is empty.
-AFTER_IMPORT = {"lm_eval.models": "enter_models", "lm_eval.tasks.manager": "include_tasks"}
+AFTER_IMPORT = {
+    "lm_eval.models": "enter_models",
+    "lm_eval.tasks.manager": "include_tasks",
+    "lm_eval.config.evaluate_config": "check_arguments",
+}
 
 
 class LmEvalHook:

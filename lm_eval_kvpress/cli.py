@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError, one_line
+from lm_eval_kvpress.harness.argument_names import check_command_line, option
 from lm_eval_kvpress.harness.command_line import discard_output, open_output
 from lm_eval_kvpress.presses.suggest import near
 
@@ -25,15 +26,16 @@ INTERRUPTED = 130  # the exit status that a shell gives to Ctrl-C
 class Command:
     target: str  # "module:function", imported when the command is called
     help: str
+    takes_model_args: bool = False  # whose names are checked before the target is imported, and torch with it
 
 
 COMMANDS = {
     "run": Command("lm_eval_kvpress.cli:run", "evaluate: lm-eval's own `run`, our models and tasks entered"),
     "verify": Command(
-        "lm_eval_kvpress.verify.command:main", "check a checkpoint: are compressed caches scored correctly?"
+        "lm_eval_kvpress.verify.command:main", "check a checkpoint: are compressed caches scored correctly?", True
     ),
     "sweep": Command(
-        "lm_eval_kvpress.sweep.command:main", "evaluate many presses and ratios at once, from one prefill"
+        "lm_eval_kvpress.sweep.command:main", "evaluate many presses and ratios at once, from one prefill", True
     ),
     "calibrate": Command(
         "lm_eval_kvpress.calibrate.command:main", "take the statistics of a model that some presses need"
@@ -53,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command not in COMMANDS:
         hint = near(args.command, COMMANDS)
         parser.error(f"unknown command {args.command!r}; {hint}commands: {', '.join(COMMANDS)}")
-    module, _, function = COMMANDS[args.command].target.partition(":")
+    command = COMMANDS[args.command]
+    module, _, function = command.target.partition(":")
     try:
+        if command.takes_model_args:
+            check_command_line(args.arguments)
         status: int = getattr(importlib.import_module(module), function)(args.arguments)
         sys.stdout.flush()  # a full or closed standard output shows here, or at the end of Python as a traceback
     except (UsageError, OSError, KeyboardInterrupt) as error:
@@ -68,12 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """lm-eval's command line, after our models and tasks were entered explicitly, start-up file or not."""
-    from lm_eval.__main__ import cli_evaluate
-
     from lm_eval_kvpress.harness import plugin
+
+    if option(arguments, "--model") in plugin.MODELS:
+        check_command_line(arguments)
+    from lm_eval.__main__ import cli_evaluate
 
     plugin.register_models()
     plugin.include_tasks()
+    plugin.check_arguments()
     argv = sys.argv
     sys.argv = ["lm_eval", "run", *arguments]
     try:

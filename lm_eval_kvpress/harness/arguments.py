@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.argument_names import LOADING_ARGUMENTS
 from lm_eval_kvpress.harness.settings import POSITIVE, Settings
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.decoding import parse_decoding, split_arguments, split_name
@@ -27,14 +28,6 @@ from lm_eval_kvpress.presses.values import ANY_NUMBER, Range, parse_number, pars
 
 ARGUMENTS = tuple(item.name for item in fields(Settings) if item.name != "decoding")
 """The fields of `Settings` that a user types by their names."""
-
-LOADING_ARGUMENTS = frozenset(
-    {
-        *("attn_implementation", "cache_dir", "code_revision", "device_map", "force_download", "local_files_only"),
-        *("low_cpu_mem_usage", "max_memory", "offload_state_dict", "token", "use_safetensors", "variant"),
-    }
-)
-"""What ``from_pretrained`` takes beyond the named arguments of ``HFLM``."""
 
 BOOLEANS = frozenset(
     {

@@ -1,9 +1,10 @@
 """Enter this package into lm-eval: the names of its models and the folder of its tasks.
 
 Models are entered by lm-eval's own `model_registry.register`. Tasks have no such registry: `TaskManager.__init__` is
-replaced by a function that adds our folder to its `include_path` and calls the original. Both are done by the import
-hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any number of times. It does
-not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
+replaced by a function that adds our folder to its `include_path` and calls the original. The names of model arguments
+are checked once `EvaluatorConfig.from_cli` has parsed the command line, before lm-eval imports torch. All are done by
+the import hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any number of
+times. It does not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import functools
 import inspect
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from lm_eval_kvpress.harness.argument_names import check_names
 from lm_eval_kvpress.harness.command_line import show_usage_errors_in_one_line
 
 TaskPath = str | PathLike[str]
@@ -85,6 +87,31 @@ def include_tasks() -> None:
 
     init_with_our_tasks.includes_kvpress = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init_with_our_tasks
+
+
+def check_arguments() -> None:
+    """Have lm-eval's command refuse misspelt arguments of our models as soon as it has parsed them.
+
+    Raises:
+        KeyError: if lm-eval parses its command line in another way than in 0.4.13; arguments are then checked when the
+            model is made.
+    """
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    show_usage_errors_in_one_line()
+    from_cli = vars(EvaluatorConfig)["from_cli"].__func__
+    if hasattr(from_cli, "checks_kvpress"):
+        return
+
+    @functools.wraps(from_cli)
+    def from_cli_and_check(cls: type[EvaluatorConfig], *args: Any, **kwargs: Any) -> EvaluatorConfig:
+        config: EvaluatorConfig = from_cli(cls, *args, **kwargs)
+        if getattr(config, "model", None) in MODELS and isinstance(getattr(config, "model_args", None), dict):
+            check_names(cast("dict[str, Any]", config.model_args))
+        return config
+
+    from_cli_and_check.checks_kvpress = True  # type: ignore[attr-defined]
+    EvaluatorConfig.from_cli = classmethod(from_cli_and_check)  # type: ignore[method-assign,assignment]
 
 
 def _with(ours: Path, include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:

@@ -17,7 +17,7 @@ from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
-from lm_eval_kvpress.harness.arguments import LOADING_ARGUMENTS
+from lm_eval_kvpress.harness.argument_names import LOADING_ARGUMENTS
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.parse import parse_press

@@ -23,7 +23,6 @@ from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import text_gap, worst
 from lm_eval_kvpress.harness.plugin import tasks_path
-from lm_eval_kvpress.verify import dense_reference
 from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.subject import Subject, score_pairs
 
@@ -57,9 +56,10 @@ def check_parity(subject: Subject) -> Check:
 def check_batches(subject: Subject) -> Check:
     """Compare batches of 3 and 8, the requests in another order, with batches of 1.
 
-    Contexts have many lengths, and some are too short for the press. In 16 bits the mean difference counts, not the
-    largest one: another batch rounds differently, and where two entries score alike in so few bits, the press then
-    keeps the other one.
+    Contexts have many lengths, and some are too short for the press. Their tokens differ as far as the vocabulary goes:
+    the keys of a repeated one have one norm in the first layer, and rounding says which of them knorm keeps. In 16 bits
+    the mean difference counts, not the largest one: another batch rounds differently, and where two entries score alike
+    in so few bits, the press then keeps the other one.
     """
     exact = subject.lm.model.dtype == torch.float32
     parts = []
@@ -90,12 +90,13 @@ def _answer(subject: Subject, press: str, *, batch_size: int, backwards: bool) -
         press, batch_size=batch_size, rolling_context=length // 4, rolling_score=length // 8, short_context="shrink"
     )
     turn = slice(None, None, -1 if backwards else 1)
-    contexts = [subject.tokens(n, seed=n) for n in (length // 2, 12, length // 3, length // 3 + 1, length // 3, 40)]
+    sizes = (length // 2, 12, length // 3, length // 3 + 1, length // 3, 40)
+    contexts = [subject.different_tokens(n, seed=place) for place, n in enumerate(sizes)]
     pairs = [(context, subject.tokens(n, seed=n)) for context in contexts for n in (1, 5)]
     scores = score_pairs(lm, pairs[turn])[turn]
-    documents = [subject.text(n, seed=n) for n in (length, length // 3, length // 2)]
+    documents = [subject.lm.tok_decode(subject.different_tokens(n, seed=n)) for n in (length, length // 3, length // 2)]
     rolled = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", documents)[turn], disable_tqdm=True)[turn]
-    prompts = [subject.text(n, seed=n) for n in (length // 3, 20, length // 4, 60)]
+    prompts = [subject.lm.tok_decode(subject.different_tokens(n, seed=n)) for n in (length // 3, 20, length // 4, 60)]
     texts = lm.generate_until(_requests("generate_until", prompts, _until(8))[turn], disable_tqdm=True)[turn]
     per_token = [score / len(tokens) for score, (_, tokens) in zip(scores, pairs, strict=True)]
     per_token += [score / len(lm.tok_encode(document)) for score, document in zip(rolled, documents, strict=True)]
@@ -155,7 +156,7 @@ def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: i
 
 
 def _produced(subject: Subject) -> tuple[int, int]:
-    """Tokens that the record says were generated, and how many whole plain forwards need to reach the same end: a stop
+    """Tokens that the record says were generated, and how many the untouched model needs to reach the same end: a stop
     string made of the third and fourth token, or one that ends every text."""
     prompts = [subject.text(24, seed=seed) for seed in range(4)]
     prompt, new = max(((prompt, _sure_tokens(subject, prompt)) for prompt in prompts), key=lambda pair: len(pair[1]))
@@ -166,6 +167,9 @@ def _produced(subject: Subject) -> tuple[int, int]:
         stop = ""
     text_so_far = (subject.lm.tok_decode(new[:n]) for n in range(1, len(new) + 1))
     expected = next((n for n, text in enumerate(text_so_far, start=1) if stop and stop in text), len(new))
+    is_sure_of_end = new[-1] in _end_ids(subject) or len(new) == _num_asked(subject) or expected < len(new)
+    if not is_sure_of_end and _num_asked(subject) != NUM_ASKED:
+        return 0, 0  # the text goes on after a tie, as long as the checkpoint says
     lm = subject.under("none")
     until = _until(NUM_ASKED if new[-1] in _end_ids(subject) else len(new), stop)
     lm.generate_until(_requests("generate_until", [prompt], until), disable_tqdm=True)
@@ -173,15 +177,33 @@ def _produced(subject: Subject) -> tuple[int, int]:
 
 
 def _sure_tokens(subject: Subject, prompt: str) -> list[int]:
-    """Greedy tokens by whole plain forwards: up to one that ends a text, or before one that ties with another."""
-    ids, new = subject.lm.tok_encode(prompt), list[int]()
-    while len(new) < NUM_ASKED and not _end_ids(subject) & set(new):
-        logits = dense_reference.logits(subject.untouched, [*ids, *new])[-1]
-        best, second = logits.topk(2).values.tolist()
+    """Greedy tokens by transformers' ``generate``: up to one that ends a text, or before one that ties with another.
+
+    It follows the checkpoint's generation_config.json, as stock ``HFLM`` does: penalties, bans, a number of tokens.
+    """
+    ids = torch.tensor([subject.lm.tok_encode(prompt)], device=subject.untouched.device)
+    generated = subject.untouched.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_num_asked(subject),
+        do_sample=False,
+        eos_token_id=sorted(_end_ids(subject)),
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    new = list[int]()
+    for token, scores in zip(generated.sequences[0, ids.shape[1] :].tolist(), generated.scores, strict=True):
+        best, second = scores[0].float().topk(2).values.tolist()
         if best - second <= subject.tolerance:
             break
-        new.append(int(logits.argmax()))
+        new.append(token)
     return new
+
+
+def _num_asked(subject: Subject) -> int:
+    """New tokens at most: transformers puts the checkpoint's own number before an argument's."""
+    of_checkpoint: int | None = subject.untouched.generation_config.max_new_tokens
+    return NUM_ASKED if of_checkpoint is None else of_checkpoint
 
 
 def _end_ids(subject: Subject) -> set[int]:

@@ -5,6 +5,7 @@ Knows the lm-eval model and transformers' loader. Does not know what is checked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,24 @@ class Subject:
         tokens: list[int] = self.lm.tok_encode(text)[:num_tokens]
         assert len(tokens) == num_tokens, (len(tokens), num_tokens)
         return tokens
+
+    def different_tokens(self, num_tokens: int, *, seed: int) -> list[int]:
+        """Tokens in random order, none twice before all that come back from their text have been used."""
+        order = torch.randperm(len(self._whole_words), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [self._whole_words[order[place % len(order)]] for place in range(num_tokens)]
+
+    @functools.cached_property
+    def _whole_words(self) -> list[int]:
+        """Tokens that stay whole beside others: a space and a word; every plain token where these are too few."""
+        encode, known = self.lm.tok_encode, self.lm.model.get_input_embeddings().num_embeddings
+        special = set(self.lm.tokenizer.all_special_ids)
+        plain = [token for token in range(min(len(self.lm.tokenizer), known)) if token not in special]
+        words = [
+            token
+            for token, text in zip(plain, map(self.lm.tokenizer.decode, plain), strict=True)
+            if text.startswith(" ") and text[1:].isalpha() and encode(text, add_special_tokens=False) == [token]
+        ]
+        return words if len(words) >= self.max_length // 2 else plain
 
     def text(self, num_tokens: int, *, seed: int = 0) -> str:
         """A text of about so many tokens."""

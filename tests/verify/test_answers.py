@@ -12,7 +12,8 @@ from conftest import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm_eval_kvpress.harness.parity import text_gap
-from lm_eval_kvpress.verify.answers import check_records, check_refusals
+from lm_eval_kvpress.verify import dense_reference
+from lm_eval_kvpress.verify.answers import _sure_tokens, check_records, check_refusals
 from lm_eval_kvpress.verify.check import Check
 from lm_eval_kvpress.verify.presentation import check_projections, check_rotation
 from lm_eval_kvpress.verify.subject import Subject
@@ -63,6 +64,34 @@ def test_an_answer_whose_second_token_ends_it_is_no_fault(tmp_path: Path) -> Non
     assert ends_second
     check = check_records(subject_of(model, tmp_path / "ends"))
     assert not failed(check)
+
+
+GENERATION: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 1.3},
+    {"suppress_tokens": list(range(40, 300))},
+    {"max_new_tokens": 5},
+    {"no_repeat_ngram_size": 1, "begin_suppress_tokens": [5, 6]},
+)
+
+
+@pytest.mark.parametrize("generation", GENERATION, ids=lambda one: next(iter(one)))
+def test_what_generation_config_says_is_no_fault(tmp_path: Path, generation: dict[str, Any]) -> None:
+    model = llama()
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    subject = subject_of(model, tmp_path)
+    assert not failed(check_records(subject))
+    text = subject.text(24, seed=1)
+    plain = [int(dense_reference.logits(subject.untouched, subject.lm.tok_encode(text))[-1].argmax())]
+    assert len(_sure_tokens(subject, text)) > 1 or _sure_tokens(subject, text)[:1] == plain
+
+
+def test_contexts_of_the_batches_check_repeat_no_token(tmp_path: Path) -> None:
+    """Repeated tokens tie under knorm in the first layer, and rounding decides."""
+    subject = subject_of(llama(), tmp_path)
+    tokens = subject.different_tokens(subject.max_length // 2, seed=3)
+    assert len(set(tokens)) == len(tokens) == 256
+    assert tokens != subject.different_tokens(subject.max_length // 2, seed=4)
 
 
 def test_a_checkpoint_of_a_million_positions_refuses_one_more(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,12 +70,12 @@ def test_verify_passes_on_grouped_query_attention(llama_dir: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_verify_passes_on_the_builtin_within_a_minute(tmp_path: Path, dtype: str, attention: str) -> None:
-    report = tmp_path / "report.json"
+def test_verify_passes_on_the_builtin_within_two_minutes_of_a_core(dtype: str, attention: str) -> None:
     arguments = f"pretrained={builtin()},device=cpu,dtype={dtype},attn_implementation={attention}"
-    assert main(["--model_args", arguments, "--json", str(report)]) == 0
+    before = time.process_time()  # not the wall clock: a busy machine tripled that
+    assert main(["--model_args", arguments]) == 0
     if multiplies_quickly(getattr(torch, dtype)):
-        assert json.loads(report.read_text())["seconds"] < 60
+        assert time.process_time() - before < 120
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from report_files import NUM_DOCUMENTS, write_results
 
 from lm_eval_kvpress.report.differences import Comparison, Difference
@@ -33,6 +35,21 @@ def test_without_samples_of_both_runs_a_difference_has_no_interval(tmp_path: Pat
     baseline = write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
     found, is_same = difference(baseline, write_results(tmp_path, "snapkv", 0.5, acc=0.25))
     assert found == Difference(-0.75) and found.bounds is None and not is_same
+
+
+@pytest.mark.parametrize("changed", ["doc_hash", "doc_id"])
+def test_runs_of_other_documents_are_not_paired(tmp_path: Path, changed: str) -> None:
+    """As many documents, and other ones: a paired interval, or equal answers, would be of nothing."""
+    scores = [1, 0] * (NUM_DOCUMENTS // 2)
+    baseline = write_results(tmp_path, "none", 0.0, scores=scores)
+    other = write_results(tmp_path, "snapkv", 0.5, scores=scores)
+    (file,) = other.parent.glob("samples_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    for sample in samples:
+        sample[changed] = 1000 + sample["doc_id"] if changed == "doc_id" else f"other {sample['doc_id']}"
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    found, is_same = difference(baseline, other)
+    assert found == Difference(0.0) and found.bounds is None and not is_same
 
 
 def test_the_same_answers_are_recognized(tmp_path: Path) -> None:

@@ -231,8 +231,9 @@ def read_records(
     Raises:
         UsageError: if the source cannot be read, naming both; or if a record lacks one of `fields`.
     """
-    data_dir = data_dir or os.environ.get("KVPRESS_DATA_DIR")
-    if data_dir:
+    if data_dir in (None, ""):
+        data_dir = os.environ.get("KVPRESS_DATA_DIR") or None
+    if data_dir is not None:
         path = Path(str(data_dir)).expanduser() / local_file  # lm-eval reads a folder named 2024 as a number
         records, source = _from_file(path, hub_dataset), str(path)
     else:

@@ -279,6 +279,20 @@ def test_bad_file_is_one_line(tmp_path: Path, content: bytes, said: str) -> None
     assert said in one_line_error(corpora.load_wikitext, **WIKITEXT, data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", [2024, 0])
+def test_a_folder_whose_name_is_a_number_is_read_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: int
+) -> None:
+    """lm-eval reads `data_dir=0` as a number; the hub's copy, or another folder's, would be other documents."""
+    monkeypatch.chdir(tmp_path)
+    assert f"cannot read {name}/wikitext2/test.jsonl" in one_line_error(
+        corpora.load_wikitext, **WIKITEXT, data_dir=name
+    )
+    (tmp_path / str(name) / "wikitext2").mkdir(parents=True)
+    (tmp_path / str(name) / "wikitext2/test.jsonl").write_text('{"page": "a river"}\n')
+    assert len(documents(corpora.load_wikitext, **WIKITEXT, data_dir=name)) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="as for lm_eval, without a press: pretrained=... (default: builtin), dtype=..., device=...",
     )
     parser.add_argument("--data", required=True, help="FILE.txt, FILE.jsonl (a text per line), or a task of lm-eval")
-    parser.add_argument("-o", "--output", type=_safetensors, required=True, metavar=f"FILE{ENDING}", help="write there")
+    parser.add_argument("-o", "--output", type=_safetensors, required=True, metavar="FILE", help="write there")
     parser.add_argument(
         "--num_tokens", type=_positive, default=65_536, help="tokens of text, at most (default: %(default)s)"
     )

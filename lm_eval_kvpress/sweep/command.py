@@ -12,7 +12,7 @@ from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.launch import num_processes
 from lm_eval_kvpress.harness.run_record import versions
-from lm_eval_kvpress.sweep.cells import cells_of
+from lm_eval_kvpress.sweep.cells import Cell, cells_of
 from lm_eval_kvpress.sweep.run import run_cells
 from lm_eval_kvpress.sweep.settings import SweepSettings, parse_settings, read_settings
 from lm_eval_kvpress.sweep.store import SweepStore
@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     settings = settings_from(argv)
     _refuse_several_processes()
     cells = cells_of(settings)
+    _refuse_streams_of_workers(settings, cells)
     shared = {**settings.shared, "versions": {"lm-eval-kvpress": __version__, **versions()}}
     with closing(SweepStore(Path(settings.output_path), shared)) as store:
         try:
@@ -49,8 +50,15 @@ def settings_from(argv: Sequence[str]) -> SweepSettings:
 def _refuse_several_processes() -> None:
     if num_processes() > 1:
         raise UsageError(
-            "a sweep is one process: start it without accelerate or torchrun, for several GPUs one per GPU with "
-            "--device cuda:N, some of the presses and an --output_path of its own"
+            "a sweep starts its own processes: start it without accelerate or torchrun, and for several GPUs with "
+            "--workers N"
+        )
+
+
+def _refuse_streams_of_workers(settings: SweepSettings, cells: Sequence[Cell]) -> None:
+    if settings.has_workers and any({**settings.model_args, **c.arguments}.get("rolling") == "stream" for c in cells):
+        raise UsageError(
+            f"workers={settings.workers}: streams are answered by one process; give them a sweep of their own"
         )
 
 
@@ -93,5 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wandb_args", metavar="NAME=VALUE,...", help="as lm-eval's; a run for each cell")
     parser.add_argument("--include_path", metavar="DIR", help="more tasks, as lm-eval's")
     parser.add_argument("--seed", help="of torch, as lm-eval's third (default 1234)")
-    parser.add_argument("--launcher", help="where cells run: local")
+    parser.add_argument("--launcher", help="who answers: local, this process or others of this machine")
+    parser.add_argument("--workers", help="processes that answer: one per GPU, or on CPUs with a share of the threads")
     return parser

@@ -6,12 +6,14 @@ are answered together (`answering`), and each later cell finds its answers on di
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.answering import BatchLimits
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.harness.session import Session
@@ -92,8 +94,15 @@ class SweepModel:
     def turn_to(self, run: CellRun, peers: Sequence[CellRun], workers: Workers) -> None:
         """Make ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
         streams = run.session.settings.rolling == "stream"  # each by itself, and its documents are in loss files
-        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self.lm.batch_limits, workers))
+        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self._limits(workers), workers))
         self.set_attention(run.session)
+
+    def _limits(self, workers: Workers) -> BatchLimits:
+        """Sizes of batches that fit the memory of every worker."""
+        if not workers.facts:
+            return self.lm.batch_limits
+        free = [facts.free_bytes for facts in workers.facts if facts.free_bytes is not None]
+        return functools.partial(self.lm.batch_limits_within, min(free, default=None))
 
     def set_attention(self, session: Session) -> None:
         """Give the model the attention implementation that the session's press needs."""

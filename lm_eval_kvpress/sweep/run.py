@@ -25,7 +25,7 @@ from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.statistics import hashes_of_statistics
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell, presses_of
-from lm_eval_kvpress.sweep.launchers.launch import launch
+from lm_eval_kvpress.sweep.launchers.launch import launch, of_driver
 from lm_eval_kvpress.sweep.model import SweepModel, load_model
 from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
 from lm_eval_kvpress.sweep.settings import SweepSettings
@@ -52,11 +52,12 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
         return
     _remind_of_baseline(cells)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    model = load_model(settings)
-    store.begin(tasks, {**checkpoint_hashes(model.lm), **hashes_of_statistics(presses_of(settings, cells))})
+    model = load_model(of_driver(settings))
+    checkpoint = checkpoint_hashes(model.lm)
+    store.begin(tasks, {**checkpoint, **hashes_of_statistics(presses_of(settings, cells))})
     with (
         _says_what_is_complete(cells, store),
-        closing(launch(model)) as workers,
+        closing(launch(settings, model, checkpoint)) as workers,
         _opened(model, todo, store, workers) as runs,
     ):
         for peers in sharing_prefills(runs):

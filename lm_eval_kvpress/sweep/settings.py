@@ -32,6 +32,10 @@ OF_LMEVAL = ("batch_size", "max_batch_size", "device")
 """Settings that lm-eval's model takes as arguments too."""
 
 
+OF_LAUNCH = ("launcher", "workers")
+"""Settings that say who answers, and change no answer."""
+
+
 @dataclass(frozen=True)
 class SweepSettings:
     """A sweep. The YAML file has the same keys, and the command line the same names.
@@ -48,7 +52,8 @@ class SweepSettings:
             say.
         batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
             lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
-        launcher: where cells run; ``local`` is this process.
+        launcher: who answers; ``local`` is this process, or with several workers processes of this machine.
+        workers: how many processes answer side by side.
     """
 
     tasks: list[str]
@@ -78,6 +83,12 @@ class SweepSettings:
     trust_remote_code: bool = False
     wandb_args: dict[str, Any] | None = None
     launcher: Literal["local"] = "local"
+    workers: int = 1
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes answer, and this one asks and stores."""
+        return self.workers > 1
 
     @property
     def chats_in_turns(self) -> bool:
@@ -88,7 +99,7 @@ class SweepSettings:
     def shared(self) -> dict[str, Any]:
         """The settings that may not change between two calls in one folder. More cells may be added."""
         protocols = ("rolling", "query_tokens", "query_aware")
-        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "launcher", "wandb_args")
+        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "wandb_args", *OF_LAUNCH)
         fixed = {key: value for key, value in self.as_typed().items() if key not in varying}
         return fixed | {"batch_size": None, "max_batch_size": None}  # which change no result
 
@@ -139,6 +150,8 @@ def _check(settings: SweepSettings) -> None:
         raise UsageError(f"include_path={settings.include_path}: there is no such folder")
     if settings.samples is not None:
         _check_samples(settings)
+    if settings.workers < 1:
+        raise UsageError(f"workers={settings.workers} must be at least 1")
     if settings.fewshot_as_multiturn and not settings.apply_chat_template:
         raise UsageError("fewshot_as_multiturn needs a chat template: give --apply_chat_template too")
     if settings.wandb_args is not None and find_spec("wandb") is None:

@@ -30,6 +30,11 @@ BAD = [
         "name the press itself, without decoding",
     ),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
+    ({"workers": "0"}, "workers=0 must be at least 1"),
+    (
+        {"workers": "2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
+        "workers=2: streams are answered by one process",
+    ),
     ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),
     ({"ratios": ""}, "ratios: '' names none: leave it out for the default"),
@@ -62,7 +67,7 @@ def test_bad_input_is_one_line_before_any_work(
 
 def test_several_processes_for_one_sweep_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="a sweep is one process: start it without accelerate or torchrun"):
+    with pytest.raises(UsageError, match="a sweep starts its own processes: start it without accelerate or torchrun"):
         command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lm_eval_kvpress.sweep.launchers.processes import ProcessPool
 from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.workers.crew import Crew, checker
 from lm_eval_kvpress.sweep.workers.jobs import Workers
-from lm_eval_kvpress.sweep.workers.worker import Here, Worker
+from lm_eval_kvpress.sweep.workers.worker import Here, Worker, all_versions
 
 
-def launch(model: SweepModel) -> Workers:
+def of_driver(settings: SweepSettings) -> SweepSettings:
+    """The settings under which this process loads the model: in main memory if others answer with it."""
+    if not settings.has_workers:
+        return settings
+    arguments = {key: value for key, value in settings.model_args.items() if key != "parity"}
+    return replace(settings, device="cpu", model_args=arguments)
+
+
+def launch(settings: SweepSettings, model: SweepModel, checkpoint: Mapping[str, str]) -> Workers:
     """Start what does the jobs.
 
     Args:
         model: loaded in this process.
+        checkpoint: hashes of it, which those of every worker must equal.
+
+    Raises:
+        UsageError: if workers do not start, or differ from this process.
     """
-    return Here(Worker(model))
+    if not settings.has_workers:
+        return Here(Worker(model))
+    return Crew(ProcessPool(settings), checker(all_versions(), checkpoint))

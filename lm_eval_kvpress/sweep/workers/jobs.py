@@ -23,7 +23,7 @@ class Job:
         requests: a part of them, all of it one batch.
         items: what the process that asks calls its items, by their place in ``requests``.
         todo: the cells, each with the places that it has not answered.
-        block: which share of the requests it is of (`sharing`).
+        block: which share of the requests it is of (`shards`).
     """
 
     requests: RequestBatches[Any]
@@ -79,12 +79,14 @@ class Workers(Protocol):
     """Whoever does the jobs.
 
     Attributes:
-        facts: of each process beside this one; none if this process does the jobs itself.
-        answers_all: whether every job that is given is done; if not, this process answers a share (`sharing`).
+        answers_all: whether every job that is given is done; if not, this process answers a share (`shards`).
     """
 
-    facts: Sequence[WorkerFacts]
     answers_all: bool
+
+    @property
+    def facts(self) -> Sequence[WorkerFacts]:
+        """Of each process beside this one; none if this process does the jobs itself."""
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         """Do all jobs, in any order, and yield each answer as it comes.

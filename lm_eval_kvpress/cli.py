@@ -44,6 +44,7 @@ COMMANDS = {
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"
     ),
     "presses": Command("lm_eval_kvpress.presses.command:main", "list the presses: name, arguments, needs, paper"),
+    "builtin": Command("lm_eval_kvpress.cli:builtin", "print the folder of the built-in checkpoint"),
 }
 
 
@@ -88,6 +89,15 @@ def run(arguments: Sequence[str]) -> int:
         cli_evaluate()
     finally:
         sys.argv = argv
+    return 0
+
+
+def builtin(arguments: Sequence[str]) -> int:
+    """Print where the built-in checkpoint lies, for programs that know nothing of ``pretrained=builtin``."""
+    from lm_eval_kvpress.harness.checkpoint import BUILTIN, resolve_pretrained
+
+    argparse.ArgumentParser(prog="lm-eval-kvpress builtin", description=builtin.__doc__).parse_args(arguments)
+    print(resolve_pretrained(BUILTIN))
     return 0
 
 

@@ -48,6 +48,7 @@ from lm_eval_kvpress.harness.requests import (
 from lm_eval_kvpress.harness.session import Session, new_session
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.statistics import check_statistics
+from lm_eval_kvpress.harness.task_needs import DEFAULT_CHECKPOINTS
 from lm_eval_kvpress.harness.tokenization import lend_tokenizer
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -297,4 +298,4 @@ def _opened(settings: Settings) -> list[Recorder]:
 class PythiaKVPress(KVPress):
     """`KVPress` whose default checkpoint is Pythia-2.8B."""
 
-    DEFAULT_PRETRAINED = "EleutherAI/pythia-2.8b"
+    DEFAULT_PRETRAINED = DEFAULT_CHECKPOINTS["pythia-kvpress"]

@@ -2,9 +2,10 @@
 
 Models are entered by lm-eval's own `model_registry.register`. Tasks have no such registry: `TaskManager.__init__` is
 replaced by a function that adds our folder to its `include_path` and calls the original. The names of model arguments
-are checked once `EvaluatorConfig.from_cli` has parsed the command line, before lm-eval imports torch. All are done by
-the import hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be called any number of
-times. It does not know the model: lm-eval imports it, and with it torch, when somebody asks for it.
+and what the tasks need are checked once `EvaluatorConfig.from_cli` has parsed the command line, before lm-eval imports
+torch. All are done by the import hook of `_startup` or, explicitly, by `lm-eval-kvpress run`. Every function may be
+called any number of times. It does not know the model: lm-eval imports it, and with it torch, when somebody asks for
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from lm_eval_kvpress.harness import task_needs
 from lm_eval_kvpress.harness.argument_names import check_names
 from lm_eval_kvpress.harness.command_line import show_usage_errors_in_one_line
 
@@ -81,6 +83,8 @@ def include_tasks() -> None:
     def init_with_our_tasks(*args: Any, **kwargs: Any) -> None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
+        if call.arguments.get("metadata"):
+            call.arguments["metadata"] = _with_tokenizer(call.arguments["metadata"])
         if call.arguments["include_defaults"]:
             call.arguments["include_path"] = _with(ours, call.arguments["include_path"])
         init(*call.args, **call.kwargs)
@@ -89,8 +93,13 @@ def include_tasks() -> None:
     TaskManager.__init__ = init_with_our_tasks
 
 
+def _with_tokenizer(metadata: Any) -> Any:
+    return task_needs.with_tokenizer(metadata) if isinstance(metadata, dict) else metadata
+
+
 def check_arguments() -> None:
-    """Have lm-eval's command refuse misspelt arguments of our models as soon as it has parsed them.
+    """Have lm-eval's command refuse misspelt arguments of our models, and tasks that lack something, once it has parsed
+    them. RULER finds the tokenizer of the model.
 
     Raises:
         KeyError: if lm-eval parses its command line in another way than in 0.4.13; arguments are then checked when the
@@ -107,11 +116,17 @@ def check_arguments() -> None:
     def from_cli_and_check(cls: type[EvaluatorConfig], *args: Any, **kwargs: Any) -> EvaluatorConfig:
         config: EvaluatorConfig = from_cli(cls, *args, **kwargs)
         if getattr(config, "model", None) in MODELS and isinstance(getattr(config, "model_args", None), dict):
-            check_names(cast("dict[str, Any]", config.model_args))
+            arguments = cast("dict[str, Any]", config.model_args)
+            check_names(arguments)
+            config.metadata = task_needs.prepared(config.model, arguments, config.metadata, _names(config.tasks))
         return config
 
     from_cli_and_check.checks_kvpress = True  # type: ignore[attr-defined]
     EvaluatorConfig.from_cli = classmethod(from_cli_and_check)  # type: ignore[method-assign,assignment]
+
+
+def _names(tasks: str | list[str]) -> list[str]:
+    return tasks.split(",") if isinstance(tasks, str) else [str(task) for task in tasks]
 
 
 def _with(ours: Path, include_path: TaskPath | list[TaskPath] | tuple[TaskPath, ...] | None) -> list[TaskPath]:

@@ -20,7 +20,7 @@ from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness import plugin, task_needs
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.settings import SweepSettings
@@ -30,9 +30,14 @@ LONGEST_NAME = 200
 
 
 def task_manager(settings: SweepSettings, cell: Cell) -> TaskManager:
-    """Find the tasks, and hand them the model arguments and metadata as lm-eval's command line does."""
+    """Find the tasks, and hand them the model arguments and metadata as lm-eval's command line does.
+
+    Raises:
+        UsageError: if something that a task needs is missing, or its texts are longer than the model.
+    """
     paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
     metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
+    metadata = task_needs.prepared(settings.model, settings.model_args, metadata, settings.tasks)
     return TaskManager(include_path=paths, metadata=metadata)
 
 

@@ -150,6 +150,8 @@ def _writable(text: str) -> Path:
         if not text:
             raise UsageError("the name is empty: name a file")
         refuse_special(file)
+        if not file.parent.is_dir():  # a slip of the pen, rather than a folder to make
+            raise UsageError(f"{text} cannot be written: No such file or directory as {file.parent}")
         make_writable("--json", file.parent)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -26,6 +26,7 @@ from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import _Layout
 from lm_eval_kvpress.harness import loading, requests
@@ -206,20 +207,21 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def twice(self: Compressor, contexts: Sequence[tuple[int, ...]], **kwargs: Any) -> Any:
-        return compress(self, [(*context, context[-1]) for context in contexts], **kwargs)
+    def twice(self: Compressor, contexts: Sequence[Context], **kwargs: Any) -> Any:
+        longer = [dataclasses.replace(context, tokens=(*context.tokens, context.tokens[-1])) for context in contexts]
+        return compress(self, longer, **kwargs)
 
     patch.setattr(Compressor, "compress", twice)
 
 
 @fault("first token from the full cache", "one-token answers do not move, whatever the press", "action")
 def _(patch: MonkeyPatch) -> None:
-    init = Compressor.__init__
+    compress = Compressor.compress
 
-    def holds_nothing_back(self: Compressor, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **{**kwargs, "query_tokens": 0})
+    def holds_nothing_back(self: Compressor, contexts: Sequence[Context], **kwargs: Any) -> Any:
+        return compress(self, [dataclasses.replace(context, num_held_back=0) for context in contexts], **kwargs)
 
-    patch.setattr(Compressor, "__init__", holds_nothing_back)
+    patch.setattr(Compressor, "compress", holds_nothing_back)
 
 
 @fault("one forward per window", "no press can act: every press gets the figure of none", "action")
@@ -262,9 +264,11 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compress = Compressor.compress
 
-    def padded(self: Compressor, contexts: Sequence[tuple[int, ...]], **kwargs: Any) -> Any:
-        width = max(map(len, contexts))
-        return compress(self, [(0,) * (width - len(context)) + context for context in contexts], **kwargs)
+    def padded(self: Compressor, contexts: Sequence[Context], **kwargs: Any) -> Any:
+        width = max(len(context.tokens) for context in contexts)
+        filled = [(0,) * (width - len(context.tokens)) + context.tokens for context in contexts]
+        wide = [dataclasses.replace(context, tokens=tokens) for context, tokens in zip(contexts, filled, strict=True)]
+        return compress(self, wide, **kwargs)
 
     patch.setattr(Compressor, "compress", padded)
 

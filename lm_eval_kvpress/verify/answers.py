@@ -157,23 +157,34 @@ def _prefix_protocol(subject: Subject, tokens: list[int], context: int, block: i
 
 def _produced(subject: Subject) -> tuple[int, int]:
     """Tokens that the record says were generated, and how many the untouched model needs to reach the same end: a stop
-    string made of the third and fourth token, or one that ends every text."""
+    string from within its text, so that fewer tokens are produced than asked for, or what ends every text."""
     prompts = [subject.text(24, seed=seed) for seed in range(4)]
-    prompt, new = max(((prompt, _sure_tokens(subject, prompt)) for prompt in prompts), key=lambda pair: len(pair[1]))
-    if not new:
+    candidates = [
+        (prompt, new, *_stop_within(subject, new)) for prompt in prompts if (new := _sure_tokens(subject, prompt))
+    ]
+    if not candidates:
         return 0, 0  # the first token of every prompt is a tie
-    stop = subject.lm.tok_decode(new[2:4])
-    if "\ufffd" in stop:  # part of a character, which other tokens may complete
-        stop = ""
-    text_so_far = (subject.lm.tok_decode(new[:n]) for n in range(1, len(new) + 1))
-    expected = next((n for n, text in enumerate(text_so_far, start=1) if stop and stop in text), len(new))
-    is_sure_of_end = new[-1] in _end_ids(subject) or len(new) == _num_asked(subject) or expected < len(new)
-    if not is_sure_of_end and _num_asked(subject) != NUM_ASKED:
+    prompt, new, stop, expected = max(candidates, key=lambda candidate: (bool(candidate[2]), len(candidate[1])))
+    has_ended = new[-1] in _end_ids(subject)
+    if not (stop or has_ended or len(new) == _num_asked(subject)) and _num_asked(subject) != NUM_ASKED:
         return 0, 0  # the text goes on after a tie, as long as the checkpoint says
     lm = subject.under("none")
-    until = _until(NUM_ASKED if new[-1] in _end_ids(subject) else len(new), stop)
+    until = _until(NUM_ASKED if stop or has_ended else len(new), stop)
     lm.generate_until(_requests("generate_until", [prompt], until), disable_tqdm=True)
     return lm.describe()["tasks"]["verify"]["tokens_generated"], expected
+
+
+def _stop_within(subject: Subject, new: list[int]) -> tuple[str, int]:
+    """A stop string that ends a text before its last sure token, and the tokens up to its end; else "" and all."""
+    texts = [subject.lm.tok_decode(new[:n]) for n in range(1, len(new) + 1)]
+    for start in range(2, len(new)):
+        stop = subject.lm.tok_decode(new[start : start + 2])
+        if not stop or "\ufffd" in stop:  # part of a character, which other tokens may complete
+            continue
+        num_tokens = next((n for n, text in enumerate(texts, start=1) if stop in text), len(new))
+        if num_tokens < len(new):
+            return stop, num_tokens
+    return "", len(new)
 
 
 def _sure_tokens(subject: Subject, prompt: str) -> list[int]:

@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from real_data import DATA
 from repository import ROOT
+from statistics_files import NEOX, statistics_file
 from test_layering import MAY_IMPORT, PACKAGE
 
 from lm_eval_kvpress.cli import COMMANDS
@@ -66,6 +67,8 @@ def test_the_readme_is_short_and_runs_something() -> None:
 def test_model_arguments_and_tasks_of_the_docs_exist(command: list[str]) -> None:
     arguments = simple_parse_args_string(option(command, "--model_args"))
     arguments.pop("pretrained", None)
+    if "statistics" in arguments:  # a file that the command before it writes
+        arguments["statistics"] = statistics_file(arguments["press"], NEOX)
     parse_arguments(arguments)
     if "--include_path" in command:
         return  # of the guide's own task, which test_guides.py runs

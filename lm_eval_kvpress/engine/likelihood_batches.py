@@ -86,4 +86,5 @@ class LikelihoodBatches:
                 if is_first(group.context, task, seen):
                     totals[task].add_context(outcome.context)
             for member, branch in zip(group.members, outcome.branches, strict=True):
-                totals[self._ids[member].task].add_scores(branch.logprobs, pressed=outcome.pressed)
+                of_task, pressed = totals[self._ids[member].task], outcome.pressed
+                of_task.add_scores(branch.logprobs, pressed=pressed, fidelity=branch.fidelity)

@@ -76,7 +76,8 @@ class RollingBatches:
             of_task, outcome = totals[self._ids[index].task], outcomes[item]
             if outcome.context is not None:
                 of_task.add_context(outcome.context)
-            of_task.add_scores(outcome.branches[0].logprobs, pressed=outcome.pressed)
+            (branch,) = outcome.branches
+            of_task.add_scores(branch.logprobs, pressed=outcome.pressed, fidelity=branch.fidelity)
 
 
 def _rolling_score(scored: Sequence[Scored]) -> RollingScore:

@@ -10,29 +10,31 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine import batching, memory
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
+from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.decoding import LogitsNotFiniteError, decode
+from lm_eval_kvpress.engine.fidelity import FullSide, compare
 from lm_eval_kvpress.engine.not_finite import check_finite, not_finite
 from lm_eval_kvpress.engine.outcomes import Document, Generated, GenerationSettings, Prompt, Scored, Streamed
 from lm_eval_kvpress.engine.sampling import sampler_for
-from lm_eval_kvpress.engine.scoring import BranchScore, Pack, score
+from lm_eval_kvpress.engine.scoring import BranchScore, Pack, Predictions, predict
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import DocumentStream, stream
+from lm_eval_kvpress.engine.turns import Turn, turns_of
 from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.fidelity import Fidelity
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.records.totals import ContextRecord
-
-PACK_TOKENS = 4_096
-"""The most continuation tokens per context that one forward scores."""
 
 
 class Runner:
@@ -45,6 +47,7 @@ class Runner:
         autocast: makes the context in which forwards run.
         decoding: the press that acts while tokens are produced, if there is one.
         graphs: captures decoding steps of the model; shared by all of its runners.
+        full_side: predicts over the full cache as well, so that scores get their `Fidelity`.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class Runner:
         autocast: Callable[[], AbstractContextManager[Any]],
         decoding: DecodingSpec | None = None,
         graphs: GraphRecorder | None = None,
+        full_side: FullSide | None = None,
     ) -> None:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
+        self._full_side = full_side
 
     def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Mapping[int, RequestId]) -> list[Scored]:
         """Score all continuations of each context, which is prefilled once.
@@ -69,10 +74,12 @@ class Runner:
         Raises:
             UsageError: for a log-likelihood that is not finite.
         """
+        contexts, turns = [group.context for group in groups], turns_of(groups)
+        full = self._over_full_cache(contexts, turns)
         self.meter.start()
         with self._autocast():
-            batch = self.compressor.compress([group.context for group in groups])
-        scores = self._score_packs(batch, groups)
+            batch = self.compressor.compress(contexts)
+        predictions, scores = self._score(batch.cache, turns)
         shares = []
         for group, branches, record in zip(groups, scores, batch.records, strict=True):
             for member, branch in zip(group.members, branches, strict=True):
@@ -80,22 +87,7 @@ class Runner:
                 num_tokens = len(branch.logprobs)
                 shares.append(RequestShare(ids[member], len(group.context), num_tokens, context=record))
         self.meter.batch("loglikelihood", len(groups), shares)
-        return _scored(scores, batch.pressed, batch.records)
-
-    def _score_packs(self, batch: CompressedBatch, groups: Sequence[batching.ContextGroup]) -> list[list[BranchScore]]:
-        """Score the continuations of each context: one pack per context and forward, until all have been scored."""
-        packs = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]
-        scores: list[list[BranchScore]] = [[] for _ in groups]
-        for turn in range(max(map(len, packs))):
-            rows = [row for row in range(len(groups)) if turn < len(packs[row])]
-            turns = [
-                Pack(batch.queries[row], tuple(groups[row].continuations[index] for index in packs[row][turn]))
-                for row in rows
-            ]
-            cache = batch.cache if len(rows) == len(groups) else batch.cache.select(rows)
-            for row, branches in zip(rows, self._score(cache, turns), strict=True):
-                scores[row] += branches
-        return scores
+        return _scored(self._with_fidelity(scores, turns, full, predictions), batch.pressed, batch.records)
 
     def score_windows(self, windows: Sequence[Window], ids: Sequence[RequestId]) -> list[Scored]:
         """Score the targets of windows that are all pressed, or all plain.
@@ -106,16 +98,21 @@ class Runner:
         Raises:
             UsageError: for a log-likelihood that is not finite.
         """
+        is_pressed, contexts = windows[0].pressed, [window.parts for window in windows]
+        queries = [context.held_back if is_pressed else context.tokens for context in contexts]
+        packs = tuple(Pack(query, (window.targets,)) for query, window in zip(queries, windows, strict=True))
+        turns = [Turn(tuple(range(len(windows))), packs)]
+        full = self._over_full_cache(contexts, turns) if is_pressed else None
         self.meter.start()
         records: Sequence[ContextRecord | None] = [None] * len(windows)
         pressed = [False] * len(windows)
-        if windows[0].pressed:
+        if is_pressed:
             with self._autocast():
-                batch = self.compressor.compress([window.parts for window in windows])
-            cache, queries, records, pressed = batch.cache, batch.queries, batch.records, batch.pressed
+                batch = self.compressor.compress(contexts)
+            cache, records, pressed = batch.cache, batch.records, batch.pressed
         else:  # the whole context is fed with the targets: one plain forward, in which no press can act
-            cache, queries = self.model.empty_cache(len(windows)), [window.context for window in windows]
-        scores = self._score(cache, [Pack(q, (window.targets,)) for q, window in zip(queries, windows, strict=True)])
+            cache = self.model.empty_cache(len(windows))
+        predictions, scores = self._score(cache, turns)
         for id, branches in zip(ids, scores, strict=True):
             self._check_finite(branches[0].logprobs, f"document {id.doc_id} of task '{id.task}'")
         shares = [
@@ -123,7 +120,7 @@ class Runner:
             for id, window, record in zip(ids, windows, records, strict=True)
         ]
         self.meter.batch("loglikelihood_rolling", len(windows), shares)
-        return _scored(scores, pressed, records)
+        return _scored(self._with_fidelity(scores, turns, full, predictions), pressed, records)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
         """Continue prompts from their compressed caches.
@@ -248,10 +245,43 @@ class Runner:
             self.model, DecodingPlan(decoding.interval, decoding.target_size, decoding.interval, press_for)
         )
 
-    def _score(self, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
-        num_tokens = sum(len(branch) for pack in packs for branch in pack.branches)
-        with self._autocast(), self.clock.phase("score", num_tokens=num_tokens):
-            return score(self.model, cache, packs)
+    def _over_full_cache(self, contexts: Sequence[Context], turns: Sequence[Turn]) -> list[Predictions] | None:
+        """What the full cache predicts, where fidelity is measured: before the batch's clock runs."""
+        return None if self._full_side is None else self._full_side.predictions(contexts, turns)
+
+    def _score(
+        self, cache: CompressedCache, turns: Sequence[Turn]
+    ) -> tuple[list[Predictions], list[list[BranchScore]]]:
+        """The predictions of each turn, and the scores of each row."""
+        predictions, scores = list[Predictions](), [list[BranchScore]() for _ in cache.num_seen]
+        for turn in turns:
+            with self._autocast(), self.clock.phase("score", num_tokens=turn.num_tokens):
+                found = predict(self.model, turn.select(cache), turn.packs)
+                for row, branches in zip(turn.rows, found.scores(self.model), strict=True):
+                    scores[row] += branches
+            if self._full_side is not None:
+                predictions.append(found)
+        return predictions, scores
+
+    def _with_fidelity(
+        self,
+        scores: Sequence[Sequence[BranchScore]],
+        turns: Sequence[Turn],
+        full: Sequence[Predictions] | None,
+        compressed: Sequence[Predictions],
+    ) -> Sequence[Sequence[BranchScore]]:
+        """Add to the scores how far each token is from the full cache's prediction, where that is known."""
+        if full is None:
+            return scores
+        found = [list[Fidelity]() for _ in scores]
+        for turn, *sides in zip(turns, full, compressed, strict=True):
+            with self._autocast():
+                for row, branches in zip(turn.rows, compare(self.model, *sides), strict=True):
+                    found[row] += branches
+        return [
+            [replace(branch, fidelity=fidelity) for branch, fidelity in zip(*row, strict=True)]
+            for row in zip(scores, found, strict=True)
+        ]
 
     def _check_finite(self, logprobs: Sequence[float], what: str, *, num_before: int = 0) -> None:
         check_finite(logprobs, what, self.model, self.compressor.press.name, num_before=num_before)

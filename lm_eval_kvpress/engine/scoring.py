@@ -22,6 +22,7 @@ from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.engine.prefill import prefill_hidden
 from lm_eval_kvpress.engine.token_logprobs import token_scores
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
+from lm_eval_kvpress.records.fidelity import Fidelity
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,52 @@ class BranchScore:
     Attributes:
         logprobs: the log-probability of each token in nats.
         is_greedy: whether every token is the most likely one.
+        fidelity: how far each token's prediction is from that over the full cache, where that is measured.
     """
 
     logprobs: tuple[float, ...]
     is_greedy: bool
+    fidelity: Fidelity | None = None
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """The hidden states that predict the tokens of some packs.
+
+    Attributes:
+        hidden: ``(P, E)``, before the head.
+        sources: ``(N,)``, on the CPU: the row of ``hidden`` that predicts each scored token.
+        layout: the packs, padded.
+    """
+
+    hidden: torch.Tensor
+    sources: torch.Tensor
+    layout: Layout
+
+    def scores(self, model: PressableModel) -> list[list[BranchScore]]:
+        """One list per pack with one `BranchScore` per branch, in order."""
+        logprobs, greedy = token_scores(model, self.hidden, self.sources, self.layout.targets)
+        regrouped = self.layout.regroup(torch.stack([logprobs, greedy.to(logprobs.dtype)], dim=-1))
+        return [
+            [BranchScore(tuple(logprobs), all(flag == 1 for flag in greedy)) for logprobs, greedy in branches]
+            for branches in regrouped
+        ]
+
+
 def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) -> list[list[BranchScore]]:
     """Score every branch of every pack, teacher-forced, through the compressed cache of its row.
 
     Returns:
         one list per pack with one `BranchScore` per branch, in order.
     """
+    return predict(model, cache, packs).scores(model)
+
+
+@torch.inference_mode()
+def predict(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) -> Predictions:
+    """Run the tokens of every pack through the compressed cache of its row."""
     assert len(packs) == len(cache.num_seen), f"{len(packs)} packs for {len(cache.num_seen)} rows"
-    layout = _Layout.of(packs)
+    layout = Layout.of(packs)
     if layout.tokens.shape[1] == 0:  # one-token branches straight from the prefill
         hidden = prefill_hidden(cache)[:, None]
     elif cache.is_empty and all(len(pack.branches) == 1 for pack in packs):
@@ -70,11 +102,11 @@ def score(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]) 
         hidden = torch.cat([hidden, prefill_hidden(cache)[:, None]], dim=1)
     places, sources = torch.unique(layout.rows * hidden.shape[1] + layout.sources, return_inverse=True)
     predicting = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]  # (P, E)
-    return layout.regroup(*token_scores(model, predicting, sources, layout.targets))
+    return Predictions(predicting, sources, layout)
 
 
 @dataclass(frozen=True, eq=False)
-class _Layout:
+class Layout:
     """Packs as a padded batch.
 
     Attributes:
@@ -94,7 +126,7 @@ class _Layout:
     lengths: list[list[int]]
 
     @classmethod
-    def of(cls, packs: Sequence[Pack]) -> _Layout:
+    def of(cls, packs: Sequence[Pack]) -> Layout:
         tokens: list[list[int]] = []
         offsets: list[list[int]] = []
         segments: list[list[int]] = []
@@ -135,21 +167,19 @@ class _Layout:
         earlier = torch.ones(width, width, dtype=torch.bool).tril()
         return ((other == 0) | (other == owner)) & earlier
 
-    def regroup(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> list[list[BranchScore]]:
-        """Split ``(N,)`` results into packs and branches."""
-        values, flags = logprobs.tolist(), greedy.tolist()
+    def regroup(self, values: torch.Tensor) -> list[list[list[list[float]]]]:
+        """Split ``(N, K)`` results into packs and branches, with K lists of numbers for each branch."""
         place, packs = 0, []
         for lengths in self.lengths:
             branches = []
             for length in lengths:
-                end = place + length
-                branches.append(BranchScore(tuple(values[place:end]), all(flags[place:end])))
-                place = end
+                branches.append(values[place : place + length].T.tolist())
+                place += length
             packs.append(branches)
         return packs
 
 
-def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layout: _Layout) -> torch.Tensor:
+def _forward(model: PressableModel, reader: Cache, cache: CompressedCache, layout: Layout) -> torch.Tensor:
     """Hidden states ``(B, Q, E)`` of the packed tokens over the cache."""
     next_position = torch.tensor(cache.next_position)[:, None]
     with masked(model.attentions, _LayerBiases(model, cache, layout.visible().to(model.device))):

@@ -24,10 +24,10 @@ from transformers.cache_utils import Cache
 from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.cache.stream_layer import StreamLayer
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
+from lm_eval_kvpress.engine.online_softmax import rows_at_once
 from lm_eval_kvpress.engine.outcomes import Streamed
 from lm_eval_kvpress.engine.stream_eviction import Evictor, Scorer
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
-from lm_eval_kvpress.engine.token_logprobs import rows_at_once
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
 
 

@@ -14,10 +14,17 @@ from tqdm import tqdm
 from lm_eval_kvpress.engine.batching import batches, in_halves
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 
 BatchLimits = Callable[[PressSpec, RequestBatches[Any]], tuple[int, int | None]]
 """The most items per batch under a press, and the most padded tokens, or None for any number of them."""
+
+
+def shared_limits(limits: BatchLimits, requests: RequestBatches[Any]) -> tuple[int, int | None]:
+    """A shared prefill is held whole, with half as much again, and a clone beside it: a third of the tokens."""
+    max_items, max_tokens = limits(parse_press("none"), requests)
+    return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
 
 class Answering(Protocol):
@@ -55,7 +62,7 @@ class SessionAnswering:
     def _answers(self, requests: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         session, meter = self._session, self._session.runner.meter
         run, outcomes = functools.partial(requests.run, session.runner, advance=bar.update), dict[int, Any]()
-        for items in batches(requests, *self._limits(session.settings.press, requests)):
+        for items in batches(requests, *self._sizes(requests)):
             done = dict(zip(items, in_halves(run, items), strict=True))
             outcomes |= done
             bar.set_postfix(meter.live(), refresh=False)
@@ -66,3 +73,7 @@ class SessionAnswering:
         requests.record_totals(outcomes, session.totals)
         if requests.splits_requests:
             yield from requests.answers(outcomes).items()
+
+    def _sizes(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
+        settings = self._session.settings
+        return shared_limits(self._limits, requests) if settings.fidelity else self._limits(settings.press, requests)

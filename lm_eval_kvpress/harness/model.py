@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lm_eval_kvpress.engine import batch_size
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.fidelity import FullSide
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
@@ -45,7 +46,7 @@ from lm_eval_kvpress.harness.requests import (
     rolling_batches,
     stream_batches,
 )
-from lm_eval_kvpress.harness.session import Session, new_session
+from lm_eval_kvpress.harness.session import Session, new_full_side, new_session
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.statistics import check_statistics
 from lm_eval_kvpress.harness.task_needs import DEFAULT_CHECKPOINTS
@@ -128,7 +129,11 @@ class KVPress(CheckedHFLM):
     # ------------------------------------------------------------------------------------------------- sessions
 
     def open_session(
-        self, settings: Settings, recorders: Sequence[Recorder] = (), shared_prefills: SharedPrefills | None = None
+        self,
+        settings: Settings,
+        recorders: Sequence[Recorder] = (),
+        shared_prefills: SharedPrefills | None = None,
+        full_side: FullSide | None = None,
     ) -> Session:
         """Open a session of the loaded model under any press and protocol; `use` makes it the one that answers.
 
@@ -136,6 +141,7 @@ class KVPress(CheckedHFLM):
             settings: of the session.
             recorders: get a record of every batch and request.
             shared_prefills: take the place of prefills of the session's own.
+            full_side: of `new_full_side`, for several sessions under ``fidelity=true``.
 
         Raises:
             UsageError: if the settings do not fit the model.
@@ -150,12 +156,17 @@ class KVPress(CheckedHFLM):
             graphs=self._graphs,
             recorders=recorders,
             shared_prefills=shared_prefills,
+            full_side=full_side,
         )
 
     def check_settings(self, settings: Settings) -> None:
         super().check_settings(settings)
         for press in settings.all_presses:
             check_statistics(press, self.press_model)
+
+    def new_full_side(self, shared_prefills: SharedPrefills) -> FullSide:
+        """What the full cache predicts, for sessions that share prefills."""
+        return new_full_side(self.press_model, self._autocast, shared_prefills)
 
     def use(self, session: Session, answering: Answering | None = None) -> None:
         """Answer requests under ``session`` from now on, by ``answering`` if one is given."""

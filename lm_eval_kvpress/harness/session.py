@@ -14,6 +14,7 @@ from typing import Any
 
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.fidelity import FullSide
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
@@ -22,6 +23,7 @@ from lm_eval_kvpress.harness.forecast import idle_presses
 from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.records.clock import Clock
 from lm_eval_kvpress.records.meter import Meter, Recorder
 from lm_eval_kvpress.records.totals import TotalsByTask, new_totals
@@ -89,6 +91,7 @@ def new_session(
     graphs: GraphRecorder,
     recorders: Sequence[Recorder] = (),
     shared_prefills: SharedPrefills | None = None,
+    full_side: FullSide | None = None,
 ) -> Session:
     """A session in which nothing has been run yet.
 
@@ -101,7 +104,14 @@ def new_session(
         graphs: of the model, for all of its sessions.
         recorders: get a record of every batch and request.
         shared_prefills: take the place of prefills of the session's own.
+        full_side: of the model, for several sessions; by default one of the session's own if fidelity is asked for.
     """
+    if not settings.fidelity:
+        full_side = None
+    elif full_side is None:
+        if shared_prefills is None and settings.press.shares_prefill:
+            shared_prefills = SharedPrefills(model)
+        full_side = new_full_side(model, autocast, shared_prefills)
     clock = Clock(model.device)
     compressor = Compressor(
         model,
@@ -111,5 +121,13 @@ def new_session(
         shared=shared_prefills,
     )
     meter = Meter(clock, run_record.labels(settings, max_length, name, model), recorders)
-    runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs)
+    runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs, full_side)
     return Session(settings, runner, max_length)
+
+
+def new_full_side(
+    model: PressableModel, autocast: Callable[[], AbstractContextManager[Any]], shared: SharedPrefills | None
+) -> FullSide:
+    """What the full cache predicts, from prefills that presses share or else from its own."""
+    plain = Compressor(model, parse_press("none"), short_context="keep", clock=Clock(model.device), shared=shared)
+    return FullSide(model, plain, autocast)

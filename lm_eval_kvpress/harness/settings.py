@@ -42,6 +42,7 @@ class Settings:
         allow_extrapolation: whether positions may exceed those that the model was trained on.
         parity: whether the record gets the parity certificate (`parity`): our answers at ratio 0 against stock
             ``HFLM``'s, on the same weights.
+        fidelity: whether log-likelihoods are predicted over the full cache as well, and compared token by token.
         fast: whether forwards may be made quicker (`models.fast`); if not, transformers' modules and PyTorch compute
             everything.
         stream_budget: entries that every layer keeps under ``rolling=stream``.
@@ -67,6 +68,7 @@ class Settings:
     short_context: Literal["keep", "shrink", "error"] = "keep"
     allow_extrapolation: bool = False
     parity: bool = False
+    fidelity: bool = False
     fast: bool = True
     stream_budget: int | None = field(default=None, metadata=POSITIVE)
     stream_chunk: int = field(default=64, metadata=POSITIVE)

@@ -147,14 +147,26 @@ class PressableModel:
         return self.fast.linear_library(self.model.get_output_embeddings().weight)
 
     def logits(self, hidden: torch.Tensor, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """fp32 logits, ``(N, V)``, of hidden states ``(N, E)``; of some columns, where the head can be cut."""
+        """Logits ``(N, V)`` of hidden states ``(N, E)``; of some columns, where the head can be cut.
+
+        They are fp32, and float64 where the model computes in it.
+        """
         head = self.model.get_output_embeddings()
         hidden = hidden.to(head.weight.device)
         if not self.head_can_be_cut:
             assert start == 0 and end in (None, self.num_logits), "this head cannot be cut"
-            return head(hidden).float()
+            return _wide(head(hidden))
         bias = None if head.bias is None else head.bias[start:end]
-        return self.fast.linear(hidden, head.weight[start:end], bias).float()
+        return _wide(self.fast.linear(hidden, head.weight[start:end], bias))
+
+
+def logit_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of the logits of hidden states."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(logit_dtype(logits))
 
 
 @contextmanager

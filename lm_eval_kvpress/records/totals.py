@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lm_eval_kvpress.records.fidelity import Fidelity, FidelityTotals
+
 
 @dataclass(frozen=True)
 class ContextRecord:
@@ -109,6 +111,7 @@ class TaskTotals:
             scored over, and the most bytes that keys and values of all rows took.
         num_documents_resumed: documents whose losses an earlier run left on disk; not part of the summary, which is
             that of a run without interruption.
+        fidelity: how far the tokens scored over compressed caches are from the full caches' predictions.
         notes: what a reader must know of the press, and for how many contexts.
     """
 
@@ -134,6 +137,7 @@ class TaskTotals:
     max_stream_entries: int = 0
     max_stream_bytes: int = 0
     num_documents_resumed: int = 0
+    fidelity: FidelityTotals = field(default_factory=FidelityTotals)
     notes: Counter[str] = field(default_factory=Counter)
 
     def add_context(self, record: ContextRecord) -> None:
@@ -143,20 +147,22 @@ class TaskTotals:
         self.num_shrunk_contexts += record.is_shrunk
         self.notes.update(record.notes)
 
-    def add_scores(self, logprobs: Sequence[float], *, pressed: bool) -> None:
-        """Add the log-probabilities of scored tokens, in nats."""
+    def add_scores(self, logprobs: Sequence[float], *, pressed: bool, fidelity: Fidelity | None = None) -> None:
+        """Add the log-probabilities of scored tokens, in nats; their fidelity counts where a press acted."""
         total = math.fsum(logprobs)
         self.num_tokens += len(logprobs)
         self.loglikelihood += total
         if pressed:
             self.num_tokens_pressed += len(logprobs)
             self.loglikelihood_pressed += total
+            if fidelity is not None:
+                self.fidelity.add(fidelity)
 
     def merge(self, other: TaskTotals) -> None:
         """Add the totals of other requests of the task."""
         for name, value in vars(other).items():
             own = getattr(self, name)
-            if isinstance(own, KeptTotals):
+            if isinstance(own, KeptTotals | FidelityTotals):
                 own.merge(value)
             elif isinstance(own, Counter):
                 own.update(value)
@@ -194,6 +200,7 @@ class TaskTotals:
             "max_decode_entries": self.max_decode_entries,
             "max_stream_entries": self.max_stream_entries,
             "max_stream_bytes": self.max_stream_bytes,
+            "fidelity": self.fidelity.summary(),
             "notes": dict(self.notes),
         }
 

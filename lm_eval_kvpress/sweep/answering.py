@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.request_batches import RequestBatches
-from lm_eval_kvpress.harness.answering import BatchLimits
-from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.harness.answering import BatchLimits, shared_limits
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.workers.jobs import Job, Workers
 
@@ -67,7 +66,7 @@ class CellAnswering:
 
     def _jobs(self, requests: RequestBatches[Any], keys: Sequence[str], runs: Sequence[CellRun]) -> Iterator[Job]:
         """One for each batch that some cell has not answered, made when a worker asks for it."""
-        max_items, max_tokens = self._shared_limits(requests)
+        max_items, max_tokens = shared_limits(self._limits, requests)
         blocks = [block for items in requests.segments() for block in in_batches(items, max_items, requests.length)]
         for number, block in enumerate(blocks):
             for items in in_batches(block, max_items, requests.length, max_tokens):
@@ -79,11 +78,6 @@ class CellAnswering:
                 if missing:
                     found = tuple((cell, places) for cell, places in todo if places)
                     yield Job(requests.part(missing), missing, found, block=number)
-
-    def _shared_limits(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
-        """A shared prefill is held whole, with half as much again, and a clone beside it: a third of the tokens."""
-        max_items, max_tokens = self._limits(parse_press("none"), requests)
-        return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
 
 def _keys(requests: RequestBatches[Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.records.fidelity import Fidelity
 from lm_eval_kvpress.records.totals import ContextRecord
 
 Outcome = Scored | Generated
@@ -155,8 +156,7 @@ def _encode(outcome: Outcome) -> str:
     if isinstance(outcome, Generated):
         values |= {"ids": outcome.ids, "held": [outcome.num_compressions, outcome.max_entries]}
     else:
-        branches = [[branch.logprobs, branch.is_greedy] for branch in outcome.branches]
-        values |= {"branches": branches, "pressed": outcome.pressed}
+        values |= {"branches": [_plain(branch) for branch in outcome.branches], "pressed": outcome.pressed}
     return json.dumps(values)
 
 
@@ -168,5 +168,14 @@ def _decode(text: str) -> Outcome:
         context = ContextRecord(**{**context, **lists})
     if "ids" in values:
         return Generated(tuple(values["ids"]), context, *values["held"])
-    branches = tuple(BranchScore(tuple(logprobs), is_greedy) for logprobs, is_greedy in values["branches"])
-    return Scored(branches, values["pressed"], context)
+    return Scored(tuple(_branch(*plain) for plain in values["branches"]), values["pressed"], context)
+
+
+def _plain(branch: BranchScore) -> list[Any]:
+    plain = [branch.logprobs, branch.is_greedy]
+    return plain if branch.fidelity is None else [*plain, asdict(branch.fidelity)]
+
+
+def _branch(logprobs: list[float], is_greedy: bool, fidelity: dict[str, Any] | None = None) -> BranchScore:
+    of_tokens = None if fidelity is None else Fidelity(**{name: tuple(fidelity[name]) for name in fidelity})
+    return BranchScore(tuple(logprobs), is_greedy, of_tokens)

@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rolling", help=f"{lists} protocols of perplexity tasks: prefix, one_pass, stream")
     parser.add_argument("--query_tokens", help=f"{lists} numbers of held-back tokens")
     parser.add_argument("--query_aware", help=f"{lists}: true, false (the question is held back as a whole)")
+    compares = "compare each scored token with the full cache's prediction"
+    parser.add_argument("--fidelity", action="store_const", const=True, help=compares)
     parser.add_argument("--tasks", help=lists)
     parser.add_argument("--output_path", metavar="DIR", help="folder of the sweep")
     for name in ("batch_size", "max_batch_size", "device", "num_fewshot", "limit", "gen_kwargs", "metadata"):

@@ -49,6 +49,7 @@ class SweepModel:
         self.lm = KVPress(pretrained, **own)
         self._shared_arguments = arguments
         self._shared_prefills = SharedPrefills(self.lm.press_model)
+        self._full_side = self.lm.new_full_side(self._shared_prefills)
         self._attention_at_load = self.lm.model.config._attn_implementation
 
     @property
@@ -69,7 +70,7 @@ class SweepModel:
         if store.answers.file.exists():
             store.answers.take_back_log()
         log = ThroughputLog(store.throughput)
-        session = self.lm.open_session(settings, [log], self._prefills_of(settings))
+        session = self.lm.open_session(settings, [log], self._prefills_of(settings), self._full_side)
         meter = session.runner.meter
         meter.restore(log.records())
         return CellRun(cell, session, store, log, store.answers.keys(), len(meter.records.batches))
@@ -77,7 +78,7 @@ class SweepModel:
     def open_session(self, cell: Cell) -> Session:
         """A session in which a worker answers under the cell; nothing of it is stored."""
         settings = self._settings(cell)
-        return self.lm.open_session(settings, [], self._prefills_of(settings))
+        return self.lm.open_session(settings, [], self._prefills_of(settings), self._full_side)
 
     def _settings(self, cell: Cell) -> Settings:
         settings, _ = parse_arguments({**self._shared_arguments, **cell.arguments})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -50,6 +50,7 @@ class SweepSettings:
         budgets: tokens kept, instead of ratios; with ``rolling=stream`` the budget of the stream.
         rolling, query_tokens, query_aware: protocols; one cell for each. Empty is what `model_args` or the defaults
             say.
+        fidelity: whether the full cache's predictions are computed as well, once for all cells, and compared.
         batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
             lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
         launcher: who answers; ``local`` is this process, or with several workers processes of this machine.
@@ -66,6 +67,7 @@ class SweepSettings:
     rolling: list[str] = field(default_factory=list)
     query_tokens: list[int] = field(default_factory=list)
     query_aware: list[bool] = field(default_factory=list)
+    fidelity: bool = False
     batch_size: int | Literal["auto"] = 1
     max_batch_size: int = 64
     device: str | None = None
@@ -99,7 +101,7 @@ class SweepSettings:
     def shared(self) -> dict[str, Any]:
         """The settings that may not change between two calls in one folder. More cells may be added."""
         protocols = ("rolling", "query_tokens", "query_aware")
-        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "wandb_args", *OF_LAUNCH)
+        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "wandb_args", "fidelity", *OF_LAUNCH)
         fixed = {key: value for key, value in self.as_typed().items() if key not in varying}
         return fixed | {"batch_size": None, "max_batch_size": None}  # which change no result
 
@@ -139,6 +141,8 @@ def parse_settings(given: Mapping[str, Any]) -> SweepSettings:
         raise UsageError(f"a sweep needs {', '.join(missing)}: see lm-eval-kvpress sweep --help")
     values = {key: _parse(key, types[key], value) for key, value in given.items() if value is not None}
     settings = SweepSettings(**values)
+    if settings.fidelity:
+        settings = replace(settings, model_args={**settings.model_args, "fidelity": True})
     _check(settings)
     return settings
 

@@ -28,7 +28,7 @@ from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.decode_state import DecodeState
-from lm_eval_kvpress.engine.scoring import _Layout
+from lm_eval_kvpress.engine.scoring import Layout
 from lm_eval_kvpress.harness import loading, requests
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.harness.session import Session
@@ -196,11 +196,11 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("answers see each other", "choices scored in one forward leak into the ones behind them", "causality")
 def _(patch: MonkeyPatch) -> None:
-    def everything_earlier(self: _Layout) -> torch.Tensor:
+    def everything_earlier(self: Layout) -> torch.Tensor:
         width = self.segments.shape[1]
         return torch.ones(width, width, dtype=torch.bool).tril().expand(len(self.segments), -1, -1)
 
-    patch.setattr(_Layout, "visible", everything_earlier)
+    patch.setattr(Layout, "visible", everything_earlier)
 
 
 @fault("last prompt token fed twice", "the context ends in a stutter; small, and everywhere", "scoring")
@@ -278,13 +278,13 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("off-by-one target", "each token is scored by a position that has seen it", "scoring")
 def _(patch: MonkeyPatch) -> None:
-    of = _Layout.of
+    of = Layout.of
 
-    def one_later(packs: Any) -> _Layout:
+    def one_later(packs: Any) -> Layout:
         layout = of(packs)
         return dataclasses.replace(layout, sources=(layout.sources + 1).clamp(max=layout.tokens.shape[1] - 1))
 
-    patch.setattr(_Layout, "of", one_later)
+    patch.setattr(Layout, "of", one_later)
 
 
 @fault("first token dropped", "the hardest token of every document is missing", "parity")
@@ -311,8 +311,8 @@ def _(patch: MonkeyPatch) -> None:
     scored, summary = TaskTotals.add_scores, TaskTotals.summary
     of_windows: dict[int, list[float]] = {}
 
-    def remember(self: TaskTotals, logprobs: Sequence[float], *, pressed: bool) -> None:
-        scored(self, logprobs, pressed=pressed)
+    def remember(self: TaskTotals, logprobs: Sequence[float], **facts: Any) -> None:
+        scored(self, logprobs, **facts)
         perplexity = totals.perplexity(sum(logprobs), len(logprobs))
         of_windows.setdefault(id(self), []).append(perplexity or 0.0)
 

@@ -24,7 +24,7 @@ from lm_eval_kvpress.records.timings import RunRecords
 from lm_eval_kvpress.records.totals import ContextRecord, TaskTotals
 
 TASKS = ["kvpress_story", "kvpress_recall", "kvpress_recall_gen"]
-SETTINGS = {"pretrained": "builtin", "press": "snapkv", "batch_size": 2}
+SETTINGS = {"pretrained": "builtin", "press": "snapkv", "batch_size": 2, "fidelity": True}
 LIMIT = 3
 """Documents of a task: rank 0 has two of them, rank 1 one and a copy of it."""
 
@@ -145,6 +145,7 @@ def test_a_data_parallel_run_has_the_record_of_a_run_alone(tmp_path: Path) -> No
     assert record["num_ranks"] == 2 and own["num_ranks"] == 1
     assert close(record["tasks"], own["tasks"]), (record["tasks"], own["tasks"])
     assert record["tasks"]["kvpress_recall"]["contexts_pressed"]["num_contexts"] == LIMIT
+    assert record["tasks"]["kvpress_recall"]["fidelity"]["kl_mean"] > 1e-3
     assert record["throughput"]["num_requests"] == own["throughput"]["num_requests"]
     assert record["throughput"]["itl_sec"] is not None and own["throughput"]["itl_sec"] is not None
     assert record["decoding_steps"] == {"modules": 2} and own["decoding_steps"] == {"modules": 2}

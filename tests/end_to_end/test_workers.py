@@ -6,9 +6,11 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sweep_runs import DATA, KINDS, assert_same, command_line, manager, results_of
+from sweep_runs import DATA, KINDS, assert_same, manager, results_of
+from sweep_runs import command_line as plain_command_line
 
 from lm_eval_kvpress.sweep import command, run
 from lm_eval_kvpress.sweep.launchers.processes import ProcessPool
@@ -16,6 +18,11 @@ from lm_eval_kvpress.sweep.workers.jobs import Job
 
 PRESSES = "none,knorm,random,observed_attention"
 FEW = {"presses": PRESSES, "ratios": "0.5", "batch_size": 2}
+
+
+def command_line(*places: Path, **settings: Any) -> list[str]:
+    """With the full cache's predictions, which workers compute for themselves."""
+    return [*plain_command_line(*places, **settings), "--fidelity"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,8 @@ def test_two_workers_one_of_them_killed_equal_one_process(
         assert facts["num_ranks"] == 2 and len(facts["sweep"]["workers"]) == 2
         for key in ("device", "machine", "dtype", "attn_implementation"):
             assert key == "machine" or facts[key] == alone[key], (name, key)
+        compared = facts["tasks"]["sweep_choice"]["fidelity"]
+        assert compared["num_tokens"] > 10 and (compared["kl_mean"] > 1e-3) == (name != "none"), name
         counts = [f["throughput"][key] for f in (facts, alone) for key in ("num_batches", "num_requests")]
         assert counts[:2] == counts[2:], name
     summary, of_one = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "two", whole))

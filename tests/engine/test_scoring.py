@@ -377,11 +377,11 @@ def test_fault_targets_off_by_one(subject: Subject) -> None:
 
 
 def test_fault_branches_see_each_other(sdpa: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_earlier(layout: scoring._Layout) -> Tensor:
+    def all_earlier(layout: scoring.Layout) -> Tensor:
         size = layout.segments.shape[1]
         return torch.ones(len(layout.segments), size, size, dtype=torch.bool).tril()
 
-    monkeypatch.setattr(scoring._Layout, "visible", all_earlier)
+    monkeypatch.setattr(scoring.Layout, "visible", all_earlier)
     assert dense_difference(sdpa, "snapkv", 1) < TOLERANCE, "one branch alone hides the fault"
     expected = [value for branch in BRANCHES for value in dense(sdpa, "snapkv", 1, branch)]
     assert largest_difference(scored(sdpa.model, "snapkv", 1, *BRANCHES), expected) > WRONG

@@ -12,7 +12,7 @@ from kvpress import KeyDiffPress, LagKVPress, SnapKVPress, StreamingLLMPress, TO
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from lm_eval_kvpress.engine import token_logprobs
+from lm_eval_kvpress.engine import online_softmax
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import stream
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -115,7 +115,7 @@ def test_logits_of_many_documents_are_made_a_tile_at_a_time(
         return logits(self, hidden, *columns)
 
     monkeypatch.setattr(PressableModel, "logits", counted)
-    monkeypatch.setattr(token_logprobs, "TILE_BYTES", {"cpu": 10 * 4 * model.num_logits, "cuda": 0})
+    monkeypatch.setattr(online_softmax, "TILE_BYTES", {"cpu": 10 * 4 * model.num_logits, "cuda": 0})
     found = losses(model, texts, 16, streaming_llm)
     assert max(sizes) == 10, "four documents have 64 tokens a step"
     for one, other in zip(found, whole, strict=True):

@@ -10,7 +10,7 @@ from references import largest_difference
 from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM
 
-from lm_eval_kvpress.engine import token_logprobs
+from lm_eval_kvpress.engine import online_softmax
 from lm_eval_kvpress.engine.token_logprobs import token_scores
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -51,8 +51,8 @@ def test_tiles_of_any_size_equal_whole_rows_and_keep_within_their_bytes(
         starts.append(start)
         return logits
 
-    monkeypatch.setattr(token_logprobs, "TILE_ROWS", rows)
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", num_bytes)
+    monkeypatch.setattr(online_softmax, "TILE_ROWS", rows)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", num_bytes)
     monkeypatch.setattr(PressableModel, "logits", recorded)
     logprobs, greedy = token_scores(model, hidden, sources, targets)
     assert largest_difference(logprobs.tolist(), expected.tolist()) < TOLERANCE
@@ -86,7 +86,7 @@ def test_of_equal_maxima_the_first_is_greedy_in_whichever_tile_it_lies(
         logits = model.logits(hidden)
         targets[:50] = (logits.argmax(dim=-1)[sources[:50]] + half) % (2 * half)  # the later ones
         targets[50:100] = logits.argmax(dim=-1)[sources[50:100]]
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", num_bytes)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", num_bytes)
     _, greedy = token_scores(model, hidden, sources, targets)
     assert torch.equal(greedy, logits.argmax(dim=-1)[sources] == targets)
     tied = logits[sources, targets] == logits.amax(dim=-1)[sources]
@@ -100,7 +100,7 @@ def test_a_head_with_a_hook_is_run_on_fewer_whole_rows(
     hidden, sources, targets = subject(model)
     plain, _ = token_scores(model, hidden, sources, targets)
     layer, num_rows = model.model.get_output_embeddings(), list[int]()
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", 4 * 7 * model.num_logits + 1)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", 4 * 7 * model.num_logits + 1)
     with layer.register_forward_hook(lambda *call: num_rows.append(len(call[2])) or 2 * call[2]):
         assert not model.head_can_be_cut
         doubled, _ = token_scores(model, hidden, sources, targets)
@@ -118,7 +118,7 @@ def test_a_head_with_a_bias_is_cut_with_it(
     layer = model.model.get_output_embeddings()
     layer.bias = nn.Parameter(torch.linspace(-3, 3, model.num_logits), requires_grad=False)
     hidden, sources, targets = subject(model)
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", 500)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", 500)
     logprobs, _ = token_scores(model, hidden, sources, targets)
     expected = model.logits(hidden).double().log_softmax(dim=-1)[sources, targets]
     assert largest_difference(logprobs.tolist(), expected.tolist()) < TOLERANCE
@@ -144,7 +144,7 @@ def test_a_part_of_the_vocabulary_may_be_impossible(
     layer.bias = nn.Parameter(torch.zeros(model.num_logits), requires_grad=False)
     layer.bias[:100] = -torch.inf
     hidden, sources, targets = subject(model)
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", 3_000)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", 3_000)
     targets = targets.clamp(min=100)
     logprobs, _ = token_scores(model, hidden, sources, targets)
     expected = model.logits(hidden).double().log_softmax(dim=-1)[sources, targets]
@@ -154,7 +154,7 @@ def test_a_part_of_the_vocabulary_may_be_impossible(
 def test_what_is_not_finite_stays_not_finite(model: PressableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, sources, targets = subject(model)
     hidden[3, 5] = float("nan")
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", 3_000)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", 3_000)
     logprobs, _ = token_scores(model, hidden, sources, targets)
     assert torch.equal(logprobs.isnan(), sources == 3)
 

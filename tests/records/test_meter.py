@@ -339,11 +339,11 @@ def test_a_batch_that_failed_for_memory_is_not_booked(
     lm = KVPress(pretrained=str(checkpoint_dir), press="knorm", batch_size=4, throughput_log=str(log), device="cpu")
     score = lm.session.runner._score
 
-    def fails_above_one(cache: Any, packs: Any) -> Any:
-        if len(packs) > 1:
+    def fails_above_one(cache: Any, turns: Any) -> Any:
+        if len(turns[0].rows) > 1:
             time.sleep(0.5)
             raise torch.OutOfMemoryError("no room")
-        return score(cache, packs)
+        return score(cache, turns)
 
     monkeypatch.setattr(lm.session.runner, "_score", fails_above_one)
     requests = [Instance("loglikelihood", {}, (words(i, 60), " geese"), 0, ("t", i, 1)) for i in range(4)]

@@ -14,6 +14,7 @@ import pytest
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.records.fidelity import Fidelity
 from lm_eval_kvpress.records.totals import ContextRecord
 from lm_eval_kvpress.sweep.answers import Answers, Outcome
 
@@ -27,12 +28,13 @@ def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
     outcomes: dict[str, Outcome] = {
         "a": Scored((BranchScore((-1 / 3, -1e-17), True), BranchScore((-2.0,), False)), True, record),
         "b": Scored((BranchScore((-0.1,), False),), False, None),
+        "f": Scored((BranchScore((-0.1,), False, Fidelity((1 / 7,), (False,), (-2e-17,))),), True, record),
         "c": Generated((5, 6), record, 2, 99),
     }
     answers.add(outcomes)
     answers.add({"d": outcomes["a"]})
     assert answers.outcomes() == {**outcomes, "d": outcomes["a"]}
-    assert answers.keys() == {"a", "b", "c", "d"} and answers.damage() == ""
+    assert answers.keys() == {"a", "b", "c", "d", "f"} and answers.damage() == ""
     answers.delete()
     assert not list((tmp_path / "cell").iterdir())
 

@@ -13,7 +13,7 @@ from kvpress import SnapKVPress
 from references import largest_difference
 from torch import Tensor, nn
 
-from lm_eval_kvpress.engine import token_logprobs
+from lm_eval_kvpress.engine import online_softmax
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, score
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
@@ -95,7 +95,7 @@ def test_every_linear_layer_of_a_scoring_run_goes_that_way_and_none_stays_change
 ) -> None:
     model = make_pressable()
     monkeypatch.setattr(onednn_linear, "bounds_here", lambda: Bounds(weight=0, product=0))
-    monkeypatch.setitem(token_logprobs.TILE_BYTES, "cpu", num_bytes)
+    monkeypatch.setitem(online_softmax.TILE_BYTES, "cpu", num_bytes)
     tokens, packs = torch.arange(1, 31)[None], [Pack((31, 32), ((5, 6, 7), (8, 9)))]
 
     def scores() -> list[float]:

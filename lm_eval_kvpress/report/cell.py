@@ -100,6 +100,16 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """How far a task's tokens scored under the press are from the full cache's predictions; KL in nats per token."""
+
+    num_tokens: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
 class Task:
     """One task of one run.
 
@@ -111,6 +121,7 @@ class Task:
         fingerprint: lm-eval's hash of the task's documents and prompts; None where no samples were logged.
         loaded: which texts the task says that it loaded (``metadata.loaded``); None where it says nothing.
         kept: None where nothing was measured.
+        fidelity: None where it was not measured.
         held_back: the least, the median and the most tokens of a prompt that were fed after compression; None where
             the file does not say.
         notes: what the press reported, and for how many contexts.
@@ -130,6 +141,7 @@ class Task:
     notes: tuple[tuple[str, int], ...]
     samples: Path | None
     held_back: tuple[float, float, float] | None = None
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -259,6 +271,29 @@ class Cell:
     def share_at_limit(self) -> float | None:
         """Fraction of generated texts that nothing but their allowed length ended."""
         return self._per_text([kept.num_texts_at_limit for kept in self.kept])
+
+    @property
+    def fidelities(self) -> list[Fidelity]:
+        """For each task that measured it."""
+        return [task.fidelity for task in self.tasks if task.fidelity is not None]
+
+    @property
+    def kl_mean(self) -> float | None:
+        """KL from the full cache's predictions in nats, mean over the tokens of all tasks that measured it."""
+        return self._per_compared_token([fidelity.kl_mean for fidelity in self.fidelities])
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of tokens for which both caches have the same most likely one, over all tasks that measured it."""
+        return self._per_compared_token([fidelity.top1_agreement for fidelity in self.fidelities])
+
+    def _per_compared_token(self, means: list[float]) -> float | None:
+        """The mean over tokens, of a mean per task."""
+        counts = [fidelity.num_tokens for fidelity in self.fidelities]
+        num_tokens = sum(counts)
+        if not num_tokens:
+            return None
+        return sum(mean * count for mean, count in zip(means, counts, strict=True)) / num_tokens
 
     def _per_text(self, sums: list[int | None]) -> float | None:
         """Mean over the texts of all tasks that say it."""

@@ -57,7 +57,8 @@ class Column:
 def table_columns(table: Table) -> list[Column]:
     """The columns of a table in order, with every metric."""
     output = _OUTPUT if any(cell.tokens_per_text is not None for cell in table.cells) else ()
-    return [*_CACHE, *(_metric_column(key, table) for key in table.metrics), *output, *_SPEED, *_TRUST]
+    fidelity = _FIDELITY if any(cell.fidelities for cell in table.cells) else ()
+    return [*_CACHE, *fidelity, *(_metric_column(key, table) for key in table.metrics), *output, *_SPEED, *_TRUST]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
@@ -137,6 +138,26 @@ _CACHE = (
         _of_cell(lambda cell: cell.bytes_effective),
         "Bytes of the entries that can be attended, mean per context. Less than allocated under a masking press.",
         False,
+    ),
+)
+_FIDELITY = (
+    Column(
+        "kl_mean",
+        "KL",
+        "Fidelity",
+        Kind.METRIC,
+        _of_cell(lambda cell: cell.kl_mean),
+        "KL(full cache, compressed cache) in nats, mean over the tokens scored under the press.",
+        False,
+    ),
+    Column(
+        "top1_agreement",
+        "Same top token",
+        "Fidelity",
+        Kind.SHARE,
+        _of_cell(lambda cell: cell.top1_agreement),
+        "Share of these tokens for which both caches have the same most likely one.",
+        True,
     ),
 )
 _OUTPUT = (

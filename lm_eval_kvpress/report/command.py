@@ -17,11 +17,13 @@ from lm_eval_kvpress.report.build import TITLE, build_report
 from lm_eval_kvpress.report.contents import Report
 from lm_eval_kvpress.report.data_files import as_csv, as_json
 from lm_eval_kvpress.report.figures import write_figures
+from lm_eval_kvpress.report.gate import failures, parse_condition
 from lm_eval_kvpress.report.html import html
 from lm_eval_kvpress.report.latex import latex
 from lm_eval_kvpress.report.markdown import markdown
 from lm_eval_kvpress.report.result_files import PATTERN, unfinished_cells
 
+FAILED = 3  # a row met a condition of --fail-if
 ELSEWHERE = "make room or name another place"
 WRITERS: dict[str, Callable[[Report], str]] = {
     ".md": markdown,
@@ -38,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     places = [_path("report", name) for name in args.results]
     outputs = [_output_file(name) for name in args.output or ()]
     figures = None if args.figures is None else _figures_folder(args.figures)
+    conditions = [parse_condition(text) for text in args.fail_if or ()]
     report = build_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
     for output in outputs:
         _write(report, output)
@@ -49,7 +52,10 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(markdown(report))
     for folder, cells in unfinished_cells(places).items():
         print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}", file=sys.stderr)
-    return 0
+    lines = failures(report, conditions)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return FAILED if lines else 0
 
 
 def _write(report: Report, file: Path) -> None:
@@ -108,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         "--sort", action="append", metavar="COLUMN", help="rank by a column, best first; --sort=-COLUMN: worst first"
     )
     parser.add_argument("--figures", metavar="DIR", help="folder for PNG and SVG figures")
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        metavar="CONDITION",
+        help="exit with 3 and name the rows for which it holds, such as 'kl_mean>0.05'; columns as for --sort",
+    )
     parser.add_argument("--title", default=TITLE, help="of the page (default: %(default)s)")
     parser.add_argument(
         "--all-metrics", action="store_true", help="every metric of each task, not the leading one only"

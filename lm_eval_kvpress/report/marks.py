@@ -68,6 +68,7 @@ def _cell_marks(row: Row, cell: Cell, table: Table, tables: Sequence[Table]) -> 
 def _press_marks(row: Row, cell: Cell) -> Iterator[Mark]:
     yield from _one_pass(cell)
     yield from _inert(cell)
+    yield from _not_read(cell)
     yield from _while_decoding(cell)
     yield from _same_as_baseline(row, cell)
     yield from _short_contexts(cell)
@@ -100,6 +101,24 @@ def _inert(cell: Cell) -> Iterator[Mark]:
         yield Mark("changed", "changed entries", f"What the press did to entries: {cell.press.changes_entries}.")
     elif all(kept.share == 1 for kept in cell.kept if kept.num_contexts_pressed):
         yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
+
+
+def _not_read(cell: Cell) -> Iterator[Mark]:
+    """Entries were removed and no prediction moved, not even by rounding: the scores are those of the full cache."""
+    if not cell.press.acts_on_prefill:
+        return
+    names = [
+        task.name
+        for task in cell.tasks
+        if task.fidelity is not None
+        and task.fidelity.kl_mean == task.fidelity.kl_max == 0
+        and task.kept is not None
+        and task.kept.share is not None
+        and task.kept.share < 1
+    ]
+    if names:
+        text = f"KL is exactly 0 where entries were removed ({first_names(names)}): the compressed cache was not read."
+        yield Mark("not_read", "not read", text, True)
 
 
 def _because_short(kept_by_task: Sequence[Kept]) -> str:

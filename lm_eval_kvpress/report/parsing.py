@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.report.averages import group_members, groups
-from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Task
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Fidelity, Identity, Kept, Pairs, Press, Task
 from lm_eval_kvpress.report.metric_values import PREDICT_ONLY, number, task_metrics
 from lm_eval_kvpress.report.speeds import parse_speed
 
@@ -125,6 +125,7 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             fingerprint=(content.get("task_hashes") or {}).get(name),
             loaded=_loaded(config.get("metadata")),
             kept=_kept(fact) if fact else None,
+            fidelity=_fidelity(fact.get("fidelity")),
             held_back=_held_back(fact.get("tokens_held_back")),
             notes=tuple(sorted((fact.get("notes") or {}).items())),
             samples=samples if samples.is_file() else None,
@@ -152,6 +153,12 @@ def _protocol(protocol: Mapping[str, Any]) -> Pairs:
 
 def _held_back(spread: Mapping[str, float] | None) -> tuple[float, float, float] | None:
     return None if spread is None else (spread["least"], spread["median"], spread["most"])
+
+
+def _fidelity(fact: Mapping[str, Any] | None) -> Fidelity | None:
+    if fact is None:
+        return None
+    return Fidelity(fact["num_tokens"], fact["kl_mean"], fact["kl_max"], fact["top1_agreement"])
 
 
 def _kept(fact: Mapping[str, Any]) -> Kept:

@@ -24,17 +24,26 @@ def rank_tables(tables: Sequence[ReportTable], keys: Sequence[str]) -> list[Repo
     known = sorted({column.key for table in tables for column in table.columns})
     ranked = list(tables)
     for key in reversed(keys):  # sorting is stable: the least important first
-        _check_key(key, known)
+        check_column(f"--sort {key}", _column_key(key), known)
         ranked = [replace(table, rows=_ranked(table, key)) for table in ranked]
     return ranked
 
 
-def _check_key(key: str, known: Sequence[str]) -> None:
-    name = _column_key(key)
+def check_column(what: str, name: str, known: Sequence[str]) -> None:
+    """Refuse a column that no table has.
+
+    Args:
+        what: the option, as typed.
+        name: of the column.
+        known: all columns.
+
+    Raises:
+        UsageError: with a near name.
+    """
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"--sort {key}: no such column; {hint}columns: {', '.join(known)}")
+        raise UsageError(f"{what}: no such column; {hint}columns: {', '.join(known)}")
 
 
 def _ranked(table: ReportTable, key: str) -> Sequence[ReportRow]:

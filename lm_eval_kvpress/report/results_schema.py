@@ -45,6 +45,13 @@ class ContextFacts(Part):
     kv_bytes_effective: Maybe[Count]
 
 
+class FidelityFacts(Part):
+    num_tokens: Count
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+
+
 class TaskFacts(Part):
     contexts_pressed: ContextFacts
     contexts_unpressed: ContextFacts
@@ -55,6 +62,7 @@ class TaskFacts(Part):
     num_decode_compressions: Count = 0
     max_stream_bytes: Count = 0
     notes: Maybe[dict[str, int]]
+    fidelity: Maybe[FidelityFacts]
 
 
 class PressFacts(Part):

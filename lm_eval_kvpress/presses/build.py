@@ -5,9 +5,7 @@ Knows kvpress's constructors through the rows of `catalog`. Does not know how ar
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from kvpress import BasePress
@@ -15,6 +13,7 @@ from kvpress import BasePress
 from lm_eval_kvpress.presses.arguments import RANGES, RATIO
 from lm_eval_kvpress.presses.catalog import Row
 from lm_eval_kvpress.presses.names import ParsedName
+from lm_eval_kvpress.presses.silenced import silenced
 
 SHRUNK_SHARE = 4  # windows and sinks that are shrunk take at most a quarter of the context
 
@@ -29,7 +28,8 @@ def build_press(name: ParsedName, arguments: Mapping[str, Mapping[str, Any]], ra
     Raises:
         AssertionError: kvpress's own check of a constructor's arguments.
     """
-    with _without_flash_attention_warning():
+    # per_layer warns that kvpress's decoding has one mask for all layers; here each layer has its own
+    with silenced("kvpress.presses.per_layer_compression_press"):
         return _build(name, arguments, ratio)
 
 
@@ -56,21 +56,3 @@ def shrink(row: Row, arguments: Mapping[str, Any], context_tokens: int) -> dict[
     if row.no_ratio or context_tokens >= min_context(row, arguments) or not total:
         return dict(arguments)
     return {**arguments, **{name: max(int(RANGES[name].low), size * allowed // total) for name, size in sizes.items()}}
-
-
-@contextmanager
-def _without_flash_attention_warning() -> Iterator[None]:
-    """Silence ``per_layer``'s warning, at every prefill, that it needs flash attention.
-
-    kvpress's own decoding makes one mask for all layers. Here each layer has its own.
-    """
-    logger = logging.getLogger("kvpress.presses.per_layer_compression_press")
-
-    def reject(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(reject)
-    try:
-        yield
-    finally:
-        logger.removeFilter(reject)

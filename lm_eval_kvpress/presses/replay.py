@@ -9,7 +9,6 @@ Source: arXiv 2505.23416; kvpress ``presses/kvzip_press.py``.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import kvpress
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.presses.silenced import silenced
 
 AFTER_CONTEXT = "\n"
 """What stands between the prompt and what is repeated, as kvpress has it for checkpoints without a chat template. A
@@ -32,7 +32,7 @@ class ReplayedKVzipPress(kvpress.KVzipPress):
     """
 
     def __post_init__(self) -> None:
-        with _without_warning_of_cost():
+        with silenced("kvpress.presses.kvzip_press"):  # about the time of replays, which is measured here
             super().__post_init__()
 
     @contextmanager
@@ -73,18 +73,3 @@ class ReplayedKVzipPress(kvpress.KVzipPress):
                 f"press=kvzip replays a context of {self.context_length} tokens behind itself, which takes {needed} "
                 f"positions, and the model was trained on {trained}: lower max_length, or chunk_size={self.chunk_size}"
             )
-
-
-@contextmanager
-def _without_warning_of_cost() -> Iterator[None]:
-    """Silence the warning, at every prefill, that a replay takes time: the time is measured."""
-    logger = logging.getLogger("kvpress.presses.kvzip_press")
-
-    def reject(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(reject)
-    try:
-        yield
-    finally:
-        logger.removeFilter(reject)

@@ -220,8 +220,8 @@ def test_500_rows_are_shown_sorted_and_searched(chromium: Any, many_results: Pat
     with opened(chromium, file):
         heads = chromium.find_elements("css selector", "thead th")
         next(head for head in heads if "acc" in head.text).click()
-        _wait(chromium, "return document.querySelector('th[aria-sort=ascending]') !== null")
+        _wait(chromium, "return document.querySelector('th[aria-sort=descending]') !== null")
         figures = [float(text) for text in chromium.execute_script(script)]
-        assert len(figures) == 500 and figures[1:] == sorted(figures[1:])
+        assert len(figures) == 500 and figures[1:] == sorted(figures[1:], reverse=True)
         chromium.find_element("css selector", ".dt-search input").send_keys("press77")
         _wait(chromium, "return document.querySelectorAll('tbody tr').length === 1")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lm_eval_kvpress.models.fast import gpt_neox_step, triton_support
 from lm_eval_kvpress.models.pressable import PressableModel
 
 logging.disable_progress_bar()  # of weights that load in milliseconds; it would fill every failure's report
-torch.set_num_threads(1)  # the models are too small for more, and figures then repeat
+torch.set_num_threads(1)  # the models are too small for more, and figures then repeat; see also `one_thread`
 
 VOCAB_SIZE = 211
 
@@ -48,6 +48,13 @@ class WordTokenizer:
 
     def encode(self, text: str, **kwargs: Any) -> torch.Tensor:
         return torch.tensor([[1 + ord(letter) % (VOCAB_SIZE - 1) for letter in text]], dtype=torch.long)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Take back the threads that a benchmark has set: products are rounded otherwise with two."""
+    yield
+    torch.set_num_threads(1)
 
 
 TESTS = Path(__file__).resolve().parent

@@ -75,6 +75,7 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "noncausal": ({"chunk_size": 32}, exact),
     "compactor": ({"sink_size_start": 4, "chunk_size": 32}, exact),
     "cur": ({}, exact),
+    "finch": ({}, exact),
     "cap": ({}, exact),
     "qfilter": ({"statistics": statistics_file("qfilter", NEOX)}, exact),
     "expected_attention_stats": ({"statistics": statistics_file("expected_attention_stats", NEOX)}, exact),
@@ -117,7 +118,8 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
 
 
 def spec_for(name: str, **more: Any) -> PressSpec:
-    return parse_press(name, {**PRESSES[name][0], **more})
+    """The press; one that reads questions takes the last eight tokens for one."""
+    return parse_press(name, {**PRESSES[name][0], **more}).for_question(8)
 
 
 def takes_ratio(name: str) -> bool:

@@ -112,11 +112,16 @@ class Compressor:
         if self._short_context != "error" or self.press.is_none:
             return
         for context in contexts:
-            length = len(context.compressed)
-            if length < self.press.min_context():
+            length, press = len(context.compressed), self._press_for(context)
+            if self.press.reads_question and not context.num_question:
                 raise ShortContextError(
-                    f"a context of {length} prefilled tokens is shorter than the {self.press.min_context()} that "
-                    f"press={self.press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
+                    f"a context of {length} prefilled tokens does not end with a question, which press={press.name} "
+                    "reads; short_context=keep leaves such contexts uncompressed and counts them"
+                )
+            if length < press.min_context():
+                raise ShortContextError(
+                    f"a context of {length} prefilled tokens is shorter than the {press.min_context()} that "
+                    f"press={press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
                     "them, short_context=shrink shrinks the press's window"
                 )
 
@@ -132,8 +137,9 @@ class Compressor:
         self._latest = _Latest(last.compressed, kept, records[place]) if last.is_shared else None
         if len(distinct) < len(contexts):
             cache = cache.select(places)
-        ends = [len(context.compressed) for context in contexts]
-        pressed_rows = [end > 0 if self.press.is_none else self._runs_on(end) for end in ends]
+        pressed_rows = [
+            bool(context.compressed) if self.press.is_none else self._runs_on(context) for context in contexts
+        ]
         queries = [context.held_back for context in contexts]
         return CompressedBatch(cache, queries, pressed_rows, [records[place] for place in places], borrowed_sec)
 
@@ -146,12 +152,12 @@ class Compressor:
         if known and latest is not None and latest.cache is not None:
             order, caches, records = list(known), [latest.cache], {known[0]: latest.record}
         todo = [row for row in all_rows if row not in order]
-        prefixes = [contexts[row].compressed for row in todo]
-        num_tokens = 0 if self._shared else sum(map(len, prefixes))
+        missing = [contexts[row] for row in todo]
+        num_tokens = 0 if self._shared else sum(len(context.compressed) for context in missing)
         with self._clock.phase("prefill", num_tokens=num_tokens):
-            for places, cache, pressed in self._prefilled(prefixes, _for_cache_only(contexts)):
-                rows = [todo[place] for place in places]
-                records |= zip(rows, _context_records(cache, self.press, pressed), strict=True)
+            for places, cache, pressed in self._prefilled(missing, _for_cache_only(contexts)):
+                rows, press = [todo[place] for place in places], self._press_for(missing[places[0]])
+                records |= zip(rows, _context_records(cache, press, pressed), strict=True)
                 order += rows
                 caches.append(cache)
             cache = stack(caches, order)
@@ -176,28 +182,34 @@ class Compressor:
         self._clock.borrow(timing)
         return timing.seconds
 
-    def _runs_on(self, length: int) -> bool:
-        if self.press.is_none or length == 0:
+    def _press_for(self, context: Context) -> PressSpec:
+        return self.press.for_question(context.num_question)
+
+    def _runs_on(self, context: Context) -> bool:
+        length, press = len(context.compressed), self._press_for(context)
+        if press.is_none or length == 0 or (press.reads_question and not context.num_question):
             return False
-        return length >= self.press.min_context() or self._short_context == "shrink"
+        return length >= press.min_context() or self._short_context == "shrink"
 
     def _prefilled(
-        self, prefixes: Sequence[Tokens], for_cache_only: bool
+        self, contexts: Sequence[Context], for_cache_only: bool
     ) -> Iterator[tuple[list[int], CompressedCache, bool]]:
         """Rows that can be prefilled together, their cache, and whether the press ran."""
-        pressed = [row for row, prefix in enumerate(prefixes) if self._runs_on(len(prefix))]
+        prefixes = [context.compressed for context in contexts]
+        pressed = [row for row, context in enumerate(contexts) if self._runs_on(context)]
         empty = [row for row, prefix in enumerate(prefixes) if not prefix]
         plain = [row for row in range(len(prefixes)) if row not in pressed and row not in empty]
         if empty:
             yield empty, self._model.empty_cache(len(empty)), False
         if self._shared is not None:
-            for rows in _by_length(plain, prefixes):
+            for rows in _alike(plain, contexts):
                 yield rows, self._shared.compress([prefixes[row] for row in rows], None), False
         elif plain:
             yield plain, self._prefill_plain([prefixes[row] for row in plain], for_cache_only), False
-        for rows in _by_length(pressed, prefixes):
-            for group in self._side_by_side(rows, prefixes) if self.press.batches else [[row] for row in rows]:
-                yield group, self._prefill([prefixes[row] for row in group], for_cache_only), True
+        for rows in _alike(pressed, contexts):
+            press = self._press_for(contexts[rows[0]])
+            for group in self._side_by_side(rows, prefixes) if press.batches else [[row] for row in rows]:
+                yield group, self._prefill([prefixes[row] for row in group], press, for_cache_only), True
 
     def _side_by_side(self, rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
         """The rows, in order, as many at a time as one forward takes; clones of shared prefills need no forward."""
@@ -208,23 +220,23 @@ class Compressor:
         groups = list(self._side_by_side(range(len(prefixes)), prefixes))
         return prefill_padded(self._model, prefixes, side_by_side=groups, for_cache_only=for_cache_only)
 
-    def _prefill(self, prefixes: Sequence[Tokens], for_cache_only: bool) -> CompressedCache:
+    def _prefill(self, prefixes: Sequence[Tokens], spec: PressSpec, for_cache_only: bool) -> CompressedCache:
         """Prefill prefixes of one length under the press."""
         length = len(prefixes[0])
-        press = self.press.build(length, shrink=length < self.press.min_context())
+        press = spec.build(length, shrink=length < spec.min_context())
         if press is not None:  # kvpress registers what the instance has; a replay runs its own hooks
             step: Any = "replay" if hasattr(press, "replay") else "forward_hook"
             setattr(press, step, self._clock.timed(getattr(press, step)))
-        with nullcontext() if self.press.batches else _seeded_by(prefixes[0]):
+        with nullcontext() if spec.batches else _seeded_by(prefixes[0]):
             if self._shared is not None:
-                return self._shared.compress(prefixes, press, rerotates=self.press.rerotates)
+                return self._shared.compress(prefixes, press, rerotates=spec.rerotates)
             return prefill(
                 self._model,
                 torch.tensor(prefixes),
                 press,
-                rerotates=self.press.rerotates,
+                rerotates=spec.rerotates,
                 for_cache_only=for_cache_only,
-                reads_outputs=self.press.reads_outputs,
+                reads_outputs=spec.reads_outputs,
             )
 
 
@@ -233,10 +245,11 @@ def _for_cache_only(contexts: Sequence[Context]) -> bool:
     return all(context.num_held_back for context in contexts)
 
 
-def _by_length(rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
-    groups: dict[int, list[int]] = defaultdict(list)
+def _alike(rows: Sequence[int], contexts: Sequence[Context]) -> Iterator[list[int]]:
+    """Rows whose contexts have one length, and questions of one length where a press reads them."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row in rows:
-        groups[len(prefixes[row])].append(row)
+        groups[len(contexts[row].compressed), contexts[row].num_question].append(row)
     yield from groups.values()
 
 

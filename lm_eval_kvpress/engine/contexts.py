@@ -19,15 +19,20 @@ class Context:
         tokens: all of them.
         num_held_back: how many of the last ones are fed after compression. Without any, the first scored or generated
             token is predicted from the full cache.
+        num_question: how many tokens of the question end the compressed part, where a press reads them there.
         is_shared: whether contexts with the same compressed part are prefilled and compressed once.
     """
 
     tokens: Tokens
     num_held_back: int
-    is_shared: bool = field(default=False, repr=False)  # no outcome depends on it, and answers are kept by the repr
+    # Answers are kept by the repr, each press's apart: what its protocol and the tokens determine is left out.
+    num_question: int = field(default=0, repr=False)
+    is_shared: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         assert 0 <= self.num_held_back <= len(self.tokens), f"{self.num_held_back} of {len(self.tokens)} held back"
+        num_compressed = len(self.tokens) - self.num_held_back
+        assert 0 <= self.num_question <= num_compressed, f"a question of {self.num_question} in {num_compressed}"
 
     @property
     def compressed(self) -> Tokens:
@@ -45,7 +50,9 @@ class Context:
     def last(self, num_tokens: int) -> Context:
         """The context without its beginning: at most so many tokens, at least one of them held back if any was."""
         tokens = self.tokens[max(0, len(self.tokens) - num_tokens) :]
-        return replace(self, tokens=tokens, num_held_back=min(self.num_held_back, len(tokens)))
+        num_held_back = min(self.num_held_back, len(tokens))
+        num_question = min(self.num_question, len(tokens) - num_held_back)
+        return replace(self, tokens=tokens, num_held_back=num_held_back, num_question=num_question)
 
 
 def without_repeats(contexts: Sequence[Context]) -> tuple[list[Context], list[int]]:

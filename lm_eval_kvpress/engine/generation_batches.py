@@ -84,7 +84,7 @@ class GenerationBatches:
         for item in range(len(self._members)):
             prompt, outcome = self._prompt(item), outcomes[item]
             of_task = totals[prompt.id.task]
-            of_task.num_held_back[prompt.context.num_held_back] += 1
+            of_task.add_split(prompt.context.num_held_back, prompt.context.num_question)
             if is_first(prompt.context, prompt.id.task, seen):
                 of_task.add_context(outcome.context)
             of_task.num_tokens_generated += len(outcome.ids)

@@ -82,7 +82,7 @@ class LikelihoodBatches:
             outcome = outcomes[item]
             assert outcome.context is not None
             for task in dict.fromkeys(self._ids[member].task for member in group.members):
-                totals[task].num_held_back[group.context.num_held_back] += 1
+                totals[task].add_split(group.context.num_held_back, group.context.num_question)
                 if is_first(group.context, task, seen):
                     totals[task].add_context(outcome.context)
             for member, branch in zip(group.members, outcome.branches, strict=True):

@@ -64,8 +64,10 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     settings = _with_stream(Settings(press, **own), press_arguments, decoding)
     settings = _with_decoding(settings, decoding, decoding_arguments)
     settings.check_question()
-    if settings.is_question_known and "query_aware" not in own:
-        raise UsageError("question_pattern and question_field belong to query_aware=false, which is not asked for")
+    if settings.is_question_known and not settings.question_needed_by and "query_aware" not in own:
+        raise UsageError(
+            "question_pattern and question_field belong to query_aware=false and to press=finch: neither is asked for"
+        )
     _refuse_unknown(rest, press_argument_names(prefill), prefill)
     _check_hflm_arguments(rest)
     rest["attn_implementation"] = _attn_implementation(settings.press, rest.get("attn_implementation"))

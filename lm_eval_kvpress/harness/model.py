@@ -207,6 +207,7 @@ class KVPress(CheckedHFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        self.session.settings.check_has_questions("token ids")
         pairs = [(context, continuation) for _, context, continuation in requests]
         ids = [RequestId("", None, index) for index in range(len(pairs))]
         return self._answer([likelihood_batches_of_tokens(self, self.session, pairs, ids)], disable_tqdm)
@@ -214,6 +215,7 @@ class KVPress(CheckedHFLM):
     @answer_padding
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self.session.settings.check_likelihoods()
+        self.session.settings.check_has_questions("documents of loglikelihood_rolling")
         if self.session.settings.rolling == "stream":
             batches = stream_batches(self, self.session, requests, self._loss_files())
             return self._answer([batches], disable_tqdm, requests)

@@ -169,10 +169,10 @@ def certify(lm: HFLM, stock: Answers, press: PressSpec, build: Callable[..., HFL
     Args:
         lm: our model, whose weights have changed their basis since ``stock`` answered.
         stock: stock ``HFLM``'s answers on the same weights.
-        press: what runs with ratio 0; no press if it takes no ratio.
+        press: what runs with ratio 0; no press if it takes no ratio, or reads questions, which the requests have not.
         build: builds our model on loaded weights from model arguments.
     """
-    arguments = at_ratio_zero(press.name, press.arguments)
+    arguments = {"press": "none"} if press.reads_question else at_ratio_zero(press.name, press.arguments)
     shared = shared_arguments(lm, certificate_length(lm))
     with quiet_loader():
         ours = build(pretrained=lm.model, rolling="one_pass", batch_size=3, **arguments, **shared)

@@ -1,4 +1,5 @@
-"""Where a prompt's question begins, in characters: what ``query_aware=false`` holds out of compression.
+"""Where a prompt's question begins, in characters: what ``query_aware=false`` holds out of compression, and what
+``press=finch`` scores a context by.
 
 The rules of known tasks are data, in ``question_rules.yaml`` beside this file; a user gives a rule for any other task.
 Knows text and documents. Does not know tokens, models or presses.
@@ -76,15 +77,16 @@ def rule_for(task: str, settings: Settings) -> Rule:
     if settings.is_question_known:
         return Rule(pattern=settings.question_pattern, field=settings.question_field)
     found = next((rule for rule in known_rules() if any(fnmatchcase(task, name) for name in rule.tasks)), None)
+    needed_by = settings.question_needed_by
     if found is None:
         raise UsageError(
-            f"query_aware=false: where the question of task '{task}' begins is not known: pass question_pattern=REGEX, "
-            "or question_field=NAME of the document's field with which the prompt ends"
+            f"{needed_by}: where the question of task '{task}' begins is not known: pass question_pattern=REGEX, or "
+            "question_field=NAME of the document's field with which the prompt ends"
         )
     if found.none is not None:
         raise UsageError(
-            f"query_aware=false: {found.none} in task '{task}', so there is nothing to compress without it: leave the "
-            "task out, or say by question_pattern=REGEX where its context ends"
+            f"{needed_by}: {found.none} in task '{task}', so there is nothing to compress without it: leave the task "
+            "out, or say by question_pattern=REGEX where its context ends"
         )
     return found
 

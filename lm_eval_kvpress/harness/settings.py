@@ -129,8 +129,16 @@ class Settings:
         """Whether the user said where the question begins."""
         return self.question_pattern is not None or self.question_field is not None
 
+    @property
+    def question_needed_by(self) -> str:
+        """The argument because of which it must be known where questions begin; empty if none needs that."""
+        if not self.query_aware:
+            return "query_aware=false"
+        return f"press={self.press_name}" if self.press.reads_question else ""
+
     def check_question(self) -> None:
-        """Refuse what does not say where the question begins, or leaves no token to hold back.
+        """Refuse what does not say where the question begins, leaves no token to hold back, or hides the question from
+        a press that reads it.
 
         Raises:
             UsageError: in one line.
@@ -145,6 +153,26 @@ class Settings:
             raise UsageError(
                 "query_tokens=0 feeds nothing after compression, and query_aware=false all of the question: leave one "
                 "of them out"
+            )
+        if not self.query_aware and self.press.reads_question:
+            raise UsageError(
+                f"press={self.press_name} scores the context by the question, which query_aware=false holds back: "
+                "leave query_aware out, or take snapkv"
+            )
+
+    def check_has_questions(self, what: str) -> None:
+        """Refuse to run a press that reads questions on what has none.
+
+        Args:
+            what: is asked for, in the plural.
+
+        Raises:
+            UsageError: naming what to choose instead.
+        """
+        if self.press.reads_question:
+            raise UsageError(
+                f"press={self.press_name} scores a context by the question behind it, and {what} have none: choose "
+                "tasks that ask, or take snapkv, whose window is the last tokens"
             )
 
     def check_likelihoods(self) -> None:

@@ -4,7 +4,7 @@ Under ``query_aware=true`` the last ``query_tokens`` are held back. Under ``quer
 all that follows it, ``gen_prefix`` and the end of a chat's template included, as in kvpress's own evaluation
 (``KVPressTextGenerationPipeline``). kvpress tokenises context and question apart. Here the tokens are those of the
 whole prompt, cut at the last token boundary at or before the question, and prompts for which that is another text are
-counted.
+counted. A press that scores the context by the question (``finch``) is told how much of what is compressed it is.
 
 Knows ``HFLM``, its tokenizer and a session's settings. Does not know how anything is computed.
 """
@@ -76,21 +76,45 @@ def split_all(lm: HFLM, session: Session, prompts: Sequence[Prompt], found: Tota
     """The context of each prompt in its two parts; what was found is counted in ``found``.
 
     Raises:
-        UsageError: under ``query_aware=false``, if no rule says where a task's questions begin, or none of its prompts
+        UsageError: where questions are needed, if no rule says where a task's questions begin, or none of its prompts
             has a question with a context before it.
     """
     num_last = session.settings.query_tokens
     contexts = [Context(prompt.tokens, min(num_last, len(prompt.tokens))) for prompt in prompts]
-    if session.settings.query_aware:
+    if not session.settings.question_needed_by or not prompts:
         return contexts
     splits = _splits(lm, session, prompts)
     _check_and_count(session, prompts, splits, found)
+    pairs = list(zip(contexts, splits, strict=True))
+    return _with_questions(session, pairs) if session.settings.query_aware else _without_questions(pairs)
+
+
+def _without_questions(pairs: Sequence[tuple[Context, _Split]]) -> list[Context]:
+    """Hold back each question and what follows it; contexts that are alike before it are shared."""
     split = [
         context if at.start is None else replace(context, num_held_back=len(context) - at.num_before)
-        for context, at in zip(contexts, splits, strict=True)
+        for context, at in pairs
     ]
     sharing = Counter(context.compressed for context in set(split))
     return [replace(context, is_shared=sharing[context.compressed] > 1) for context in split]
+
+
+def _with_questions(session: Session, pairs: Sequence[tuple[Context, _Split]]) -> list[Context]:
+    """Say of each context how much of its compressed part is the question, and what follows that.
+
+    Raises:
+        UsageError: if ``query_tokens`` hold back every question whole.
+    """
+    split = [
+        replace(context, num_question=max(0, len(context.compressed) - at.num_before)) if at.has_context else context
+        for context, at in pairs
+    ]
+    if not any(context.num_question for context in split):
+        raise UsageError(
+            f"press={session.settings.press_name} scores contexts by questions, and "
+            f"query_tokens={session.settings.query_tokens} hold back all of each: lower query_tokens"
+        )
+    return split
 
 
 def _splits(lm: HFLM, session: Session, prompts: Sequence[Prompt]) -> list[_Split]:
@@ -133,9 +157,9 @@ def _check_and_count(
         totals.num_questions_inside_tokens += sum(split.is_inside for _, split in found)
         if missing:
             logger.warning(
-                "%s: %d of %d prompts hold no question (%s): they are compressed with all of their text, as under "
-                "query_aware=true (%s)",
-                *(task, len(missing), len(found), rule_for(task, session.settings), _names(missing)),
+                "%s: %d of %d prompts hold no question (%s): %s (%s)",
+                *(task, len(missing), len(found), rule_for(task, session.settings)),
+                *(_WITHOUT_QUESTION[session.settings.query_aware], _names(missing)),
             )
         if bare:
             logger.warning(
@@ -144,14 +168,20 @@ def _check_and_count(
             )
 
 
+_WITHOUT_QUESTION = {
+    False: "they are compressed with all of their text, as under query_aware=true",
+    True: "nothing is compressed of them",
+}
+"""What happens to prompts without a question, by ``query_aware``."""
+
+
 def _nothing_to_compress(session: Session, task: str, missing: Sequence[Prompt], bare: Sequence[Prompt]) -> str:
     rule, num_prompts = rule_for(task, session.settings), len(missing) + len(bare)
+    needed_by = session.settings.question_needed_by
     if not missing:
-        return (
-            f"query_aware=false: nothing stands before the question ({rule}) in the {num_prompts} prompts of '{task}'"
-        )
+        return f"{needed_by}: nothing stands before the question ({rule}) in the {num_prompts} prompts of '{task}'"
     return (
-        f"query_aware=false: none of the {num_prompts} prompts of '{task}' has a question ({rule}) after a context; "
+        f"{needed_by}: none of the {num_prompts} prompts of '{task}' has a question ({rule}) after a context; "
         f"the first ends with {missing[0].text[-80:]!r}: pass question_pattern=REGEX or question_field=NAME"
     )
 

@@ -21,6 +21,7 @@ import kvpress
 
 from lm_eval_kvpress.presses import fallbacks, notes
 from lm_eval_kvpress.presses.calibrated import CalibratedExpectedAttentionPress, CalibratedQFilterPress
+from lm_eval_kvpress.presses.finch import QuestionFinchPress
 from lm_eval_kvpress.presses.notes import Notes
 from lm_eval_kvpress.presses.per_layer import PerLayerPress
 from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
@@ -53,6 +54,9 @@ class Row:
         attention: the attention implementation that it needs, or None.
         masks: whether it hides entries head by head and leaves the cache as long as it was.
         rerotates: whether kept keys move to positions ``0..kept-1``.
+        rerotates_if: an argument that, when false, makes it leave them where they were.
+        reads_question: whether its ``window_size`` is the question's length in each prompt, which is compressed with
+            the context.
         batches: whether equally long contexts may share a prefill: False where kvpress decides for the whole batch
             by its first row or its mean, or draws random numbers.
         batches_unless: an argument that, when true, makes it draw random numbers.
@@ -79,6 +83,8 @@ class Row:
     attention: str | None = None
     masks: bool = False
     rerotates: bool = False
+    rerotates_if: str = ""
+    reads_question: bool = False
     batches: bool = True
     batches_unless: str = ""
     removes_tokens: bool = True
@@ -162,6 +168,17 @@ _ROWS = (
         batches=False,
     ),
     Row("cur", kvpress.CURPress, "https://arxiv.org/abs/2509.15038", Reads.ORDER, batches_unless="use_random_leverage"),
+    Row(
+        "finch",
+        QuestionFinchPress,
+        "https://doi.org/10.1162/tacl_a_00716",
+        Reads.QUERIES,
+        ("window_size",),
+        rerotates=True,
+        rerotates_if="rerotate_keys",
+        reads_question=True,
+        hidden=("window_size", "chunk_length"),  # chunks could fail on, or lose, a long question in the middle of a run
+    ),
     Row("cap", kvpress.CapPress, "https://arxiv.org/abs/2604.25975", Reads.QUERIES, ("n_sink",)),
     Row(
         "qfilter",

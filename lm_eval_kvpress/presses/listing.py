@@ -58,6 +58,8 @@ def _info(row: Row) -> PressInfo:
     needs = [f"{row.attention} attention"] if row.attention else []
     if STATISTICS in defaults:
         needs.append(f"statistics of the model, from calibrate {row.name}")
+    if row.reads_question:
+        needs.append("a question behind the context")
     if row.wraps is not None:
         needs.append(f"wraps {_wrapped(row)}")
     if row.name == "composed":

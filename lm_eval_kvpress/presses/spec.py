@@ -7,7 +7,7 @@ specs from what the user types.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvpress import BasePress
@@ -31,10 +31,13 @@ class PressSpec:
         name: in full, aliases resolved, such as ``adakv:snapkv``.
         arguments: every argument with its value, defaults included, ``compression_ratio`` or ``kv_budget`` first; JSON
             can hold it.
+        question_tokens: tokens of the question at the end of the context at hand, for a press that reads it; 0 of the
+            press as such.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    question_tokens: int = 0
 
     @property
     def compression_ratio(self) -> float | None:
@@ -74,7 +77,12 @@ class PressSpec:
     @property
     def rerotates(self) -> bool:
         """Whether kept keys move to positions ``0..kept-1``, so that queries continue at the kept length."""
-        return any(row.rerotates for row in self.rows)
+        return any(row.rerotates and self.arguments.get(row.rerotates_if, True) for row in self.rows)
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether it scores a context by the question behind it, so that it must be told where the question begins."""
+        return any(row.reads_question for row in self.rows)
 
     @property
     def batches(self) -> bool:
@@ -115,6 +123,10 @@ class PressSpec:
                 return read_statistics(row.name, self.own_arguments()[row.name][STATISTICS])
         return None
 
+    def for_question(self, num_tokens: int) -> PressSpec:
+        """The press for contexts that end with a question of so many tokens; itself if it does not read questions."""
+        return replace(self, question_tokens=num_tokens) if self.reads_question else self
+
     def min_context(self) -> int:
         """Return the least number of context tokens on which the press runs and can remove something.
 
@@ -149,6 +161,8 @@ class PressSpec:
         written, own = parse_name(self.name).argument_names, {}
         for row in self.rows:
             values = {key: self.arguments[written[row.name, key]] for key in arguments_of(row)}
+            if row.reads_question:
+                values["window_size"] = self.question_tokens
             own[row.name] = values if context_tokens is None else build.shrink(row, values, context_tokens)
         return own
 
@@ -174,6 +188,7 @@ class PressSpec:
             )
         if is_short and context_tokens < 2:
             return None
+        assert self.question_tokens or not self.reads_question, f"press={self.name} was told of no question"
         own = self.own_arguments(context_tokens)
         return build.build_press(parse_name(self.name), own, self.ratio_for(context_tokens))
 

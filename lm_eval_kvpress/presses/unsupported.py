@@ -55,11 +55,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
             "it needs a budget curve computed for the one model and press",
             "https://arxiv.org/abs/2602.08585",
         ),
-        "finch": Unsupported(
-            kvpress.FinchPress,
-            "it needs a delimiter token between context and question, which no lm-eval request has: snapkv is its kin",
-            "https://doi.org/10.1162/tacl_a_00716",
-        ),
         "kvgrad": Unsupported(
             kvpress.KVgradPress,
             "it loads a tokenizer by the model's name and replays the context forward and backward",

@@ -93,8 +93,10 @@ class TaskTotals:
         num_short_contexts: contexts left uncompressed because they are shorter than the press needs.
         num_shrunk_contexts: contexts pressed with a window shrunk to fit.
         num_held_back: how many contexts and prompts had so many of their tokens fed after compression.
-        num_prompts_without_question, num_prompts_without_context: under ``query_aware=false``, prompts in which no
-            question was found, and those with nothing before it.
+        num_question_tokens: how many contexts and prompts had a question of so many tokens in what was compressed,
+            under a press that reads it there.
+        num_prompts_without_question, num_prompts_without_context: where questions are looked for, prompts in which
+            none was found, and those with nothing before it.
         num_questions_inside_tokens: questions that begin inside a token, which is held back with them: the context
             alone would have other tokens.
         num_cut_contexts: contexts and prompts that lost their beginning because they did not fit into ``max_length``.
@@ -120,6 +122,7 @@ class TaskTotals:
     num_short_contexts: int = 0
     num_shrunk_contexts: int = 0
     num_held_back: Counter[int] = field(default_factory=Counter)
+    num_question_tokens: Counter[int] = field(default_factory=Counter)
     num_prompts_without_question: int = 0
     num_prompts_without_context: int = 0
     num_questions_inside_tokens: int = 0
@@ -146,6 +149,12 @@ class TaskTotals:
         self.num_short_contexts += record.is_short
         self.num_shrunk_contexts += record.is_shrunk
         self.notes.update(record.notes)
+
+    def add_split(self, num_held_back: int, num_question: int) -> None:
+        """Add how many tokens of a context or prompt are fed after compression, and are a question before that."""
+        self.num_held_back[num_held_back] += 1
+        if num_question:
+            self.num_question_tokens[num_question] += 1
 
     def add_scores(self, logprobs: Sequence[float], *, pressed: bool, fidelity: Fidelity | None = None) -> None:
         """Add the log-probabilities of scored tokens, in nats; their fidelity counts where a press acted."""
@@ -185,6 +194,7 @@ class TaskTotals:
             "num_shrunk_contexts": self.num_shrunk_contexts,
             "num_cut_contexts": self.num_cut_contexts,
             "tokens_held_back": _spread(self.num_held_back),
+            "tokens_of_question": _spread(self.num_question_tokens),
             "num_prompts_without_question": self.num_prompts_without_question,
             "num_prompts_without_context": self.num_prompts_without_context,
             "num_questions_inside_tokens": self.num_questions_inside_tokens,

@@ -132,10 +132,14 @@ def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore, workers
 
 
 def sharing_prefills(runs: Sequence[CellRun]) -> list[list[CellRun]]:
-    """Group cells of one protocol that share their prefills; each other cell is a group of its own."""
+    """Group cells of one protocol that share their prefills; each other cell is a group of its own.
+
+    Presses that read questions are apart: their contexts say where the question begins.
+    """
     groups: dict[Any, list[CellRun]] = {}
     for run in runs:
-        groups.setdefault(run.cell.protocol if run.shares else run.cell.name, []).append(run)
+        alike = run.cell.protocol, run.session.settings.press.reads_question
+        groups.setdefault(alike if run.shares else run.cell.name, []).append(run)
     return list(groups.values())
 
 

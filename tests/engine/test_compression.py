@@ -13,6 +13,7 @@ from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine import compression
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.contexts import Context
+from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.parse import parse_press
@@ -98,3 +99,35 @@ def test_clones_of_shared_prefills_are_taken_together(model: PressableModel, mon
     monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 1})
     compressed(model, "knorm", shared=True)
     assert sorted(taken) == [1, 1, 2, 4]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own prefills", "shared prefills"])
+def test_questions_of_other_lengths_are_pressed_apart(model: PressableModel, shared: bool) -> None:
+    """Contexts of one length, by a press that reads their questions; without one nothing is compressed."""
+    asked = (5, 0, 8, 5)
+    contexts = [Context(CONTEXTS[1 + row], 1, num_question=asked[row]) for row in (0, 1)]
+    contexts += [Context(CONTEXTS[4 + 2 * row], 1, num_question=asked[2 + row]) for row in (0, 1)]
+    press = parse_press("finch")
+
+    def compress(some: Sequence[Context]) -> CompressedBatch:
+        prefills = SharedPrefills(model) if shared else None
+        return Compressor(model, press, short_context="keep", clock=Clock(model.device), shared=prefills).compress(some)
+
+    batch = compress(contexts)
+    assert batch.pressed == [True, False, True, True]
+    assert [record.is_short for record in batch.records] == [False, True, False, False]
+    assert [record.kept_per_layer[0] for record in batch.records] == [20, 41, 20, 20]
+    for row, context in enumerate(contexts):
+        alone = compress([context])
+        own = press.for_question(context.num_question).build(41) if context.num_question else None
+        apart = prefill(model, torch.tensor([context.compressed]), own, rerotates=True)
+        for one, other, third in zip(batch.cache.layers, alone.cache.layers, apart.layers, strict=True):
+            torch.testing.assert_close(entries(one, row), entries(other, 0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(entries(one, row), third.keys[0], rtol=0, atol=1e-5)
+
+
+def test_a_context_without_a_question_is_refused_where_short_ones_are(model: PressableModel) -> None:
+    compressor = Compressor(model, parse_press("finch"), short_context="error", clock=Clock(model.device))
+    compressor.check_lengths([Context(CONTEXTS[1], 1, num_question=5)])
+    with pytest.raises(compression.ShortContextError, match="41 prefilled tokens does not end with a question"):
+        compressor.check_lengths([Context(CONTEXTS[1], 1)])

@@ -23,12 +23,19 @@ def test_no_more_can_be_held_back_than_there_is() -> None:
         Context((5, 6), 3)
 
 
+def test_a_question_is_no_longer_than_what_is_compressed() -> None:
+    with pytest.raises(AssertionError):
+        Context((5, 6, 7), 1, num_question=3)
+
+
 def test_truncation_keeps_the_end_of_the_context_as_stock_does() -> None:
     context, continuation = list(range(20)), [90, 91, 92]
     stock = (context + continuation)[-(10 + 1) :]
     assert [*Context(tuple(context), 1).last(11 - len(continuation)).tokens, *continuation] == stock
     assert Context((1, 2), 1).last(8) == Context((1, 2), 1)
     assert Context((1, 2, 3), 2).last(1) == Context((3,), 1)
+    asked = Context((1, 2, 3, 4, 5), 1, num_question=3)
+    assert [asked.last(count).num_question for count in (5, 4, 3, 1)] == [3, 3, 2, 0]
 
 
 def test_a_shared_part_is_compressed_once_and_others_each_time() -> None:

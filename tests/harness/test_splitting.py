@@ -211,3 +211,72 @@ def test_whole_documents_are_scored_as_under_query_aware(checkpoint_dir: Path) -
         )
     ]
     assert found[0] == found[1] and found[0][0].num_held_back == 1
+
+
+# ---------------------------------------------------------------------------------- a press that reads the question
+
+
+def reading(checkpoint_dir: Path, **arguments: Any) -> KVPress:
+    return ours(checkpoint_dir, **{"press": "finch", "question_pattern": "Question:", **arguments})
+
+
+@pytest.mark.parametrize("num_fed", [0, 1, 3])
+def test_the_question_ends_what_is_compressed(checkpoint_dir: Path, num_fed: int) -> None:
+    lm, prompt = reading(checkpoint_dir, query_tokens=num_fed), f"{LONG}{QUESTION} a\n\n{LONG}{QUESTION}"
+    (context,) = contexts(lm, prompts(prompt))
+    assert list(context.tokens) == lm.tok_encode(prompt) and len(context.held_back) == num_fed
+    question = context.compressed[len(context.compressed) - context.num_question :]
+    assert lm.tok_decode([*question, *context.held_back]) == QUESTION.removeprefix("\n")
+    assert not context.is_shared
+
+
+def test_prompts_without_a_question_are_left_whole_and_named(
+    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = reading(checkpoint_dir)
+    with caplog.at_level(logging.WARNING, "lm_eval_kvpress"):
+        lm.generate_until(prompts(f"{LONG}{QUESTION}", LONG, QUESTION.strip()), disable_tqdm=True)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("t: 1 of 3 prompts hold no question") and "nothing is compressed of them" in first
+    assert second.startswith("t: in 1 of 3 prompts nothing stands before the question")
+    facts, num_tokens = lm.describe()["tasks"]["t"], len(lm.tok_encode(QUESTION.strip())) - 1
+    assert facts["tokens_of_question"] == {"least": num_tokens, "median": num_tokens, "most": num_tokens}
+    assert (facts["contexts_pressed"]["num_contexts"], facts["contexts_unpressed"]["num_contexts"]) == (1, 2)
+    assert agnostic(checkpoint_dir).describe()["tasks"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question_pattern": "never"}, "press=finch: none of the 1 prompts of 't' has a question"),
+        ({"query_tokens": 40}, "press=finch scores contexts by questions, and query_tokens=40 hold back all of each"),
+        ({"question_pattern": None}, "press=finch: where the question of task 't' begins is not known"),
+    ],
+)
+def test_a_press_that_finds_no_question_ends_the_run(
+    checkpoint_dir: Path, arguments: dict[str, Any], message: str
+) -> None:
+    lm = reading(checkpoint_dir, **arguments)
+    with pytest.raises(UsageError, match=message) as raised:
+        lm.generate_until(prompts(f"{LONG}{QUESTION}"), disable_tqdm=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_asks_nothing_is_refused_under_such_a_press(checkpoint_dir: Path) -> None:
+    lm = reading(checkpoint_dir)
+    with pytest.raises(UsageError, match="documents of loglikelihood_rolling have none"):
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (LONG,), 0, ("r", 0, 1))], disable_tqdm=True)
+    with pytest.raises(UsageError, match="token ids have none"):
+        lm._loglikelihood_tokens([(("", ""), [1, 2], [3])], disable_tqdm=True)
+    with pytest.raises(UsageError, match="which query_aware=false holds back"):
+        reading(checkpoint_dir, query_aware=False)
+
+
+def test_ratio_zero_answers_as_without_a_press(checkpoint_dir: Path) -> None:
+    requests = prompts(*(f"{text(start, 80)}{QUESTION}" for start in (0, 3, 9)))
+    choices = [Instance("loglikelihood", {}, (request.args[0], " geese"), 0, ("c", 0, 1)) for request in requests]
+    plain, pressed = ours(checkpoint_dir, batch_size=2), reading(checkpoint_dir, compression_ratio=0, batch_size=2)
+    assert pressed.generate_until(requests, disable_tqdm=True) == plain.generate_until(requests, disable_tqdm=True)
+    both = (lm.loglikelihood(choices, disable_tqdm=True) for lm in (plain, pressed))
+    for (one, _), (other, _) in zip(*both, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)

@@ -15,7 +15,7 @@ EVALUATED = (
     *("compactor", "adakv_compactor", "no_press", "merging_knorm", "merging_snapkv", "merging_expected_attention"),
 )
 NOT_HERE = (
-    *("duo_attention", "duo_attention_on_the_fly", "fastkvzip", "finch", "kvcompose", "kvcompose_unstructured"),
+    *("duo_attention", "duo_attention_on_the_fly", "fastkvzip", "kvcompose", "kvcompose_unstructured"),
     *("kvzap_linear", "kvzap_mlp", "kvzap_mlp_head", "kvzap_mlp_layer", "lukv"),
     *("RestoreKV", "RestoreKV_plus", "cam_streaming_llm", "cam_knorm", "cam_adakv_snapkv", "cam_tova"),
     *("decoding_knorm", "decoding_streaming_llm", "decoding_tova", "decoding_qfilter"),

@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(name: str, arguments: dict[str, Any], says: str) 
 
 @pytest.mark.parametrize("name", PRESSES)
 def test_a_spec_comes_back_from_its_name_and_arguments(name: str) -> None:
-    spec = spec_for(name)
+    spec = spec_for(name).for_question(0)
     assert parse_press(spec.name, spec.arguments) == spec
     through_json = json.loads(json.dumps(spec.describe()))
     assert parse_press(through_json["name"], through_json["arguments"]) == spec

@@ -76,3 +76,23 @@ def test_cells_of_both_kinds_equal_their_own_runs(checkpoint_dir: Path, tmp_path
     summary = json.loads((output / "summary.json").read_text())
     aware = sum(len(lm.tok_encode(f"{context}\nQuestion: ")) for context in CONTEXTS)
     assert summary["num_tokens_prefilled_shared"] > 2 * num_tokens + NUM_QUESTIONS / 3 * aware
+
+
+def test_a_press_that_reads_the_question_shares_no_contexts_that_hide_it(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Its cell stands behind one of the same protocol, whose contexts do not say where the question begins."""
+    (tmp_path / "tasks").mkdir()
+    tasks, output = write_tasks(tmp_path / "tasks"), tmp_path / "sweep"
+    settings = {"model_args": f"pretrained={checkpoint_dir},question_pattern=Question:", "query_aware": "true"}
+    line = command_line(
+        checkpoint_dir, tasks, output, **settings, presses="knorm,finch", tasks="ask_text", ratios="0.5"
+    )
+    assert command.main(line) == 0
+    results, samples = results_of(output)["finch_compression_ratio=0.5_query_aware=True"]
+    lm = KVPress(device="cpu", **results["config"]["model_args"])
+    alone = lm_eval.simple_evaluate(lm, tasks=list(samples), task_manager=manager(tasks))
+    theirs, facts = json.loads(json.dumps(lm.describe()["tasks"]["ask_text"])), results["config"]["kvpress"]["tasks"]
+    for key in ("contexts_pressed", "contexts_unpressed", "tokens_held_back", "tokens_of_question"):
+        assert facts["ask_text"][key] == theirs[key], key
+    assert facts["ask_text"]["contexts_unpressed"]["num_contexts"] == 0
+    for one, other in zip(samples["ask_text"], alone["samples"]["ask_text"], strict=True):
+        assert one["resps"] == [list(response) for response in other["resps"]]

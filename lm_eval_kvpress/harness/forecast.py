@@ -24,7 +24,9 @@ def idle_presses(settings: Settings, max_length: int, requests: RequestBatches[A
     press, longest = settings.press, requests.longest
     if not press.is_none and press.compression_ratio != 0 and longest:
         if requests.request_type != "loglikelihood_rolling":
-            yield from _on_contexts(settings, longest, "short_context=shrink shrinks its window")
+            held_back = f"query_tokens={settings.query_tokens} are" if settings.query_aware else "the question is"
+            num_prefilled = _longest_compressed(requests)
+            yield from _on_contexts(settings, num_prefilled, held_back, "short_context=shrink shrinks its window")
         elif settings.rolling == "stream":
             yield from _on_streams(settings, longest)
         elif settings.rolling == "prefix":
@@ -33,20 +35,25 @@ def idle_presses(settings: Settings, max_length: int, requests: RequestBatches[A
         yield from _on_texts(settings, longest, requests.max_new_tokens)
 
 
-def _on_contexts(settings: Settings, longest: int, remedy: str) -> Iterator[str]:
-    """The longest context is too short for the press, or within its budget."""
-    press, held_back = settings.press, settings.query_tokens
-    num_prefilled = max(0, longest - held_back)
+def _longest_compressed(requests: RequestBatches[Any]) -> int:
+    """Tokens of the longest part of a context that is compressed: without what is fed afterwards."""
+    contexts = (context for items in requests.segments() for context in requests.contexts(items))
+    return max(len(context) - context.num_held_back for context in contexts)
+
+
+def _on_contexts(settings: Settings, num_prefilled: int, held_back: str, remedy: str) -> Iterator[str]:
+    """What is compressed of the longest context is too short for the press, or within its budget."""
+    press = settings.press
     needed = 1 if settings.short_context == "shrink" else press.min_context()
     if num_prefilled < needed:
         yield (
-            f"press={press.name} needs {needed + held_back} tokens of context and the longest has {longest}: it will "
-            f"act on nothing; {remedy}"
+            f"press={press.name} needs {needed} tokens to compress and the longest context has {num_prefilled} "
+            f"({held_back} fed afterwards): it will act on nothing; {remedy}"
         )
     elif press.kv_budget is not None and num_prefilled <= press.kv_budget:
         yield (
-            f"press={press.name} keeps kv_budget={press.kv_budget} tokens and the longest context has {longest}: it "
-            "will act on nothing; lower kv_budget"
+            f"press={press.name} keeps kv_budget={press.kv_budget} tokens and the longest context has {num_prefilled} "
+            f"to compress ({held_back} fed afterwards): it will act on nothing; lower kv_budget"
         )
 
 
@@ -57,7 +64,8 @@ def _on_documents(settings: Settings, rolling_context: int, longest: int) -> Ite
             f"and the longest has {longest}: it will act on nothing; set rolling_context={max(1, longest // 2)} or less"
         )
     else:
-        yield from _on_contexts(settings, rolling_context, "raise rolling_context")
+        num_last, remedy = settings.query_tokens, "raise rolling_context"
+        yield from _on_contexts(settings, rolling_context - num_last, f"query_tokens={num_last} are", remedy)
 
 
 def _on_streams(settings: Settings, longest: int) -> Iterator[str]:

@@ -18,6 +18,15 @@ def choices(num_words: int) -> tuple[str, list[Instance]]:
     return "loglikelihood", [Instance("loglikelihood", {}, (text(0, num_words), " the geese"), 0, ("t", 0, 1))]
 
 
+UNAWARE = {"query_aware": False, "question_pattern": "QUESTION"}
+
+
+def asked_early(num_words: int, num_before: int = 6) -> tuple[str, list[Instance]]:
+    """A prompt most of which is its question."""
+    prompt = f"{text(0, num_before)} QUESTION {text(1, num_words)}"
+    return "loglikelihood", [Instance("loglikelihood", {}, (prompt, " the geese"), 0, ("t", 0, 1))]
+
+
 def documents(num_words: int) -> tuple[str, list[Instance]]:
     rows = [text(place, length) for place, length in enumerate((num_words, 3, num_words // 2))]
     return "loglikelihood_rolling", [
@@ -44,13 +53,25 @@ def acted(lm: KVPress) -> bool:
     [
         ({"press": "knorm"}, documents(40), r"rolling_context=256 .* the longest has \d+: .*set rolling_context=\d+"),
         ({"press": "knorm", "rolling_context": 24}, documents(40), ""),
-        ({"press": "snapkv", "rolling_context": 24}, documents(40), "needs 66 tokens .* raise rolling_context"),
+        (
+            {"press": "snapkv", "rolling_context": 24},
+            documents(40),
+            "needs 65 tokens .* has 23 .* raise rolling",
+        ),
         ({"press": "snapkv", "rolling_context": 24, "short_context": "shrink"}, documents(40), ""),
         ({"press": "knorm", "kv_budget": 100, "rolling_context": 24}, documents(40), "kv_budget=100"),
-        ({"press": "snapkv"}, choices(20), "needs 66 tokens .* short_context=shrink"),
+        ({"press": "snapkv"}, choices(20), "needs 65 tokens .* short_context=shrink"),
         ({"press": "snapkv"}, choices(80), ""),
         ({"press": "snapkv", "short_context": "shrink"}, choices(20), ""),
         ({"press": "knorm", "kv_budget": 100}, choices(20), "lower kv_budget"),
+        (
+            {"press": "snapkv", **UNAWARE},
+            asked_early(80),
+            "needs 65 tokens .*the question is fed .* shrink",
+        ),
+        ({"press": "snapkv"}, asked_early(80), ""),
+        ({"press": "snapkv", **UNAWARE}, asked_early(80, num_before=90), ""),
+        ({"press": "knorm", "kv_budget": 40, **UNAWARE}, asked_early(80), "lower kv_budget"),
         ({"press": "knorm", "rolling": "stream", "stream_budget": 100}, documents(40), "lower stream_budget"),
         ({"press": "knorm", "rolling": "stream", "stream_budget": 8, "stream_chunk": 4}, documents(40), ""),
         ({"press": "decoding:knorm", "target_size": 8}, texts(9, 40), "lower compression_interval"),

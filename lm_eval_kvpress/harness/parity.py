@@ -7,14 +7,15 @@ second copy in memory, no second load, and no line of ours between the checkpoin
 afterwards, on the same weights in their new basis, under the press with ratio 0.
 
 All differences are in nats per token, so that one tolerance serves: the rounding of the largest logit, so many times
-as `ROUNDINGS` says. Generated texts are compared token by token; where they part, the difference is how much less
-likely our own scores hold the other token to be, which is nothing at a tie.
+as `ROUNDINGS` says. Generated texts are compared token by token; where they part, the difference is how much lower the
+other token's score is, which is nothing at a tie.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,12 +24,16 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_kvpress.engine.logits_processors import processors_for
+from lm_eval_kvpress.engine.outcomes import GenerationSettings
+from lm_eval_kvpress.harness.generation_arguments import generation_settings
 from lm_eval_kvpress.harness.parity_requests import (
     MAX_LENGTH,
     generation_requests,
     loglikelihood_requests,
     rolling_requests,
 )
+from lm_eval_kvpress.harness.tokenization import encode_prompts
 from lm_eval_kvpress.presses.spec import PressSpec
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -194,7 +199,7 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
     documents = zip(stock.rolling, ours.rolling, rolling_requests(), strict=True)
     by_document = [abs(a - b) / _num_tokens(lm, request.args[0]) for a, b, request in documents]
     texts = zip(generation_requests(lm.max_length), stock.texts, ours.texts, strict=True)
-    by_text = [text_gap(lm, request.args[0], *pair, stops=request.args[1]["until"]) for request, *pair in texts]
+    by_text = [text_gap(lm, request.args[0], *pair, request.args[1]) for request, *pair in texts]
     flags = zip(stock.loglikelihood, ours.loglikelihood, strict=True)
     return ParityCertificate(
         press=press,
@@ -208,10 +213,14 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
     )
 
 
-def text_gap(lm: HFLM, prompt: str, text: str, other: str, *, stops: Sequence[str] = ()) -> float:
-    """How much less likely ``lm`` holds one of two greedy texts where they part, in nats; 0 for equal texts.
+def text_gap(lm: HFLM, prompt: str, text: str, other: str, gen_kwargs: Mapping[str, Any]) -> float:
+    """How much lower the score of one of two greedy texts is where they part; 0 for equal texts.
 
-    Where one text goes on and the other has ended, the end is a token too: the end of text, or a stop string's first.
+    Scores are those that greedy decoding compares: logits, after the checkpoint's penalties and bans. Where one text
+    goes on and the other has ended, the end is a token too: one that ends a text, or a stop string's first.
+
+    Args:
+        gen_kwargs: with which both were generated.
     """
     if text == other:
         return 0.0
@@ -220,13 +229,27 @@ def text_gap(lm: HFLM, prompt: str, text: str, other: str, *, stops: Sequence[st
     common = next((place for place, (a, b) in pairs if a != b), None)
     if common is None:
         return float("inf")  # of the same tokens, and yet another text
-    ends = [lm.eot_token_id, *(lm.tok_encode(stop, add_special_tokens=False)[0] for stop in stops if stop)]
+    settings, until = generation_settings(lm, dict(gen_kwargs))
+    ends = [*settings.stop_ids, *(lm.tok_encode(stop, add_special_tokens=False)[0] for stop in until if stop)]
     choices = [[tokens[common]] if common < len(tokens) else ends for tokens in (first, second)]
-    context = lm.tok_encode(prompt) + first[:common]
-    requests = [(("", ""), context, [token]) for tokens in choices for token in tokens]
-    scores = [score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
-    one, another = scores[: len(choices[0])], scores[len(choices[0]) :]
-    return min(abs(a - b) for a in one for b in another)
+    (context,) = encode_prompts(lm, [prompt])
+    scores = _next_scores(lm, context, first[:common], settings)
+    return min(_gap(scores[a], scores[b]) for a in choices[0] for b in choices[1])
+
+
+@torch.inference_mode()
+def _next_scores(lm: HFLM, context: Sequence[int], new: Sequence[int], settings: GenerationSettings) -> list[float]:
+    """By token id, the logits of the token after a prompt and its new tokens, as they are compared."""
+    ids = torch.tensor([[*context, *new]], device=lm.device)
+    logits = lm.model(ids).logits[:, -1].float()
+    process = processors_for(settings.options, context, settings.max_new_tokens, lm.device)
+    scores: list[float] = process(ids, logits)[0].tolist()
+    return scores
+
+
+def _gap(score: float, other: float) -> float:
+    """Their difference; infinite for a token that is banned."""
+    return abs(score - other) if math.isfinite(score) and math.isfinite(other) else math.inf
 
 
 def worst(differences: Sequence[float]) -> float:

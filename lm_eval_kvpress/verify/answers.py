@@ -26,6 +26,9 @@ from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.subject import Subject, score_pairs
 
+GENERATED = {"until": list[str](), "max_gen_toks": 8}
+"""How the batches check generates."""
+
 NUM_ASKED = 8
 """New tokens of the text whose length is checked, at most."""
 
@@ -69,7 +72,7 @@ def check_batches(subject: Subject) -> Check:
             found = _answer(subject, press, batch_size=batch_size, backwards=True)
             differences = [abs(a - b) for a, b in zip(found.per_token, reference.per_token, strict=True)]
             texts = zip(reference.prompts, reference.texts, found.texts, strict=True)
-            differences += [text_gap(subject.lm, *pair) for pair in texts]
+            differences += [text_gap(subject.lm, *pair, GENERATED) for pair in texts]
             figure = worst(differences) if exact else sum(differences) / len(differences)
             what = f"{press}: batch {batch_size} against 1, {'largest' if exact else 'mean'}, nats per token"
             parts.append(Part(what, figure, subject.tolerance))
@@ -97,7 +100,7 @@ def _answer(subject: Subject, press: str, *, batch_size: int, backwards: bool) -
     documents = [subject.lm.tok_decode(subject.different_tokens(n, seed=n)) for n in (length, length // 3, length // 2)]
     rolled = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", documents)[turn], disable_tqdm=True)[turn]
     prompts = [subject.lm.tok_decode(subject.different_tokens(n, seed=n)) for n in (length // 3, 20, length // 4, 60)]
-    texts = lm.generate_until(_requests("generate_until", prompts, _until(8))[turn], disable_tqdm=True)[turn]
+    texts = lm.generate_until(_requests("generate_until", prompts, GENERATED)[turn], disable_tqdm=True)[turn]
     per_token = [score / len(tokens) for score, (_, tokens) in zip(scores, pairs, strict=True)]
     per_token += [score / len(lm.tok_encode(document)) for score, document in zip(rolled, documents, strict=True)]
     return _Answers(per_token, prompts, texts)

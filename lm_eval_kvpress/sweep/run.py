@@ -53,8 +53,8 @@ def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore)
     _remind_of_baseline(cells)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = load_model(of_driver(settings))
-    checkpoint = checkpoint_hashes(model.lm)
-    store.begin(tasks, {**checkpoint, **hashes_of_statistics(presses_of(settings, cells))})
+    checkpoint = {**checkpoint_hashes(model.lm), **hashes_of_statistics(presses_of(settings, cells))}
+    store.begin(tasks, checkpoint)
     with (
         _says_what_is_complete(cells, store),
         closing(launch(settings, model, checkpoint)) as workers,

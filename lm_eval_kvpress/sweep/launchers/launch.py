@@ -26,7 +26,7 @@ def launch(settings: SweepSettings, model: SweepModel, checkpoint: Mapping[str, 
 
     Args:
         model: loaded in this process.
-        checkpoint: hashes of it, which those of every worker must equal.
+        checkpoint: hashes of it and of statistics that presses read, which those of every worker must equal.
 
     Raises:
         UsageError: if workers do not start, or differ from this process.

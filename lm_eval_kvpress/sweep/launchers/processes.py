@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from lm_eval_kvpress.errors import UsageError, one_line
+from lm_eval_kvpress.sweep.cells import cells_of, presses_of
 from lm_eval_kvpress.sweep.model import load_model
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.workers.crew import Done, Event, Lost, Ready, Refused
@@ -116,7 +117,7 @@ def serve(pipe: Connection, settings: SweepSettings, num_threads: int) -> None:
     try:
         worker = Worker(load_model(settings))
         torch.manual_seed(settings.seed)
-        pipe.send(Ready(worker.facts()))
+        pipe.send(Ready(worker.facts(presses_of(settings, cells_of(settings)))))
         while True:
             for answered in worker.answer(pipe.recv()):
                 pipe.send(answered)

@@ -155,7 +155,7 @@ class Crew:
 
 
 def checker(versions: Mapping[str, str], checkpoint: Mapping[str, str]) -> Callable[[WorkerFacts], None]:
-    """Return a check that a worker has the packages and the checkpoint of this process.
+    """Return a check that a worker has the packages, the checkpoint and the files of statistics of this process.
 
     Raises:
         UsageError: by the check, in one line that names what differs.
@@ -171,7 +171,7 @@ def checker(versions: Mapping[str, str], checkpoint: Mapping[str, str]) -> Calla
         if differ:
             raise UsageError(
                 f"the worker on {facts.host} differs in {', '.join(differ)}, and answers are never mixed: give every "
-                "machine the same packages and checkpoint"
+                "machine the same packages, checkpoint and statistics"
             )
 
     return check

@@ -63,7 +63,7 @@ class WorkerFacts:
     Attributes:
         host: its machine.
         versions: of the packages on which answers depend.
-        checkpoint: a hash of each part, as `harness.identity.checkpoint_hashes` has it.
+        checkpoint: a hash of each part, as `harness.identity.checkpoint_hashes` has it, and of each file of statistics.
         free_bytes: of its GPU; None on a CPU.
         record: entries of a run's record that are about where it was computed.
     """

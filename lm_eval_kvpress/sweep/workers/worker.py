@@ -15,6 +15,8 @@ from lm_eval_kvpress.engine.batching import in_halves
 from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.harness.statistics import hashes_of_statistics
+from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.workers.jobs import Answered, Job, WorkerFacts
@@ -34,14 +36,18 @@ class Worker:
         self._model, self._sessions = model, dict[str, Session]()
         self._num_tokens_before = 0
 
-    def facts(self) -> WorkerFacts:
-        """Say with what it answers."""
+    def facts(self, presses: Iterable[PressSpec]) -> WorkerFacts:
+        """Say with what it answers.
+
+        Args:
+            presses: of all cells; some read statistics from files.
+        """
         lm = self._model.lm
         record = lm.describe()
         return WorkerFacts(
             host=socket.gethostname(),
             versions=all_versions(),
-            checkpoint=checkpoint_hashes(lm),
+            checkpoint={**checkpoint_hashes(lm), **hashes_of_statistics(presses)},
             free_bytes=free_bytes(lm.press_model.device),
             record={key: record[key] for key in OF_THE_PLACE},
         )

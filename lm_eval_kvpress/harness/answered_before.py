@@ -1,7 +1,8 @@
 """Answers that an earlier run gave: how many of a run's figures they are in, and what is not known of them.
 
 lm-eval's ``--use_cache`` hands out its answers without asking the model, which sees the other requests alone. Finished
-documents of ``stream_output`` come with all that was counted of them, but not with their times.
+documents of ``stream_output`` come with all that was counted of them, but not with their times. A sweep that goes on
+has the times of all batches, but of a document in windows only those since.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from lm_eval_kvpress.harness.ranks import RankFacts
 
 OF_THE_CACHE = "what was kept for the {} requests answered from use_cache, and how long they took, is not known"
 OF_THE_STREAM = "the {} documents that stream_output held are in every figure but the times"
+OF_THE_SWEEP = (
+    "{} windows were answered by an earlier call of the sweep: they are in every figure and in the times of batches, "
+    "but in no latency and no record of a document"
+)
 IN_OTHER_BATCHES = (
     "documents that were left met other neighbours in their batches: their losses differ by rounding, up to 1e-5 nats, "
     "from those of a run without interruption, and max_stream_bytes is of other batches (batch_size=1: no difference)"
@@ -45,8 +50,11 @@ def answered_before(facts: RankFacts, *, is_batched: bool) -> dict[str, Any]:
         notes.append(OF_THE_STREAM.format(num_resumed))
         if is_batched:
             notes.append(IN_OTHER_BATCHES)
+    if facts.num_untimed_windows:
+        notes.append(OF_THE_SWEEP.format(facts.num_untimed_windows))
     return {
         "requests_from_use_cache": num_cached,
         "documents_from_stream_output": num_resumed,
+        "windows_from_earlier_calls": facts.num_untimed_windows,
         "notes": notes,
     }

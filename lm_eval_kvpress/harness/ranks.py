@@ -28,12 +28,14 @@ class RankFacts:
         records: of batches and requests. Seconds are of one device each, so rates are per device.
         num_ranks: number of ranks.
         num_from_cache: requests that lm-eval answered from its cache, of which nothing else is known.
+        num_untimed_windows: windows of documents that no record of a request covers.
     """
 
     totals: Mapping[str, TaskTotals]
     records: RunRecords
     num_ranks: int = 1
     num_from_cache: int = 0
+    num_untimed_windows: int = 0
 
 
 def merge(ranks: Sequence[RankFacts]) -> RankFacts:
@@ -45,7 +47,13 @@ def merge(ranks: Sequence[RankFacts]) -> RankFacts:
         for task, own in rank.totals.items():
             totals.setdefault(task, TaskTotals()).merge(own)
         records.merge(rank.records)
-    return RankFacts(totals, records, sum(rank.num_ranks for rank in ranks), sum(rank.num_from_cache for rank in ranks))
+    return RankFacts(
+        totals,
+        records,
+        num_ranks=sum(rank.num_ranks for rank in ranks),
+        num_from_cache=sum(rank.num_from_cache for rank in ranks),
+        num_untimed_windows=sum(rank.num_untimed_windows for rank in ranks),
+    )
 
 
 class Repeated(Protocol):

@@ -41,6 +41,7 @@ class Session:
         max_length: tokens of a context with its continuation, at most.
         totals: what was kept and scored so far, by task.
         num_from_cache: requests that lm-eval answered from its cache so far.
+        num_stored_windows: windows whose answers were taken from disk so far, whoever computed them.
         gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
         num_ranks: processes that answer for this one, if others do.
     """
@@ -50,13 +51,17 @@ class Session:
     max_length: int
     totals: TotalsByTask = field(default_factory=new_totals)
     num_from_cache: int = 0
+    num_stored_windows: int = 0
     gathered: RankFacts | None = None
     num_ranks: int = 1
 
     @property
     def own_facts(self) -> RankFacts:
         """What this process did, or others for it."""
-        return RankFacts(self.totals, self.runner.meter.records, self.num_ranks, self.num_from_cache)
+        records = self.runner.meter.records
+        num_timed = sum(one.num_batches for one in records.requests if one.request_type == "loglikelihood_rolling")
+        num_untimed = max(0, self.num_stored_windows - num_timed)
+        return RankFacts(self.totals, records, self.num_ranks, self.num_from_cache, num_untimed)
 
     @property
     def facts(self) -> RankFacts:

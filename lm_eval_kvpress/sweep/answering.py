@@ -43,6 +43,8 @@ class CellAnswering:
             if not self._workers.answers_all:
                 yield from dict.fromkeys(requests.requests).items()
                 continue
+            if requests.splits_requests:
+                self._run.session.num_stored_windows += len(keys)
             stored = self._run.store.answers.outcomes()
             outcomes = {item: stored[key] for item, key in enumerate(keys)}
             requests.record_totals(outcomes, self._run.session.totals)

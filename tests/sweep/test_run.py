@@ -189,6 +189,35 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_figures(
     assert_same(tmp_path, whole)
 
 
+def test_a_record_says_which_windows_no_requests_time_covers(
+    whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, num_calls, num_stored = Answers.add, 0, dict[str, int]()
+
+    def dying(answers: Answers, outcomes: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 5:
+            raise Killed
+        add(answers, outcomes)
+        num_stored[answers.file.parent.name] = len(answers.keys())
+
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, presses="none,knorm", ratios="0.5")
+    arguments[arguments.index("--tasks") + 1] = "sweep_rolling"
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add", dying)
+        with pytest.raises(Killed):
+            command.main(arguments)
+    assert command.main(arguments) == 0
+    for name, (results, _) in results_of(tmp_path).items():
+        record = results["config"]["kvpress"]
+        assert record["answered_before"]["windows_from_earlier_calls"] == num_stored[name] > 0
+        (note,) = record["answered_before"]["notes"]
+        assert note.startswith(f"{num_stored[name]} windows were answered by an earlier call")
+    of_whole = [results["config"]["kvpress"]["answered_before"] for results, _ in results_of(whole).values()]
+    assert not any(before["windows_from_earlier_calls"] for before in of_whole)
+
+
 def test_damaged_answers_are_named_in_one_line_and_made_again(
     whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

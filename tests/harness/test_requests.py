@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval_requests import generation_requests, ours, rolling_requests, text
 
 from lm_eval_kvpress.engine.contexts import Context
@@ -87,6 +88,26 @@ def test_an_empty_document_scores_nothing(checkpoint_dir: Path) -> None:
     (score,) = ours(checkpoint_dir).loglikelihood_rolling(requests, disable_tqdm=True)
     assert isinstance(score, RollingScore)
     assert (float(score), score.num_tokens) == (0.0, 0)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"press": "knorm"}, {"press": "knorm", "short_context": "shrink"}])
+def test_an_empty_text_has_the_prefix_token_alone_before_its_answer(
+    checkpoint_dir: Path, arguments: dict[str, str]
+) -> None:
+    """As by stock for scores; a text is that of transformers' generate from that token."""
+    lm = ours(checkpoint_dir, **arguments)
+    stock = HFLM(str(checkpoint_dir), device="cpu", batch_size=1)
+    pairs = [Instance("loglikelihood", {}, ("", answer), 0, ("t", 0, 1)) for answer in (" the geese", text(0, 30))]
+    scored = zip(lm.loglikelihood(pairs, disable_tqdm=True), stock.loglikelihood(pairs, disable_tqdm=True), strict=True)
+    for (found, is_greedy), (expected, was_greedy) in scored:
+        assert found == pytest.approx(expected, abs=1e-4) and is_greedy == was_greedy
+    asked = {"until": [], "max_gen_toks": 6}
+    (found_text,) = lm.generate_until([Instance("generate_until", {}, ("", asked), 0, ("g", 0, 0))], disable_tqdm=True)
+    first = torch.tensor([[lm.prefix_token_id]])
+    ids = stock.model.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=6, do_sample=False)
+    assert found_text == stock.tok_decode(ids[0, 1:].tolist()) != ""
+    (score,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0, ("r", 0, 0))], True)
+    assert float(score) == 0.0
 
 
 def test_one_token_and_no_sinks_leave_nothing_to_shrink(checkpoint_dir: Path) -> None:

@@ -12,23 +12,32 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError, one_line
 
-COMMANDS = ("lm_eval", "lm-eval", "lm-eval-kvpress")
-PACKAGES = ("lm_eval", "lm_eval_kvpress")
+LM_EVALS, OURS = ("lm_eval", "lm-eval"), ("lm-eval-kvpress",)
+"""Names of commands."""
 
 logger = logging.getLogger("lm_eval_kvpress")
 
 
 def is_a_command(program: str) -> bool:
     """Whether ``program``, a ``sys.argv[0]``, is lm-eval's command line or ours, as a script or by ``python -m``."""
+    return is_lm_evals_command(program) or _is(program, OURS, package="lm_eval_kvpress")
+
+
+def is_lm_evals_command(program: str) -> bool:
+    """Whether it is lm-eval's."""
+    return _is(program, LM_EVALS, package="lm_eval")
+
+
+def _is(program: str, names: Sequence[str], *, package: str) -> bool:
     path = Path(program)
-    return path.name.removesuffix(".exe") in COMMANDS or (path.name == "__main__.py" and path.parent.name in PACKAGES)
+    return path.name.removesuffix(".exe") in names or (path.name == "__main__.py" and path.parent.name == package)
 
 
 class UsageErrorsInOneLine:
@@ -46,11 +55,25 @@ class UsageErrorsInOneLine:
             discard_output()
 
 
+CLOSED = "the standard output is closed: leave it open, or have it written to a file"
+
+
 class ClosedOutput(io.TextIOBase):
     """The standard output of a command that was started without one (``>&-``), for which Python has None."""
 
     def write(self, text: str, /) -> int:
-        raise UsageError("the standard output is closed: leave it open, or have it written to a file")
+        raise UsageError(CLOSED)
+
+
+def refuse_closed_output() -> None:
+    """Say before the work that figures would be printed nowhere, as by lm-eval's command, which would not notice.
+
+    Raises:
+        UsageError: if this process is that command, and its standard output is closed.
+    """
+    is_closed = sys.stdout is None or isinstance(sys.stdout, ClosedOutput)
+    if is_closed and is_lm_evals_command(sys.argv[0]):
+        raise UsageError(CLOSED)
 
 
 def open_output() -> None:

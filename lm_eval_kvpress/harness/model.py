@@ -51,6 +51,7 @@ from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.statistics import check_statistics
 from lm_eval_kvpress.harness.task_needs import DEFAULT_CHECKPOINTS
 from lm_eval_kvpress.harness.tokenization import lend_tokenizer
+from lm_eval_kvpress.harness.unsaved import end_on_unsaved_results
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -84,6 +85,7 @@ class KVPress(CheckedHFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         show_usage_errors_in_one_line()  # here too: an lm-eval that scans entry points needs no start-up file
         share_log_handlers("lm_eval")
+        end_on_unsaved_results()
         note_document_ids()
         settings, hflm_arguments = parse_arguments(arguments)
         self._ignored = ignored_arguments(arguments)

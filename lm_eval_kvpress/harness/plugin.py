@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from lm_eval_kvpress.harness import task_needs
 from lm_eval_kvpress.harness.argument_names import check_names
-from lm_eval_kvpress.harness.command_line import show_usage_errors_in_one_line
+from lm_eval_kvpress.harness.command_line import refuse_closed_output, show_usage_errors_in_one_line
 
 TaskPath = str | PathLike[str]
 
@@ -98,8 +98,8 @@ def _with_tokenizer(metadata: Any) -> Any:
 
 
 def check_arguments() -> None:
-    """Have lm-eval's command refuse misspelt arguments of our models, and tasks that lack something, once it has parsed
-    them. RULER finds the tokenizer of the model.
+    """Have lm-eval's command refuse misspelt arguments of our models, tasks that lack something, and a closed output,
+    once it has parsed them. RULER finds the tokenizer of the model.
 
     Raises:
         KeyError: if lm-eval parses its command line in another way than in 0.4.13; arguments are then checked when the
@@ -116,6 +116,7 @@ def check_arguments() -> None:
     def from_cli_and_check(cls: type[EvaluatorConfig], *args: Any, **kwargs: Any) -> EvaluatorConfig:
         config: EvaluatorConfig = from_cli(cls, *args, **kwargs)
         if getattr(config, "model", None) in MODELS and isinstance(getattr(config, "model_args", None), dict):
+            refuse_closed_output()
             arguments = cast("dict[str, Any]", config.model_args)
             check_names(arguments)
             config.metadata = task_needs.prepared(config.model, arguments, config.metadata, _names(config.tasks))

@@ -7,15 +7,14 @@ that nobody sees. Here such an error ends the sweep. Knows lm-eval's results. Do
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.loggers import EvaluationTracker, WandbLogger, evaluation_tracker
+from lm_eval.loggers import EvaluationTracker, WandbLogger
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.unsaved import tracker_errors
 
 Samples = Mapping[str, Sequence[Any]]
 
@@ -29,7 +28,7 @@ def write_results(tracker: EvaluationTracker, results: dict[str, Any], samples: 
     Raises:
         UsageError: in one line, if they are not whole on disk.
     """
-    with _errors_of_tracker() as errors:
+    with tracker_errors() as errors:
         tracker.save_results_aggregated(results=results, samples=samples)
         for task in results["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
@@ -56,29 +55,6 @@ def log_to_wandb(arguments: dict[str, Any], results: dict[str, Any], samples: di
     except Exception as error:  # noqa: BLE001 (any error of a service)
         return f"logging to Weights & Biases failed ({type(error).__name__}: {' '.join(str(error).split())})"
     return ""
-
-
-@contextmanager
-def _errors_of_tracker() -> Iterator[list[str]]:
-    """Collect what lm-eval's tracker swallows: it logs a warning, then the error at the level of information."""
-    logger, errors = evaluation_tracker.eval_logger, list[str]()
-    warned = False
-
-    def note(record: logging.LogRecord) -> bool:
-        nonlocal warned
-        if warned:
-            errors.append(record.getMessage())
-        warned = record.levelno >= logging.WARNING
-        return not warned
-
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(note)
-    try:
-        yield errors
-    finally:
-        logger.removeFilter(note)
-        logger.setLevel(level)
 
 
 def _problem(tracker: EvaluationTracker, results: Mapping[str, Any], samples: Samples) -> str:

@@ -153,6 +153,13 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_found_out_by_its_ids(
             getattr(lm, type)([Instance(type, {}, arguments, 0, ("t", 0, 1))], disable_tqdm=True)
 
 
+def test_a_protocol_without_windows_asks_for_none(checkpoint_dir: Path) -> None:
+    """Held-back tokens that leave no window under rolling=prefix are no matter to rolling=one_pass."""
+    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", rolling="one_pass", query_tokens=64, max_length=64)
+    (score,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the cold river",), 0, ("t", 0, 0))])
+    assert score < 0
+
+
 def test_max_length_beyond_the_trained_positions_needs_an_opt_in(checkpoint_dir: Path) -> None:
     with pytest.raises(UsageError, match="allow_extrapolation=true"):
         KVPress(pretrained=str(checkpoint_dir), device="cpu", max_length=1_000_000)

@@ -6,6 +6,7 @@ hook, its exit status; only the seconds of importing are saved. Does not know wh
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import resource
@@ -103,6 +104,7 @@ def _become(command: list[str], out: str, err: str, max_file_bytes: int | None) 
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         status = 1
+    atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -14,8 +14,6 @@ VERDICTS: tuple[Verdict, ...] = ("held", "one line", "traceback", "silent", "hun
 well, and figures or files differ. No line: it failed without a traceback and without a message of the kind meant."""
 
 STARTS = ("error: ", "lm-eval-kvpress ")
-NOT_SAVED = "Could not save"
-"""lm-eval's own message, of a run that prints its figures and ends with 0."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,6 @@ def judged(ended: Ended, contents: Callable[[], Any], expected: Any) -> tuple[Ve
     try:
         found = contents()
     except (OSError, ValueError, KeyError) as error:
-        if NOT_SAVED in ended.stderr:
-            return "one line", NOT_SAVED
         return "silent", f"{type(error).__name__}: {error}"
     return ("held", ended.last_line) if found == expected else ("silent", f"other {difference(found, expected)}")
 

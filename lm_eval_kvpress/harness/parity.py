@@ -199,7 +199,7 @@ def compare(stock: Answers, lm: HFLM, press: str) -> ParityCertificate:
     documents = zip(stock.rolling, ours.rolling, rolling_requests(), strict=True)
     by_document = [abs(a - b) / _num_tokens(lm, request.args[0]) for a, b, request in documents]
     texts = zip(generation_requests(lm.max_length), stock.texts, ours.texts, strict=True)
-    by_text = [text_gap(lm, request.args[0], *pair, request.args[1]) for request, *pair in texts]
+    by_text = [text_gap(lm, request.args[0], text, other, request.args[1]) for request, text, other in texts]
     flags = zip(stock.loglikelihood, ours.loglikelihood, strict=True)
     return ParityCertificate(
         press=press,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -58,6 +57,5 @@ def test_results_that_lm_eval_cannot_save_are_one_line_after_its_figures(checkpo
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
     assert "|kvpress_recall|" in result.stdout
     line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: results or samples are not whole on disk (") and "results" in line
+    assert line.startswith("error: results or samples are not whole on disk (NotADirectoryError(")
     assert result.stderr.count("Could not save") == 2
-    assert json.dumps(str(tmp_path / "results"))[1:-1] in line

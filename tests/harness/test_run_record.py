@@ -34,9 +34,13 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
 
 
 @pytest.mark.parametrize("rolling", [{}, {"rolling": "stream", "stream_budget": 80}])
-def test_the_record_fits_the_schema(checkpoint_dir: Path, rolling: dict[str, Any]) -> None:
+def test_the_record_fits_the_schema(
+    checkpoint_dir: Path, rolling: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     schema = json.loads((ROOT / "docs" / "results.schema.json").read_text(encoding="utf-8"))
-    lm = ours(checkpoint_dir, press="streaming_llm", max_length=128, parity=not rolling, **rolling)
+    with caplog.at_level("INFO"):
+        lm = ours(checkpoint_dir, press="streaming_llm", max_length=128, parity=not rolling, **rolling)
+    assert ("parity: ratio 0 gives stock HFLM's answers to" in caplog.text) == (not rolling)
     lm.loglikelihood_rolling(rolling_requests()[1:3], disable_tqdm=True)
     lm.generate_until(generation_requests(until=[], max_gen_toks=3)[:2] * (not rolling), disable_tqdm=True)
     record = json.loads(json.dumps(lm.describe()))

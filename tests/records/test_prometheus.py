@@ -36,8 +36,12 @@ def scraped(port: int) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_what_is_served_is_what_the_summary_says(checkpoint_dir: Path, free_port: int) -> None:
-    lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", press="knorm", metrics_port=free_port)
+def test_what_is_served_is_what_the_summary_says(
+    checkpoint_dir: Path, free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", press="knorm", metrics_port=free_port)
+    assert f"live figures at http://127.0.0.1:{free_port}/metrics" in caplog.text
     context = "the cold river ran past an old mill " * 10
     lm.loglikelihood([Instance("loglikelihood", {}, (context, " geese"), 0, ("t", 0, 1))], disable_tqdm=True)
     lm.generate_until(

@@ -1,12 +1,14 @@
 """Commands in processes of their own, forked from a server (`server`) that has imported the libraries already.
 
 A command is lm-eval's or ours, by its name and arguments. It behaves as started by a shell: its `sys.argv`, its error
-hook, its exit status; only the seconds of importing are saved. Does not know what a command is for.
+hook, its exit status; only the seconds of importing are saved. Linux only: processor time is read off /proc. Does not
+know what a command is for.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import resource
@@ -22,6 +24,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["scripts.studies.faults.server"])
 
 TIMEOUT_SEC = 300
+POLL_SEC = 0.02
 HUNG = "hung: no end after"
 
 
@@ -31,11 +34,12 @@ class Ended:
 
     Attributes:
         status: its exit status, negative for a signal.
+        cpu_sec: processor time that it took, which other programs of the machine do not change.
         stdout, stderr: what it printed.
     """
 
     status: int
-    seconds: float
+    cpu_sec: float
     stdout: str
     stderr: str
 
@@ -50,35 +54,48 @@ class Ended:
 
 
 def run(
-    command: Sequence[str], log: Path, *, kill_after_sec: float | None = None, max_file_bytes: int | None = None
+    command: Sequence[str], log: Path, *, kill_after_cpu_sec: float = math.inf, max_file_bytes: int | None = None
 ) -> Ended:
     """Run a command to its end.
 
     Args:
         log: the start of the names of two files, in which its output stays.
-        kill_after_sec: when it gets SIGKILL; never if it has ended before.
+        kill_after_cpu_sec: when it gets SIGKILL; never if it has ended before.
         max_file_bytes: the size at which every file of it is full.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     out, err = (log.with_name(f"{log.name}.{ending}") for ending in ("out", "err"))
-    started = time.monotonic()
     process = SERVER.Process(target=_become, args=(list(command), str(out), str(err), max_file_bytes))
     process.start()
-    process.join(kill_after_sec or TIMEOUT_SEC)
-    status = _status(process, err, is_killed=kill_after_sec is not None)
-    seconds = time.monotonic() - started
-    return Ended(status, seconds, *(file.read_text(errors="replace") if file.exists() else "" for file in (out, err)))
-
-
-def _status(process: BaseProcess, err: Path, *, is_killed: bool) -> int:
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        if not is_killed:
-            with err.open("a") as stream:
-                stream.write(f"\n{HUNG} {TIMEOUT_SEC} s\n")
+    cpu_sec = _watch(process, kill_after_cpu_sec, err)
     assert process.exitcode is not None
-    return process.exitcode
+    printed = (file.read_text(errors="replace") if file.exists() else "" for file in (out, err))
+    return Ended(process.exitcode, cpu_sec, *printed)
+
+
+def _watch(process: BaseProcess, kill_after_cpu_sec: float, err: Path) -> float:
+    """Wait for a process to end, or end it; return the processor time that it took."""
+    cpu_sec, deadline = 0.0, time.monotonic() + TIMEOUT_SEC
+    while process.exitcode is None:
+        process.join(POLL_SEC)
+        cpu_sec = max(cpu_sec, _cpu_sec(process))
+        is_hung = time.monotonic() > deadline
+        if process.exitcode is None and (cpu_sec >= kill_after_cpu_sec or is_hung):
+            process.kill()
+            process.join()
+            if is_hung:
+                with err.open("a") as stream:
+                    stream.write(f"\n{HUNG} {TIMEOUT_SEC} s\n")
+    return cpu_sec
+
+
+def _cpu_sec(process: BaseProcess) -> float:
+    """So far, in user and kernel mode; 0 once it has ended."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _become(command: list[str], out: str, err: str, max_file_bytes: int | None) -> None:

@@ -39,7 +39,7 @@ class Undisturbed:
     """
 
     folder: Path
-    seconds: float
+    cpu_sec: float
     contents: Any
     num_bytes: int
 
@@ -55,26 +55,26 @@ def undisturbed(kind: Run, folder: Path) -> Undisturbed:
     if ended.status:
         raise RuntimeError(f"{shlex.join(kind.command(place))} fails without a fault: {ended.last_line}")
     num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return Undisturbed(place, ended.seconds, kind.contents(place), num_bytes)
+    return Undisturbed(place, ended.cpu_sec, kind.contents(place), num_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------------- kills
 
 
 def kills(references: Mapping[str, Undisturbed], folder: Path, num_each: int) -> Trials:
-    """Kill each kind of run at moments spread over its seconds, and start it again."""
+    """Kill each kind of run at moments spread over its processor time, and start it again."""
     for kind in RUNS:
         for number in range(num_each):
             name, reference = f"{kind.name} {number + 1}", references[kind.name]
-            moment_sec = reference.seconds * (number + random.Random(name).random()) / num_each
+            moment_sec = reference.cpu_sec * (number + random.Random(name).random()) / num_each
             yield name, functools.partial(_kill, kind, name, folder / _slug(name), moment_sec, reference)
 
 
 def _kill(kind: Run, name: str, place: Path, moment_sec: float, reference: Undisturbed) -> Trial:
-    run(kind.command(place), _log(place, "killed"), kill_after_sec=moment_sec)
+    run(kind.command(place), _log(place, "killed"), kill_after_cpu_sec=moment_sec)
     again = run(kind.command(place), _log(place, "again"))
     verdict, detail = judged(again, lambda: kind.contents(place), reference.contents)
-    return Trial("killed", name, verdict, f"after {moment_sec:.1f} s: {detail}")
+    return Trial("killed", name, verdict, f"after {moment_sec:.1f} of {reference.cpu_sec:.1f} s of CPU: {detail}")
 
 
 # ----------------------------------------------------------------------------------------------------- damaged files
@@ -94,7 +94,7 @@ def damages(references: Mapping[str, Undisturbed], folder: Path, num: int) -> Tr
 def _damage(kind: Run, state: str, name: str, place: Path, reference: Undisturbed) -> Trial:
     draw = random.Random(name)
     if state == "killed":
-        run(kind.command(place), _log(place, "killed"), kill_after_sec=reference.seconds * draw.uniform(0.6, 0.95))
+        run(kind.command(place), _log(place, "killed"), kill_after_cpu_sec=reference.cpu_sec * draw.uniform(0.6, 0.95))
     else:
         shutil.copytree(reference.folder, place)
     sound = _report(place) if state == "reported" else ""

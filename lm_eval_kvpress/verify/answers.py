@@ -21,8 +21,9 @@ from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.harness.parity import text_gap, worst
+from lm_eval_kvpress.harness.parity import worst
 from lm_eval_kvpress.harness.plugin import tasks_path
+from lm_eval_kvpress.harness.text_gap import text_gap
 from lm_eval_kvpress.verify.check import Check, Part
 from lm_eval_kvpress.verify.subject import Subject, score_pairs
 

@@ -11,7 +11,6 @@ import torch
 from conftest import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm_eval_kvpress.harness.parity import text_gap
 from lm_eval_kvpress.verify import dense_reference
 from lm_eval_kvpress.verify.answers import _sure_tokens, check_records, check_refusals
 from lm_eval_kvpress.verify.check import Check
@@ -96,39 +95,3 @@ def test_contexts_of_the_batches_check_repeat_no_token(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_a_million_positions_refuses_one_more(tmp_path: Path) -> None:
     assert not failed(check_refusals(subject_of(llama(max_position_embeddings=2**20), tmp_path)))
-
-
-UNTIL: dict[str, Any] = {"until": [], "max_gen_toks": 8}
-
-
-def test_a_tie_between_going_on_and_ending_is_no_difference(tmp_path: Path) -> None:
-    lm = subject_of(llama(), tmp_path).lm
-    prompt, text = "the cold river", " ran past"
-    longer = text + " an old mill"
-    (following,) = lm.tok_encode(longer, add_special_tokens=False)[len(lm.tok_encode(text)) :][:1]
-    with torch.no_grad():
-        lm.model.lm_head.weight[lm.eot_token_id] = lm.model.lm_head.weight[following]
-    assert text_gap(lm, prompt, text, longer, UNTIL) == pytest.approx(0, abs=1e-5)
-    assert text_gap(lm, prompt, longer, text, UNTIL) == pytest.approx(0, abs=1e-5)
-    with torch.no_grad():
-        lm.model.lm_head.weight[lm.eot_token_id] *= -1
-    gap = text_gap(lm, prompt, text, longer, UNTIL)
-    assert 0.05 < gap < float("inf")
-
-
-def test_a_tie_under_a_repetition_penalty_is_no_difference(tmp_path: Path) -> None:
-    """Of two tokens whose penalized scores tie, one stands in the prompt."""
-    lm = subject_of(llama(), tmp_path).lm
-    prompt, texts = "the cold river ran past an old mill", [" ran past old", " ran past geese"]
-    repeated, new = (lm.tok_encode(text, add_special_tokens=False)[-1] for text in texts)
-    context = lm.tok_encode(prompt + " ran past")
-    assert repeated in context and new not in context
-    penalty, weights = 1.3, lm.model.lm_head.weight
-    with torch.no_grad():
-        logit = lm.model(torch.tensor([context])).logits[0, -1, new]
-        weights[repeated] = weights[new] * (penalty if logit > 0 else 1 / penalty)
-    assert text_gap(lm, prompt, *texts, UNTIL) > 0.01
-    lm.model.generation_config.repetition_penalty = penalty
-    assert text_gap(lm, prompt, *texts, UNTIL) == pytest.approx(0, abs=1e-5)
-    lm.model.generation_config.suppress_tokens = [new]
-    assert text_gap(lm, prompt, *texts, UNTIL) == float("inf")

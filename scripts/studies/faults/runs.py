@@ -54,7 +54,7 @@ def _sweep_contents(folder: Path) -> dict[str, Any]:
 
 def _stream_command(folder: Path) -> list[str]:
     arguments = (
-        f"{MODEL},press=knorm,rolling=stream,stream_budget=128,stream_chunk=256,stream_output={folder / 'losses'}"
+        f"{MODEL},press=knorm,rolling=stream,stream_budget=256,stream_chunk=128,stream_output={folder / 'losses'}"
     )
     return [
         *("lm_eval", "--model", "pythia-kvpress", "--model_args", arguments, "--tasks", "kvpress_story"),

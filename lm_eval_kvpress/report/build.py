@@ -12,7 +12,7 @@ from lm_eval_kvpress.report.columns import Column, table_columns
 from lm_eval_kvpress.report.contents import Entry, Report, ReportRow, ReportTable
 from lm_eval_kvpress.report.loss_curves import Curve, LossFolders
 from lm_eval_kvpress.report.marks import Mark, row_marks
-from lm_eval_kvpress.report.notices import table_notices
+from lm_eval_kvpress.report.notices import shared_arguments, table_notices
 from lm_eval_kvpress.report.ranking import rank_tables
 from lm_eval_kvpress.report.result_files import read_results
 from lm_eval_kvpress.report.rows import Row
@@ -57,6 +57,7 @@ def _table_contents(
         documents=_documents(table),
         num_documents=dict(table.documents),
         notices=table_notices(table, curves),
+        shared_arguments=shared_arguments(table),
         columns=columns,
         shown_columns=[column for column in columns if _is_shown(column, table, all_metrics=all_metrics)],
         rows=[
@@ -78,6 +79,7 @@ def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], 
         cell=row.cell,
         press=row.press,
         arguments=row.arguments,
+        own_arguments=row.own_arguments,
         series=row.series,
         amount="" if row.cell is None else _amount(row.cell.press),
         is_baseline=row.is_baseline,

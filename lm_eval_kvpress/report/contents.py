@@ -61,7 +61,8 @@ class ReportRow:
     Attributes:
         cell: None for a baseline that nobody ran.
         arguments: of the press, with the seeds if they tell rows apart.
-        series: the press and its arguments except how much it keeps.
+        own_arguments: those of them that rows of the same press differ in.
+        series: the press and what tells it apart, except how much it keeps.
         amount: how much the press was asked to keep, in words.
         entries: by the key of the column.
         curves: perplexity over the position, for streams.
@@ -70,6 +71,7 @@ class ReportRow:
     cell: Cell | None
     press: str
     arguments: str
+    own_arguments: str
     series: str
     amount: str
     is_baseline: bool
@@ -85,7 +87,7 @@ class ReportRow:
     @property
     def details(self) -> str:
         """What stands behind the name of the press where a table has one line per row."""
-        return "; ".join(detail for detail in ("baseline" if self.is_baseline else "", self.arguments) if detail)
+        return "; ".join(detail for detail in ("baseline" if self.is_baseline else "", self.own_arguments) if detail)
 
     def number(self, key: str) -> float | None:
         """The value in a column if it can be plotted."""
@@ -100,6 +102,7 @@ class ReportTable:
         number: from 1.
         heading, protocol, documents: what all rows share, in words.
         num_documents: by task.
+        shared_arguments: of presses, in one line, which the names in rows leave out; one of the notices.
         columns: with every metric.
         shown_columns: those of tables for people.
         rows: the baseline first.
@@ -112,6 +115,7 @@ class ReportTable:
     documents: str
     num_documents: Mapping[str, int | None]
     notices: Sequence[str]
+    shared_arguments: str
     columns: Sequence[Column]
     shown_columns: Sequence[Column]
     rows: Sequence[ReportRow]

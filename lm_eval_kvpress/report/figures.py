@@ -95,7 +95,7 @@ def _position_figure(table: ReportTable, task: str, stem: Path) -> list[Path]:
     for row in table.rows:
         for curve in row.curves:
             if curve.task == task:
-                name = _plain(f"{row.press} {row.arguments}".strip())
+                name = _plain(f"{row.press} {row.own_arguments}".strip())
                 axes.plot(curve.ends, curve.perplexities, "k-" if row.is_baseline else "-", label=name)
     axes.set_xscale("log", base=2)
     return _save(figure, axes, stem, "position in tokens", f"{task} perplexity")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lm_eval_kvpress.report.formatting import first_names
 from lm_eval_kvpress.report.loss_curves import Curve
+from lm_eval_kvpress.report.rows import joined
 from lm_eval_kvpress.report.speeds import MIN_BATCHES, MIN_TOKENS, MIN_VALUES
 from lm_eval_kvpress.report.tables import Table
 
@@ -18,6 +19,7 @@ def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str,
     """The notices of a table; ``curves`` are those of each row."""
     return (
         *_protocol(table),
+        *filter(None, [shared_arguments(table)]),
         *_limited(table),
         *_averages(table),
         *_unscored(table),
@@ -37,6 +39,13 @@ def _protocol(table: Table) -> Iterator[str]:
             "Stock lm-eval scores each window in one forward, in which no press can change a figure. This is another "
             "protocol than this package's: do not compare across tables."
         )
+
+
+def shared_arguments(table: Table) -> str:
+    """What the names of presses in the table leave out, as one line; empty if nothing."""
+    shared = {row.press: row.shared_arguments for row in table.rows if row.shared_arguments}
+    listed = "; ".join(f"{press} ({joined(pairs)})" for press, pairs in shared.items())
+    return f"Arguments that all rows of a press share: {listed}." if listed else ""
 
 
 def _limited(table: Table) -> Iterator[str]:
@@ -95,8 +104,8 @@ def _withheld(table: Table) -> Iterator[str]:
     if num_runs:
         yield (
             f"Speeds of {num_runs} of {len(table.cells)} runs are not shown. A rate needs {MIN_BATCHES} batches and "
-            f"{MIN_TOKENS} tokens after warm-up, a median {MIN_VALUES} requests, and both an interval and the name of "
-            "the machine in the results."
+            f"{MIN_TOKENS} tokens after warm-up, a median {MIN_BATCHES} batches and {MIN_VALUES} requests, and both an "
+            "interval and the name of the machine in the results."
         )
 
 

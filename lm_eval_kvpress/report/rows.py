@@ -21,6 +21,7 @@ class Row:
         cell: None for a baseline that nobody ran.
         num_older, num_newer: files of the same setting that this row stands for.
         seeds: named if they are not those of all rows of the table.
+        shared_arguments: that all rows of this press in the table have, budgets aside; a notice names them once.
         has_same_answers: whether every logged answer is the baseline's; None where they cannot be compared.
     """
 
@@ -29,6 +30,7 @@ class Row:
     num_older: int = 0
     num_newer: int = 0
     seeds: Pairs = ()
+    shared_arguments: Pairs = ()
     differences: Mapping[MetricKey, Difference] = field(default_factory=dict)
     has_same_answers: bool | None = None
 
@@ -39,15 +41,23 @@ class Row:
     @property
     def arguments(self) -> str:
         """Arguments of the press, and seeds, as text."""
-        pairs = () if self.cell is None else self.cell.press.arguments
-        return _joined((*pairs, *self.seeds))
+        return joined(self._pairs)
+
+    @property
+    def own_arguments(self) -> str:
+        """What tells the row from others of its press, how much is removed aside."""
+        return joined(pair for pair in self._pairs if pair not in self.shared_arguments)
 
     @property
     def series(self) -> str:
-        """The press and its arguments except how much it keeps: a curve over the kept share joins such rows."""
-        pairs = () if self.cell is None else self.cell.press.arguments
-        rest = _joined(pair for pair in (*pairs, *self.seeds) if pair[0] not in BUDGETS)
+        """The press and what tells it apart, except how much it keeps: a curve over the kept share joins such rows."""
+        left_out = self.shared_arguments
+        rest = joined(pair for pair in self._pairs if pair[0] not in BUDGETS and pair not in left_out)
         return f"{self.press} {rest}".strip()
+
+    @property
+    def _pairs(self) -> Pairs:
+        return (*(() if self.cell is None else self.cell.press.arguments), *self.seeds)
 
     def metric(self, key: MetricKey) -> Metric | None:
         return None if self.cell is None else key.find(self.cell)
@@ -58,10 +68,21 @@ class Row:
 
 def build_rows(cells: Iterable[Cell]) -> list[Row]:
     """A row per press, seeds, tasks and machine, ordered by press and how much it removes."""
-    return sorted(_with_seeds(list(_without_repeats(cells))), key=_order)
+    rows = sorted(_with_seeds(list(_without_repeats(cells))), key=_order)
+    shared = {
+        press: _shared_arguments([row for row in rows if row.press == press]) for press in {r.press for r in rows}
+    }
+    return [replace(row, shared_arguments=shared[row.press]) for row in rows]
 
 
-def _joined(pairs: Iterable[tuple[str, str]]) -> str:
+def _shared_arguments(rows: Sequence[Row]) -> Pairs:
+    """The arguments that all rows of one press have, budgets aside: they say how much a row keeps."""
+    found = [row.cell.press.arguments for row in rows if row.cell]
+    return tuple(pair for pair in found[0] if pair[0] not in BUDGETS and all(pair in other for other in found))
+
+
+def joined(pairs: Iterable[tuple[str, str]]) -> str:
+    """Names and values as text."""
     return ", ".join(f"{name}={value}" for name, value in pairs)
 
 

@@ -1,8 +1,9 @@
 """Speeds of a results file that rest on enough to be shown.
 
-A rate over one batch of 29 tokens is the noise of a machine, not the speed of a press. A rate is shown if it has
-`MIN_BATCHES` batches and `MIN_TOKENS` tokens after warm-up, a median if it has `MIN_VALUES` requests, and either only
-with its interval and the name of the machine. Knows the record's parts alone.
+A rate over one batch of 29 tokens is the noise of a machine, not the speed of a press, and all requests of a batch wait
+together. A rate is shown if it has `MIN_BATCHES` batches and `MIN_TOKENS` tokens after warm-up, a median if it has
+`MIN_VALUES` requests of as many batches, and either only with its interval and the name of the machine. Knows the
+record's parts alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ MIN_BATCHES = 5
 MIN_TOKENS = 200
 MIN_VALUES = 5
 PHASES = {"prefill_tokens_per_sec": "prefill", "score_tokens_per_sec": "score", "decode_tokens_per_sec": "decode"}
-LATENCIES = ("ttft_sec", "tpot_sec")
+LATENCIES = {"ttft_sec": "prefill", "tpot_sec": "decode"}
+"""Median -> the phase whose batches it was taken from."""
 
 
 def parse_speed(throughput: Mapping[str, Any], machine: Mapping[str, Any] | None) -> Speed:
@@ -25,7 +27,11 @@ def parse_speed(throughput: Mapping[str, Any], machine: Mapping[str, Any] | None
     rates = {name: throughput.get(phase) or {} for name, phase in PHASES.items()}
     medians = {name: throughput.get(name) or {} for name in LATENCIES}
     enough = {name: _is_enough(part, num_batches=MIN_BATCHES, num_tokens=MIN_TOKENS) for name, part in rates.items()}
-    enough |= {name: _is_enough(part, num_values=MIN_VALUES) for name, part in medians.items()}
+    enough |= {
+        name: _is_enough(medians[name], num_values=MIN_VALUES)
+        and _is_enough(throughput.get(phase) or {}, num_batches=MIN_BATCHES)
+        for name, phase in LATENCIES.items()
+    }
     found = {name: _with_bounds(part, "tokens_per_sec") for name, part in rates.items()}
     found |= {name: _with_bounds(part, "p50") for name, part in medians.items()}
     shown = {name: one for name, one in found.items() if one is not None and enough[name] and machine}

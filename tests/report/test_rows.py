@@ -96,7 +96,18 @@ def test_a_series_joins_the_budgets_of_a_press(tmp_path: Path) -> None:
     for budget in (64, 128):
         file = write_results(tmp_path, "snapkv", 0.5, name=str(budget))
         amend(file, lambda content, budget=budget: content["config"]["kvpress"]["press"].update(kv_budget=budget))
-    assert {row.series for row in rows(tmp_path, "snapkv")} == {"snapkv window_size=64"}
-    assert [row.arguments for row in rows(tmp_path, "snapkv")] == [
-        f"kv_budget={budget}, window_size=64" for budget in (64, 128)
+    assert {row.series for row in rows(tmp_path, "snapkv")} == {"snapkv"}
+    assert [(row.arguments, row.own_arguments) for row in rows(tmp_path, "snapkv")] == [
+        (f"kv_budget={budget}, window_size=64", f"kv_budget={budget}") for budget in (64, 128)
     ]
+
+
+def test_an_argument_in_which_rows_of_a_press_differ_stays_in_their_names(tmp_path: Path) -> None:
+    for window in (32, 64):
+        file = write_results(tmp_path, "snapkv", 0.5, name=str(window))
+        given = {"kernel_size": 5, "window_size": window}
+        amend(file, lambda content, given=given: content["config"]["kvpress"]["press"].update(arguments=given))
+    found = rows(tmp_path, "snapkv")
+    assert [row.own_arguments for row in found] == ["window_size=32", "window_size=64"]
+    assert {row.shared_arguments for row in found} == {(("kernel_size", "5"),)}
+    assert [row.series for row in found] == ["snapkv window_size=32", "snapkv window_size=64"]

@@ -30,10 +30,17 @@ def test_a_rate_needs_batches_and_tokens(num_batches: int, num_tokens: int, is_s
     assert speed.withheld == (() if is_shown else ("decode_tokens_per_sec",))
 
 
-@pytest.mark.parametrize("num_values, shown", [(MIN_VALUES, 0.25), (1, None)])
-def test_a_median_needs_several_values(num_values: int, shown: float | None) -> None:
-    ttft = {"num_values": num_values, "p50": 0.25, "p50_low": 0.2, "p50_high": 0.3}
-    assert parse_speed({"ttft_sec": ttft}, MACHINE).ttft_sec == shown
+@pytest.mark.parametrize(
+    "num_values, num_batches, shown", [(MIN_VALUES, MIN_BATCHES, 0.25), (1, 9, None), (8, 1, None)]
+)
+def test_a_median_needs_several_values_of_several_batches(
+    num_values: int, num_batches: int, shown: float | None
+) -> None:
+    """The requests of one batch wait together: eight of them are one measurement."""
+    median = {"num_values": num_values, "p50": 0.25, "p50_low": 0.2, "p50_high": 0.3}
+    for name, phase in (("ttft_sec", "prefill"), ("tpot_sec", "decode")):
+        speed = parse_speed({name: median, phase: timed(500.0, num_batches=num_batches)}, MACHINE)
+        assert getattr(speed, name) == shown, name
 
 
 @pytest.mark.parametrize("machine", [None, {}])

@@ -51,8 +51,8 @@ class Rule:
         if self.field is not None:
             return _last_place_of(self._text_of(document), prompt)
         assert self.pattern is not None
-        matches = list(re.finditer(self.pattern, prompt))
-        return matches[-1].start() if matches else None
+        starts = [match.start() for match in re.finditer(self.pattern, prompt) if match.start() < len(prompt)]
+        return starts[-1] if starts else None
 
     def _text_of(self, document: Mapping[str, Any]) -> str:
         assert self.field is not None

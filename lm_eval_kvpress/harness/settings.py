@@ -145,10 +145,8 @@ class Settings:
         """
         if self.question_pattern is not None and self.question_field is not None:
             raise UsageError("question_pattern and question_field both say where the question begins: give one")
-        try:
-            re.compile(self.question_pattern or "")
-        except re.error as error:
-            raise UsageError(f"question_pattern={self.question_pattern} is no regular expression: {error}") from error
+        if self.question_pattern is not None:
+            _check_pattern(self.question_pattern)
         if not self.query_aware and self.query_tokens == 0:
             raise UsageError(
                 "query_tokens=0 feeds nothing after compression, and query_aware=false all of the question: leave one "
@@ -209,3 +207,16 @@ class Settings:
                 f"stream_budget={self.stream_budget} + stream_chunk={self.stream_chunk} exceed the {positions} "
                 "positions that the model was trained on: make one of them smaller"
             )
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse what is no regular expression, or is found everywhere: its last match would be the end of each prompt."""
+    try:
+        matches_nothing = re.search(pattern, "") is not None
+    except re.error as error:
+        raise UsageError(f"question_pattern={pattern} is no regular expression: {error}") from error
+    if matches_nothing:
+        raise UsageError(
+            f"question_pattern={pattern} is found everywhere, also where there is no text: give one that the question "
+            "begins with"
+        )

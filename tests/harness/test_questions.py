@@ -147,3 +147,18 @@ def test_every_row_has_one_rule_and_names_tasks_of_lm_eval() -> None:
 
 def _task_names(file: Path) -> list[str]:
     return re.findall(r"^task: *[\"']?([\w-]+(?:\.\w+)?)", file.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prompt", "start"),
+    [
+        ("Q:", "Q: a\nA: b\n\ntext Q: c", 16),  # an example's question, then the document's own
+        ("Q:", "Q: a", 0),
+        ("(?=Q:)", "text Q: c", 5),
+        (r"(?<=\n)", "text\n", None),  # an empty match at the very end is no question
+        ("Q:", "text q: c", None),
+        ("问题：", "上下文 问题：谁？ 问题：哪里？", 10),
+    ],
+)
+def test_the_last_match_begins_the_question(pattern: str, prompt: str, start: int | None) -> None:
+    assert Rule(pattern=pattern).start(prompt, {}) == start

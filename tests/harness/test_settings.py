@@ -46,3 +46,33 @@ def test_the_default_context_is_longer_than_what_is_held_back() -> None:
 def test_rolling_windows_over_max_length_are_refused(given: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="max_length=512"):
         parse_arguments(given)[0].rolling_window(512)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"question_pattern": "Question:", "question_field": "q"}, "both say where the question begins"),
+        ({"question_pattern": "Q(uestion"}, r"question_pattern=Q\(uestion is no regular expression"),
+        ({"question_pattern": "(Question:)?"}, "is found everywhere, also where there is no text"),
+        ({"question_pattern": "$"}, "is found everywhere"),
+        ({"question_pattern": ""}, "question_pattern= is empty"),
+        ({"query_tokens": 0}, "query_tokens=0 feeds nothing after compression"),
+        ({"press": "finch"}, "press=finch scores the context by the question"),
+    ],
+)
+def test_what_does_not_say_where_the_question_begins_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_arguments({"query_aware": False, **given})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_question_is_asked_for_by_what_needs_it() -> None:
+    with pytest.raises(UsageError, match="belong to query_aware=false and to press=finch: neither is asked for"):
+        parse_arguments({"question_pattern": "Question:"})
+    for given, needed_by in (
+        ({"query_aware": False}, "query_aware=false"),
+        ({"query_aware": True}, ""),  # as in a sweep over both
+        ({"press": "finch"}, "press=finch"),
+    ):
+        settings, _ = parse_arguments({"question_pattern": "(?=Question:)", **given})
+        assert settings.question_needed_by == needed_by

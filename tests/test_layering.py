@@ -25,9 +25,10 @@ is whole or absent, and print a table. None of these knows what the package is a
 MAY_IMPORT: dict[str, set[str]] = {
     "presses": set(),
     "cache": set(),
-    "report": set(),
+    "report": {"bootstrap"},
     "models": {"cache"},
-    "records": set(),
+    "records": {"bootstrap"},
+    "bootstrap": set(),
     "engine": {"presses", "cache", "models", "records"},
     "harness": {"presses", "cache", "models", "records", "engine", "recall"},
     "calibrate": {"presses", "models", "harness"},

@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.online_softmax import RunningSoftmax, column_ranges, rows_per_walk
-from lm_eval_kvpress.engine.scoring import Predictions, predict
+from lm_eval_kvpress.engine.outcomes import GenerationSettings, Prompt
+from lm_eval_kvpress.engine.scoring import BranchScore, Predictions, predict
 from lm_eval_kvpress.engine.turns import Turn
 from lm_eval_kvpress.models.pressable import PressableModel, logit_dtype
 from lm_eval_kvpress.records.fidelity import Fidelity
 
 
 class FullSide:
-    """The full cache's predictions for batches of contexts; those of the latest batch serve further presses.
+    """What the full cache predicts and generates for batches of contexts; the latest batch's serve further presses.
 
     Args:
         model: the model, presentable to kvpress.
@@ -39,6 +41,7 @@ class FullSide:
         assert compressor.press.is_none, f"press={compressor.press.name} leaves no full cache"
         self._model, self._compressor, self._autocast = model, compressor, autocast
         self._latest: tuple[Any, list[Predictions]] | None = None
+        self._latest_texts: tuple[Any, list[list[int]]] | None = None
 
     def predictions(self, contexts: Sequence[Context], turns: Sequence[Turn]) -> list[Predictions]:
         """The predictions of each turn. The caches are freed before this returns."""
@@ -50,6 +53,77 @@ class FullSide:
                 self._latest = key, [predict(self._model, turn.select(cache), turn.packs) for turn in turns]
         return self._latest[1]
 
+    def compared(
+        self,
+        scores: Sequence[Sequence[BranchScore]],
+        turns: Sequence[Turn],
+        full: Sequence[Predictions],
+        compressed: Sequence[Predictions],
+    ) -> list[list[BranchScore]]:
+        """The scores of each row, with how far each token is from the full cache's prediction."""
+        found = [list[Fidelity]() for _ in scores]
+        for turn, *sides in zip(turns, full, compressed, strict=True):
+            with self._autocast():
+                for row, branches in zip(turn.rows, compare(self._model, *sides), strict=True):
+                    found[row] += branches
+        return [
+            [replace(branch, fidelity=fidelity) for branch, fidelity in zip(*row, strict=True)]
+            for row in zip(scores, found, strict=True)
+        ]
+
+    def texts(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        decode: Callable[[CompressedBatch], list[list[int]]],
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, which ``decode`` produces from the full cache."""
+        key = tuple(prompts), settings
+        if self._latest_texts is None or self._latest_texts[0] != key:
+            with self._autocast():
+                batch = self._compressor.compress([prompt.context for prompt in prompts])
+                self._latest_texts = key, decode(batch)
+        return self._latest_texts[1]
+
+
+class FullDocuments:
+    """What the full cache predicts of documents that are streamed: one plain forward over each, up to the window.
+
+    Args:
+        model: the model, presentable to kvpress.
+        documents: token ids.
+        prefix_token: predicts each document's first token.
+        window: the most tokens of a forward; what comes later in a document has no full cache to compare with.
+    """
+
+    def __init__(
+        self, model: PressableModel, documents: Sequence[Sequence[int]], prefix_token: int, window: int
+    ) -> None:
+        self._model, self._documents, self._window = model, documents, window
+        rows = [torch.tensor([prefix_token, *document[:-1]][:window]) for document in documents]
+        with torch.inference_mode():  # (T, E) each
+            self._hidden = [model.hidden_states(row[None].to(model.device), use_cache=False)[0] for row in rows]
+
+    @torch.inference_mode()
+    def compared(self, index: int, hidden: torch.Tensor, first: int) -> Fidelity | None:
+        """Compare what predicts some tokens of a document, as far as they fit into the window.
+
+        Args:
+            index: of the document.
+            hidden: ``(n, E)``, of the stream.
+            first: place of the first of these tokens.
+        """
+        last = min(len(self._documents[index]), first + len(hidden), self._window)
+        if last <= first:
+            return None
+        sides = self._hidden[index][first:last], hidden[: last - first]
+        values = compare_states(self._model, *sides, torch.arange(last - first), self._targets(index, first, last))
+        kl, agrees, changes = values.T.tolist()
+        return Fidelity(tuple(kl), tuple(flag == 1 for flag in agrees), tuple(changes))
+
+    def _targets(self, index: int, first: int, last: int) -> torch.Tensor:
+        return torch.tensor(self._documents[index][first:last])
+
 
 @torch.inference_mode()
 def compare(model: PressableModel, full: Predictions, compressed: Predictions) -> list[list[Fidelity]]:
@@ -59,18 +133,30 @@ def compare(model: PressableModel, full: Predictions, compressed: Predictions) -
         one list per pack with one `Fidelity` per branch, in order.
     """
     assert torch.equal(full.sources, compressed.sources), "two sides of different tokens"
-    sources, targets = compressed.sources, compressed.layout.targets
-    values = torch.empty(len(targets), 3, dtype=torch.float64)
-    step = rows_per_walk(model)
-    for start in range(0, len(full.hidden), step):
-        rows = slice(start, start + step)
-        members = ((sources >= start) & (sources < start + step)).nonzero()[:, 0]
-        walk = _Walk(model, full.hidden[rows], compressed.hidden[rows])
-        values[members] = walk.over(sources[members] - start, targets[members])
+    values = compare_states(model, full.hidden, compressed.hidden, compressed.sources, compressed.layout.targets)
     return [
         [Fidelity(tuple(kl), tuple(flag == 1 for flag in agrees), tuple(changes)) for kl, agrees, changes in branches]
         for branches in compressed.layout.regroup(values)
     ]
+
+
+def compare_states(
+    model: PressableModel, full: torch.Tensor, compressed: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """KL, agreement and change of the log-probability of each token, ``(N, 3)`` in float64 on the CPU.
+
+    Args:
+        full, compressed: ``(P, E)``, hidden states before the head.
+        sources: ``(N,)``: the row that predicts each token.
+        targets: ``(N,)``: their ids.
+    """
+    values = torch.empty(len(targets), 3, dtype=torch.float64)
+    step = rows_per_walk(model)
+    for start in range(0, len(full), step):
+        members = ((sources >= start) & (sources < start + step)).nonzero()[:, 0]
+        walk = _Walk(model, full[start : start + step], compressed[start : start + step])
+        values[members] = walk.over(sources[members] - start, targets[members])
+    return values
 
 
 class _Walk:

@@ -92,6 +92,8 @@ class GenerationBatches:
             of_task.num_texts_at_limit += self._settings.hits_limit(outcome.ids)
             of_task.num_texts_compressed += outcome.num_compressions > 0
             of_task.num_decode_compressions += outcome.num_compressions
+            if outcome.fidelity is not None and not outcome.context.is_short:
+                of_task.text_fidelity.add(outcome.fidelity)
             of_task.max_decode_entries = max(of_task.max_decode_entries, outcome.max_entries)
 
 

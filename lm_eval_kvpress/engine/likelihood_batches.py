@@ -86,5 +86,5 @@ class LikelihoodBatches:
                 if is_first(group.context, task, seen):
                     totals[task].add_context(outcome.context)
             for member, branch in zip(group.members, outcome.branches, strict=True):
-                of_task, pressed = totals[self._ids[member].task], outcome.pressed
-                of_task.add_scores(branch.logprobs, pressed=pressed, fidelity=branch.fidelity)
+                id, pressed = self._ids[member], outcome.pressed
+                totals[id.task].add_scores(branch.logprobs, pressed=pressed, fidelity=branch.fidelity, doc_id=id.doc_id)

@@ -13,6 +13,7 @@ import torch
 
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.records.fidelity import Fidelity, TextFidelity
 from lm_eval_kvpress.records.meter import RequestId
 from lm_eval_kvpress.records.totals import ContextRecord
 
@@ -41,12 +42,14 @@ class Generated:
         context: what was kept of the prompt.
         num_compressions: how often a decoding press evicted entries before the last token.
         max_entries: the most entries per layer that the press found when it did.
+        fidelity: beside the full cache's text, where that is measured.
     """
 
     ids: tuple[int, ...]
     context: ContextRecord
     num_compressions: int = 0
     max_entries: int = 0
+    fidelity: TextFidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Streamed:
         num_pressed: how many of them, counted from the end, were scored after the first eviction.
         max_entries: the most entries per layer that a chunk was scored over.
         max_bytes: the most bytes that keys and values of all rows of its batch took.
+        first_pressed: place of the first token that may be scored after an eviction.
+        fidelity: of the tokens from there on that fit into the model's window, where that is measured.
     """
 
     losses: tuple[float, ...]
     num_pressed: int = 0
     max_entries: int = 0
     max_bytes: int = 0
+    first_pressed: int = 0
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,12 @@ class RollingBatches:
 
     def record_totals(self, outcomes: Mapping[int, Scored], totals: TotalsByTask) -> None:
         for item, (index, _) in enumerate(self._items):
-            of_task, outcome = totals[self._ids[index].task], outcomes[item]
+            id, outcome = self._ids[index], outcomes[item]
+            of_task = totals[id.task]
             if outcome.context is not None:
                 of_task.add_context(outcome.context)
             (branch,) = outcome.branches
-            of_task.add_scores(branch.logprobs, pressed=outcome.pressed, fidelity=branch.fidelity)
+            of_task.add_scores(branch.logprobs, pressed=outcome.pressed, fidelity=branch.fidelity, doc_id=id.doc_id)
 
 
 def _rolling_score(scored: Sequence[Scored]) -> RollingScore:

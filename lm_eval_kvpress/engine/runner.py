@@ -10,7 +10,6 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
@@ -20,19 +19,19 @@ from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
 from lm_eval_kvpress.engine.decoding import LogitsNotFiniteError, decode
-from lm_eval_kvpress.engine.fidelity import FullSide, compare
+from lm_eval_kvpress.engine.fidelity import FullDocuments, FullSide
 from lm_eval_kvpress.engine.not_finite import check_finite, not_finite
 from lm_eval_kvpress.engine.outcomes import Document, Generated, GenerationSettings, Prompt, Scored, Streamed
 from lm_eval_kvpress.engine.sampling import sampler_for
 from lm_eval_kvpress.engine.scoring import BranchScore, Pack, Predictions, predict
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
-from lm_eval_kvpress.engine.streaming import DocumentStream, stream
+from lm_eval_kvpress.engine.streaming import ChunkLosses, DocumentStream, stream
 from lm_eval_kvpress.engine.turns import Turn, turns_of
 from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.records.clock import Clock
-from lm_eval_kvpress.records.fidelity import Fidelity
+from lm_eval_kvpress.records.fidelity import Fidelity, text_fidelity
 from lm_eval_kvpress.records.meter import Meter, RequestId, RequestShare
 from lm_eval_kvpress.records.totals import ContextRecord
 
@@ -87,7 +86,7 @@ class Runner:
                 num_tokens = len(branch.logprobs)
                 shares.append(RequestShare(ids[member], len(group.context), num_tokens, context=record))
         self.meter.batch("loglikelihood", len(groups), shares)
-        return _scored(self._with_fidelity(scores, turns, full, predictions), batch.pressed, batch.records)
+        return _scored(self._compared(scores, turns, full, predictions), batch.pressed, batch.records)
 
     def score_windows(self, windows: Sequence[Window], ids: Sequence[RequestId]) -> list[Scored]:
         """Score the targets of windows that are all pressed, or all plain.
@@ -120,7 +119,7 @@ class Runner:
             for id, window, record in zip(ids, windows, records, strict=True)
         ]
         self.meter.batch("loglikelihood_rolling", len(windows), shares)
-        return _scored(self._with_fidelity(scores, turns, full, predictions), pressed, records)
+        return _scored(self._compared(scores, turns, full, predictions), pressed, records)
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
         """Continue prompts from their compressed caches.
@@ -128,6 +127,7 @@ class Runner:
         Raises:
             UsageError: for logits that are not finite.
         """
+        full = self._texts_over_full_cache(prompts, settings)
         self.meter.start()
         keeper, start = self._keeper(), time.perf_counter()
         with self._autocast():
@@ -143,9 +143,10 @@ class Runner:
         ]
         self.meter.batch("generate_until", len(prompts), shares, decoding_steps=self._graphs.newest)
         held = [(0, 0) if keeper is None else keeper.counts(index, len(row)) for index, row in enumerate(rows)]
+        fidelities = [None if full is None else text_fidelity(row, full[index]) for index, row in enumerate(rows)]
         return [
-            Generated(tuple(row), record, *counts)
-            for row, record, counts in zip(rows, batch.records, held, strict=True)
+            Generated(tuple(row), record, *counts, fidelity)
+            for row, record, counts, fidelity in zip(rows, batch.records, held, fidelities, strict=True)
         ]
 
     def _decode(
@@ -190,6 +191,7 @@ class Runner:
         on_tokens: Callable[[int, int], None] = lambda index, num_tokens: None,
         on_finished: Callable[[int, Streamed], None] = lambda index, outcome: None,
         keeps_finished: bool = False,
+        window: int = 0,
     ) -> list[Streamed]:
         """Stream documents of at least one token each, side by side.
 
@@ -199,10 +201,12 @@ class Runner:
             on_finished: called with a document's index and outcome as soon as it ends, while others go on.
             keeps_finished: whether a document is not streamed again once ``on_finished`` has it: if memory runs out,
                 the time of those that ended is recorded, and the others' time is no document's.
+            window: the most tokens of a forward, for the full cache's side of fidelity.
 
         Raises:
             UsageError: for a loss that is not finite.
         """
+        full = self._documents_over_full_cache(documents, prefix_token, window)
         self.meter.start()
         press_for = functools.lru_cache(maxsize=8)(lambda num_entries: self.compressor.press.build(num_entries))
         streams = [DocumentStream(document.tokens, plan) for document in documents]
@@ -211,10 +215,10 @@ class Runner:
         with self._autocast(), self.clock.phase("stream") as scored:
             try:
                 for step in stream(self.model, tokens, prefix_token, plan, press_for):
-                    for index, losses in zip(step.documents, step.losses, strict=True):
+                    for row, (index, losses) in enumerate(zip(step.documents, step.losses, strict=True)):
                         id = documents[index].id
                         self._check_finite(losses, f"document {id.doc_id} of task '{id.task}'", num_before=step.start)
-                        streams[index].add(step, losses)
+                        streams[index].add(step, losses, self._compared_chunk(full, step, row, plan))
                         scored["tokens"] += len(losses)
                         on_tokens(index, len(losses))
                         if streams[index].is_finished:
@@ -249,6 +253,31 @@ class Runner:
         """What the full cache predicts, where fidelity is measured: before the batch's clock runs."""
         return None if self._full_side is None else self._full_side.predictions(contexts, turns)
 
+    def _texts_over_full_cache(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[list[int]] | None:
+        """What the full cache generates under the same settings and draws, where fidelity is measured."""
+        if self._full_side is None:
+            return None
+        return self._full_side.texts(
+            prompts, settings, lambda batch: self._decode(batch, prompts, settings, None, time.perf_counter())[0]
+        )
+
+    def _documents_over_full_cache(
+        self, documents: Sequence[Document], prefix_token: int, window: int
+    ) -> FullDocuments | None:
+        if self._full_side is None:
+            return None
+        with self._autocast():
+            return FullDocuments(self.model, [document.tokens for document in documents], prefix_token, window)
+
+    def _compared_chunk(
+        self, full: FullDocuments | None, step: ChunkLosses, row: int, plan: StreamPlan
+    ) -> Fidelity | None:
+        """How far a row of a chunk is from the full cache's predictions, once entries were evicted."""
+        if full is None or step.start < plan.first_pressed:
+            return None
+        with self.clock.apart():
+            return full.compared(step.documents[row], step.hidden[row], step.start)
+
     def _score(
         self, cache: CompressedCache, turns: Sequence[Turn]
     ) -> tuple[list[Predictions], list[list[BranchScore]]]:
@@ -263,7 +292,7 @@ class Runner:
                 predictions.append(found)
         return predictions, scores
 
-    def _with_fidelity(
+    def _compared(
         self,
         scores: Sequence[Sequence[BranchScore]],
         turns: Sequence[Turn],
@@ -271,17 +300,9 @@ class Runner:
         compressed: Sequence[Predictions],
     ) -> Sequence[Sequence[BranchScore]]:
         """Add to the scores how far each token is from the full cache's prediction, where that is known."""
-        if full is None:
+        if full is None or self._full_side is None:
             return scores
-        found = [list[Fidelity]() for _ in scores]
-        for turn, *sides in zip(turns, full, compressed, strict=True):
-            with self._autocast():
-                for row, branches in zip(turn.rows, compare(self.model, *sides), strict=True):
-                    found[row] += branches
-        return [
-            [replace(branch, fidelity=fidelity) for branch, fidelity in zip(*row, strict=True)]
-            for row in zip(scores, found, strict=True)
-        ]
+        return self._full_side.compared(scores, turns, full, compressed)
 
     def _check_finite(self, logprobs: Sequence[float], what: str, *, num_before: int = 0) -> None:
         check_finite(logprobs, what, self.model, self.compressor.press.name, num_before=num_before)

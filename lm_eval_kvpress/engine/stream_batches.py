@@ -13,7 +13,8 @@ from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.outcomes import Document, Streamed
 from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
-from lm_eval_kvpress.records.loss_files import LossFiles
+from lm_eval_kvpress.records.fidelity import Fidelity
+from lm_eval_kvpress.records.loss_files import LossFiles, StoredLosses
 from lm_eval_kvpress.records.rolling_score import RollingScore
 from lm_eval_kvpress.records.totals import TotalsByTask
 
@@ -32,6 +33,7 @@ class StreamBatches:
         plan: how they are streamed.
         prefix_token: predicts each document's first token.
         loss_files: where finished documents are kept; they belong to one press and protocol.
+        window: the most tokens of a forward.
     """
 
     request_type, splits_requests = "loglikelihood_rolling", False
@@ -44,8 +46,10 @@ class StreamBatches:
         *,
         prefix_token: int,
         loss_files: LossFiles | None = None,
+        window: int = 0,
     ) -> None:
         self._documents, self._plan, self._prefix_token, self._files = documents, plan, prefix_token, loss_files
+        self._window = window
         self.requests: Sequence[int] = range(len(documents))
         found = {index: outcome for index in range(len(documents)) if (outcome := self._load(documents[index]))}
         self._members = sorted(range(len(documents)), key=lambda index: (index not in found, -self._num_tokens(index)))
@@ -76,7 +80,8 @@ class StreamBatches:
 
     def part(self, items: Sequence[int]) -> StreamBatches:
         """Its outcomes are saved by who asked for them, with `save`."""
-        part = StreamBatches([self._document(item) for item in items], self._plan, prefix_token=self._prefix_token)
+        documents = [self._document(item) for item in items]
+        part = StreamBatches(documents, self._plan, prefix_token=self._prefix_token, window=self._window)
         part._members, part._stored = list(range(len(items))), []
         return part
 
@@ -108,6 +113,7 @@ class StreamBatches:
                 on_tokens=count,
                 on_finished=save,
                 keeps_finished=self._files is not None,
+                window=self._window,
             )
         except (RuntimeError, MemoryError) as error:
             if memory.ran_out(error):
@@ -120,10 +126,17 @@ class StreamBatches:
 
     def record_totals(self, outcomes: Mapping[int, Streamed], totals: TotalsByTask) -> None:
         for item in sorted(outcomes, key=self._members.__getitem__):
-            outcome, of_task = outcomes[item], totals[self._document(item).id.task]
+            outcome, id = outcomes[item], self._document(item).id
+            of_task = totals[id.task]
             before, after = _logprobs(outcome)
             of_task.add_scores(before, pressed=False)
-            of_task.add_scores(after, pressed=True)
+            of_task.add_scores(
+                after,
+                pressed=True,
+                fidelity=outcome.fidelity,
+                doc_id=id.doc_id,
+                first_place=outcome.first_pressed,
+            )
             of_task.num_documents_resumed += item < len(self._stored) and bool(outcome.losses)
             of_task.max_stream_entries = max(of_task.max_stream_entries, outcome.max_entries)
             of_task.max_stream_bytes = max(of_task.max_stream_bytes, outcome.max_bytes)
@@ -138,13 +151,19 @@ class StreamBatches:
         if self._files is None:
             return None
         stored = self._files.load(document.id.task, document.tokens, str(document.id.doc_id))
-        return None if stored is None else Streamed(stored.losses, **stored.counts)
+        return None if stored is None else _streamed(stored)
 
     def _save(self, document: Document, outcome: Streamed) -> None:
         assert self._files is not None
         counts = asdict(outcome)
         losses = counts.pop("losses")
         self._files.save(document.id.task, document.tokens, str(document.id.doc_id), losses, counts)
+
+
+def _streamed(stored: StoredLosses) -> Streamed:
+    fidelity = stored.counts.get("fidelity")
+    of_tokens = None if fidelity is None else Fidelity(**{name: tuple(values) for name, values in fidelity.items()})
+    return Streamed(stored.losses, **{**stored.counts, "fidelity": of_tokens})
 
 
 def _logprobs(outcome: Streamed) -> tuple[list[float], list[float]]:

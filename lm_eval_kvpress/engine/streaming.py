@@ -29,6 +29,7 @@ from lm_eval_kvpress.engine.outcomes import Streamed
 from lm_eval_kvpress.engine.stream_eviction import Evictor, Scorer
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.models.pressable import PressableModel, masked, placeholder_mask
+from lm_eval_kvpress.records.fidelity import Fidelity
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class ChunkLosses:
         losses: negative log-likelihoods in nats, one list per row, shorter where a document ends.
         num_entries: entries per layer that the chunk was scored over, itself not counted.
         cache_bytes: bytes of keys and values of all layers and rows, read off the tensors after the step.
+        hidden: ``(B, C, E)``: what predicts the chunk's tokens, before the head; shorter rows are padded.
     """
 
     documents: list[int]
@@ -48,6 +50,7 @@ class ChunkLosses:
     losses: list[list[float]]
     num_entries: int
     cache_bytes: int
+    hidden: torch.Tensor
 
 
 class DocumentStream:
@@ -61,11 +64,14 @@ class DocumentStream:
     def __init__(self, tokens: Sequence[int], plan: StreamPlan) -> None:
         self._num_tokens, self._plan = len(tokens), plan
         self._losses: list[float] = []
+        self._fidelity = list[Fidelity]()
         self._max_entries = self._max_bytes = 0
 
-    def add(self, step: ChunkLosses, losses: Sequence[float]) -> None:
-        """Take in the document's own losses of a step."""
+    def add(self, step: ChunkLosses, losses: Sequence[float], fidelity: Fidelity | None = None) -> None:
+        """Take in the document's own losses of a step, and how far their predictions are from the full cache's."""
         self._losses += losses
+        if fidelity is not None:
+            self._fidelity.append(fidelity)
         self._max_entries = max(self._max_entries, step.num_entries)
         self._max_bytes = max(self._max_bytes, step.cache_bytes)
 
@@ -75,7 +81,14 @@ class DocumentStream:
 
     def outcome(self) -> Streamed:
         num_pressed = max(0, len(self._losses) - self._plan.first_pressed)
-        return Streamed(tuple(self._losses), num_pressed, self._max_entries, self._max_bytes)
+        return Streamed(
+            tuple(self._losses),
+            num_pressed,
+            self._max_entries,
+            self._max_bytes,
+            self._plan.first_pressed,
+            Fidelity.joined(self._fidelity) if self._fidelity else None,
+        )
 
 
 @torch.inference_mode()
@@ -113,7 +126,7 @@ def stream(
                 rotations.set(cache, num_cached)
             hidden = _forward(model, cache, chunk, cache.layers[0].begin + num_cached if plan.rotate else start)
             losses = _losses(model, hidden, [documents[index][start : start + plan.chunk] for index in order])
-            yield ChunkLosses(list(order), start, losses, num_cached, _num_bytes(cache))
+            yield ChunkLosses(list(order), start, losses, num_cached, _num_bytes(cache), hidden)
 
 
 def _seed(document: Sequence[int]) -> int:

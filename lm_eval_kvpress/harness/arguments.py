@@ -127,8 +127,6 @@ def _with_stream(settings: Settings, press_arguments: Mapping[str, Any], decodin
             if getattr(settings, name) is not None:
                 raise UsageError(f"{name} belongs to rolling=stream, not to rolling={settings.rolling}")
         return settings
-    if settings.fidelity:
-        raise UsageError("fidelity=true compares prefilled contexts, which rolling=stream has none of: leave it out")
     if decoding is not None:
         raise UsageError("rolling=stream compresses as it goes: name the press itself, without decoding")
     if settings.stream_budget is None:

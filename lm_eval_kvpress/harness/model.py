@@ -228,8 +228,11 @@ class KVPress(CheckedHFLM):
         return self._answer(generation_batches(self, self.session, requests), disable_tqdm, requests)
 
     def _loss_files(self) -> LossFiles | None:
-        folder = self.session.settings.stream_output
-        return None if folder is None else LossFiles(Path(folder), self._identity(), self.rank, self.world_size)
+        settings = self.session.settings
+        if settings.stream_output is None:
+            return None
+        compared = {"fidelity": True} if settings.fidelity else {}  # what was not compared is no part of such a run
+        return LossFiles(Path(settings.stream_output), self._identity() | compared, self.rank, self.world_size)
 
     def _answer(
         self, kinds: Sequence[RequestBatches[Any]], disable_tqdm: bool, requests: Sequence[Instance] = ()

@@ -137,7 +137,9 @@ def stream_batches(
     texts, ids = encode_documents(lm, requests), request_ids(requests)
     documents = [Document(tuple(tokens), id) for tokens, id in zip(texts, ids, strict=True)]
     plan = stream_plan(session.settings)
-    return StreamBatches(documents, plan, prefix_token=lm.prefix_token_id, loss_files=loss_files)
+    return StreamBatches(
+        documents, plan, prefix_token=lm.prefix_token_id, loss_files=loss_files, window=session.max_length
+    )
 
 
 def _windows(lm: HFLM, session: Session, tokens: Sequence[int]) -> Iterator[windows.Window]:

@@ -43,12 +43,14 @@ class Clock:
         self._device, self._is_cuda = device, device.type == "cuda"
         self._timings: list[PhaseTiming] = []
         self._hooks: list[Callable[[], float]] = []
+        self._apart_sec = 0.0
 
     @contextmanager
     def phase(self, name: str, *, num_tokens: int = 0) -> Iterator[Counter[str]]:
         """Time a block. Tokens that the block adds to the yielded counter's ``tokens`` count as well."""
         produced: Counter[str] = Counter(tokens=num_tokens)
         self._hooks.clear()
+        self._apart_sec = 0.0
         self._synchronize()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -58,9 +60,18 @@ class Clock:
         seconds = time.perf_counter() - start
         in_hooks = sum(measure() for measure in self._hooks)
         peak = torch.cuda.max_memory_allocated(self._device) if self._is_cuda else None
-        self._timings.append(PhaseTiming(name, seconds - in_hooks, produced["tokens"], peak))
+        self._timings.append(PhaseTiming(name, seconds - in_hooks - self._apart_sec, produced["tokens"], peak))
         if self._hooks:
             self._timings.append(PhaseTiming("press", in_hooks, produced["tokens"], peak))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave a block out of the time of the phase in which it runs."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self._apart_sec += time.perf_counter() - start
 
     def timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, its time recorded as ``press`` and not as the phase in which it runs."""

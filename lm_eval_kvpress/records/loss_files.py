@@ -31,10 +31,10 @@ logger = logging.getLogger("lm_eval_kvpress")
 
 
 class StoredLosses(NamedTuple):
-    """A finished document: its losses in nats, by position, and the counts that were saved with them."""
+    """A finished document: its losses in nats, by position, and what else was saved with them."""
 
     losses: tuple[float, ...]
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
 
 class LossFiles:
@@ -72,9 +72,11 @@ class LossFiles:
         return stored
 
     def save(
-        self, task: str, document: Sequence[int], name: str, losses: Sequence[float], counts: Mapping[str, int]
+        self, task: str, document: Sequence[int], name: str, losses: Sequence[float], counts: Mapping[str, Any]
     ) -> None:
-        """Save a finished document: its losses in nats, and counts by name. Once this returns, it is on disk.
+        """Save a finished document: its losses in nats, and what else is known of it, ready for JSON.
+
+        Once this returns, it is on disk.
 
         Raises:
             UsageError: in one line, if it cannot be written; the documents before are kept.
@@ -155,7 +157,7 @@ def lock_folder(folder: Path, rank: int = 0) -> FileLock:
     return lock
 
 
-def _checksum(table: str, counts: Mapping[str, int]) -> str:
+def _checksum(table: str, counts: Mapping[str, Any]) -> str:
     return checksum(table, json.dumps(dict(counts), sort_keys=True))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm_eval_kvpress.records.fidelity import Fidelity, FidelityTotals
+from lm_eval_kvpress.records.fidelity import Fidelity, FidelityTotals, TextFidelityTotals
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class TaskTotals:
         num_documents_resumed: documents whose losses an earlier run left on disk; not part of the summary, which is
             that of a run without interruption.
         fidelity: how far the tokens scored over compressed caches are from the full caches' predictions.
+        text_fidelity: how far texts are from the full cache's, those of contexts too short for the press left out.
         notes: what a reader must know of the press, and for how many contexts.
     """
 
@@ -141,6 +142,7 @@ class TaskTotals:
     max_stream_bytes: int = 0
     num_documents_resumed: int = 0
     fidelity: FidelityTotals = field(default_factory=FidelityTotals)
+    text_fidelity: TextFidelityTotals = field(default_factory=TextFidelityTotals)
     notes: Counter[str] = field(default_factory=Counter)
 
     def add_context(self, record: ContextRecord) -> None:
@@ -156,8 +158,21 @@ class TaskTotals:
         if num_question:
             self.num_question_tokens[num_question] += 1
 
-    def add_scores(self, logprobs: Sequence[float], *, pressed: bool, fidelity: Fidelity | None = None) -> None:
-        """Add the log-probabilities of scored tokens, in nats; their fidelity counts where a press acted."""
+    def add_scores(
+        self,
+        logprobs: Sequence[float],
+        *,
+        pressed: bool,
+        fidelity: Fidelity | None = None,
+        doc_id: int | None = None,
+        first_place: int = 0,
+    ) -> None:
+        """Add the log-probabilities of scored tokens, in nats; their fidelity counts where a press acted.
+
+        Args:
+            doc_id: lm-eval's number of their document.
+            first_place: how many tokens stand before the first one of ``fidelity``, after the context.
+        """
         total = math.fsum(logprobs)
         self.num_tokens += len(logprobs)
         self.loglikelihood += total
@@ -165,13 +180,13 @@ class TaskTotals:
             self.num_tokens_pressed += len(logprobs)
             self.loglikelihood_pressed += total
             if fidelity is not None:
-                self.fidelity.add(fidelity)
+                self.fidelity.add(fidelity, doc_id, first_place)
 
     def merge(self, other: TaskTotals) -> None:
         """Add the totals of other requests of the task."""
         for name, value in vars(other).items():
             own = getattr(self, name)
-            if isinstance(own, KeptTotals | FidelityTotals):
+            if isinstance(own, KeptTotals | FidelityTotals | TextFidelityTotals):
                 own.merge(value)
             elif isinstance(own, Counter):
                 own.update(value)
@@ -211,6 +226,7 @@ class TaskTotals:
             "max_stream_entries": self.max_stream_entries,
             "max_stream_bytes": self.max_stream_bytes,
             "fidelity": self.fidelity.summary(),
+            "text_fidelity": self.text_fidelity.summary(),
             "notes": dict(self.notes),
         }
 

@@ -12,6 +12,6 @@ The way of the data, and the modules that do each step:
     contents -> output        the writers `markdown`, `latex`, `html`, `data_files` and `figures`, with the templates
                               in `assets`; `command` picks them
 
-Reads what lm-eval 0.4 writes, with or without the facts that our models add. Imports nothing else of this package, and
-neither torch nor lm-eval, so that results can be compared on any machine.
+Reads what lm-eval 0.4 writes, with or without the facts that our models add. Of this package it imports the bootstrap
+alone, and neither torch nor lm-eval, so that results can be compared on any machine.
 """

@@ -14,7 +14,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lm_eval_kvpress.report.bootstrap import paired_intervals
+from lm_eval_kvpress.bootstrap import paired_intervals
 from lm_eval_kvpress.report.cell import Cell, Task
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.samples import Aggregation, DocumentKey, Samples, Scores, aggregation, read_samples

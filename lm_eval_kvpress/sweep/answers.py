@@ -20,7 +20,7 @@ from typing import Any
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
 from lm_eval_kvpress.engine.scoring import BranchScore
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.records.fidelity import Fidelity
+from lm_eval_kvpress.records.fidelity import Fidelity, TextFidelity
 from lm_eval_kvpress.records.totals import ContextRecord
 
 Outcome = Scored | Generated
@@ -155,6 +155,8 @@ def _encode(outcome: Outcome) -> str:
     values: dict[str, Any] = {"context": context}
     if isinstance(outcome, Generated):
         values |= {"ids": outcome.ids, "held": [outcome.num_compressions, outcome.max_entries]}
+        if outcome.fidelity is not None:
+            values |= {"fidelity": asdict(outcome.fidelity)}
     else:
         values |= {"branches": [_plain(branch) for branch in outcome.branches], "pressed": outcome.pressed}
     return json.dumps(values)
@@ -167,7 +169,9 @@ def _decode(text: str) -> Outcome:
         lists = {name: tuple(context[name]) for name in ("kept_per_layer", "notes")}
         context = ContextRecord(**{**context, **lists})
     if "ids" in values:
-        return Generated(tuple(values["ids"]), context, *values["held"])
+        fidelity = TextFidelity(**values["fidelity"]) if "fidelity" in values else None
+        num_compressions, max_entries = values["held"]
+        return Generated(tuple(values["ids"]), context, num_compressions, max_entries, fidelity)
     return Scored(tuple(_branch(*plain) for plain in values["branches"]), values["pressed"], context)
 
 

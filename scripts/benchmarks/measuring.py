@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lm_eval_kvpress.report.bootstrap import interval
+from lm_eval_kvpress.bootstrap import interval
 
 Thing = TypeVar("Thing", bound=Hashable)
 Result = TypeVar("Result")

@@ -23,9 +23,9 @@ import matplotlib
 import numpy as np
 import torch
 
+from lm_eval_kvpress.bootstrap import interval
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.loss_files import LossFiles
-from lm_eval_kvpress.report.bootstrap import interval
 from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks.streams import CHUNK, SETTINGS, Setting, first_books, steps_of
 

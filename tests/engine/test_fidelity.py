@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from references import (
     PRESSES,
     REROTATES,
     DenseReference,
+    Evicted,
     LlamaReference,
     NeoxReference,
     distinct_tokens,
@@ -32,9 +33,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import online_softmax
-from lm_eval_kvpress.engine.fidelity import compare
+from lm_eval_kvpress.engine.fidelity import FullDocuments, compare
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, Predictions, predict
+from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.engine.streaming import stream
 from lm_eval_kvpress.models.architectures import present
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.records.fidelity import Fidelity
@@ -123,15 +126,15 @@ def any_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(online_softmax, "TILE_ROWS", 5)
 
 
-def dense(full: Tensor, compressed: Tensor) -> Fidelity:
+def dense(full: Tensor, compressed: Tensor, targets: Sequence[int] = CONTINUATION) -> Fidelity:
     """From two tables of log-probabilities, ``(N, V)``."""
     kl = torch.nn.functional.kl_div(compressed, full, log_target=True, reduction="none").sum(dim=-1)
     agrees = full.argmax(dim=-1) == compressed.argmax(dim=-1)
-    places = range(len(CONTINUATION))
+    places = range(len(targets))
     return Fidelity(
         tuple(kl.tolist()),
         tuple(agrees.tolist()),
-        tuple((compressed - full)[places, CONTINUATION].tolist()),
+        tuple((compressed - full)[places, targets].tolist()),
     )
 
 
@@ -200,6 +203,29 @@ def test_more_eviction_of_what_is_attended_diverges_more(subject: Subject) -> No
         found = subject.fidelity(full, subject.predictions(kvpress.StreamingLLMPress(ratio, n_sink=1)))
         means.append(sum(found.kl) / len(found.kl))
     assert means == sorted(means) and means[0] < 1e-9 < means[1]
+
+
+def test_a_stream_equals_two_dense_forwards(subject: Subject) -> None:
+    """One eviction: 24 entries have been cached, of which the four first and the 16 newest stay."""
+    if isinstance(subject.reference, LlamaReference):
+        evicted = torch.zeros(3, 2, 24, dtype=torch.bool)
+    else:
+        evicted = torch.zeros(3, 4, 24, dtype=torch.bool)
+    evicted[:, :, 4:8] = True
+    document, plan = TOKENS[:32], StreamPlan(20, 8, rotate=False, num_hidden=16)
+    *_, last = stream(
+        subject.model, [document], 0, plan, lambda num: kvpress.StreamingLLMPress(1 - 20.5 / num, n_sink=4)
+    )
+    assert last.start == plan.first_pressed == 24
+    context, new = [0, *document[:24]], document[24:]
+    sides = [subject.reference.logprobs(context, new, hidden, 24) for hidden in (None, Evicted(evicted, 24))]
+    expected = dense(*sides, new)
+    for window, num_compared in ((32, 8), (28, 4), (24, 0)):
+        found = FullDocuments(subject.model, [document], 0, window).compared(0, last.hidden[0], last.start)
+        assert (found is None) == (num_compared == 0)
+        if found is not None:
+            assert found.agrees == expected.agrees[:num_compared] and max(found.kl) > 1e-3
+            assert largest_difference(found.kl, expected.kl[:num_compared]) < 1e-6
 
 
 def test_what_the_full_side_holds_impossible_has_no_weight(make_pressable: Callable[..., PressableModel]) -> None:

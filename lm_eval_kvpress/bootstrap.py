@@ -1,4 +1,4 @@
-"""Percentile bootstrap: the one bootstrap of reports, benchmarks and studies.
+"""Percentile bootstrap: the one bootstrap of records, reports, benchmarks and studies.
 
 Differences to a baseline are paired over documents. Both runs answered the same documents, so a resample draws
 documents and takes both runs' answers to each. A document that is hard is hard for both, which cancels. The intervals
@@ -49,6 +49,13 @@ def paired_intervals(
     else:
         low, high = np.quantile(differences, TAILS, axis=0)
     return low, high
+
+
+def share_interval(num: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of documents: resampling zeros and ones is drawing from a binomial distribution."""
+    shares = np.random.default_rng(SEED).binomial(total, num / total, NUM_RESAMPLES) / total
+    low, high = np.quantile(shares, TAILS)
+    return float(low), float(high)
 
 
 def interval(

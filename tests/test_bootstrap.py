@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import bootstrap
 
-from lm_eval_kvpress.report.bootstrap import NUM_RESAMPLES, interval, paired_intervals
+from lm_eval_kvpress.bootstrap import NUM_RESAMPLES, interval, paired_intervals
 
 
 def test_interval_equals_scipys_paired_bootstrap() -> None:

@@ -141,6 +141,16 @@ def amend(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return file
 
 
+def with_fidelity(file: Path, kl: float) -> None:
+    """Add to a file that was written what it would say of fidelity, with an interval around KL."""
+    facts: dict[str, Any] = {
+        **{"num_tokens": 10, "kl_mean": kl, "kl_mean_low": kl / 2, "kl_mean_high": 2 * kl, "kl_max": 3 * kl},
+        **{"top1_agreement": 1 - kl, "top1_agreement_low": None, "top1_agreement_high": None},
+        "by_position": [{"first": 1, "last": 1, "num_tokens": 10, "kl_mean": kl, "top1_agreement": 1 - kl}],
+    }
+    amend(file, lambda content: content["config"]["kvpress"]["tasks"]["recall"].update(fidelity=facts))
+
+
 def predict_only(folder: Path, press: str, **facts: Any) -> Path:
     """Write a run of `--predict_only`, where a placeholder stands for all metrics."""
 

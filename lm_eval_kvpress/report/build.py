@@ -8,12 +8,13 @@ from pathlib import Path
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.report.cell import BUDGETS, Press
-from lm_eval_kvpress.report.columns import Column, table_columns
+from lm_eval_kvpress.report.column import Column
+from lm_eval_kvpress.report.columns import table_columns
 from lm_eval_kvpress.report.contents import Entry, Report, ReportRow, ReportTable
 from lm_eval_kvpress.report.loss_curves import Curve, LossFolders
 from lm_eval_kvpress.report.marks import Mark, row_marks
 from lm_eval_kvpress.report.notices import shared_arguments, table_notices
-from lm_eval_kvpress.report.ranking import rank_tables
+from lm_eval_kvpress.report.ranking import column_key, rank_tables
 from lm_eval_kvpress.report.result_files import read_results
 from lm_eval_kvpress.report.rows import Row
 from lm_eval_kvpress.report.tables import Table, build_tables
@@ -41,7 +42,7 @@ def build_report(
         _table_contents(number, table, tables, losses, all_metrics) for number, table in enumerate(tables, start=1)
     ]
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return Report(title, date, __version__, rank_tables(contents, sort))
+    return Report(title, date, __version__, rank_tables(contents, sort), column_key(sort[0]) if sort else "")
 
 
 def _table_contents(
@@ -68,10 +69,13 @@ def _table_contents(
 
 
 def _is_shown(column: Column, table: Table, *, all_metrics: bool) -> bool:
-    """Whether a table for people has a column: leading metrics, and what any run of the table says."""
-    if column.metric is not None:
-        return column.is_main or all_metrics
-    return any(column.value(row) is not None for row in table.rows)
+    """Whether a table for people has a column: leading metrics, and what any run of the table says.
+
+    What became of answers stands beside fidelity, which asks the same.
+    """
+    if not (column.is_main or all_metrics or (column.metric is None and any(cell.fidelities for cell in table.cells))):
+        return False
+    return column.metric is not None or any(column.value(row) is not None for row in table.rows)
 
 
 def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], curves: tuple[Curve, ...]) -> ReportRow:
@@ -92,7 +96,10 @@ def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], 
 def _entry(column: Column, row: Row) -> Entry:
     value = column.value(row)
     difference = None if column.metric is None else row.difference(column.metric)
-    bounds = None if row.cell is None else dict(row.cell.speed.bounds).get(column.key)
+    if column.bounds is not None:
+        bounds = column.bounds(row)
+    else:
+        bounds = None if row.cell is None else dict(row.cell.speed.bounds).get(column.key)
     return Entry(value, column.kind, difference, bounds)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm_eval_kvpress.report.fidelity import Fidelity, Figure, Place, pooled, pooled_places
+
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
 BUDGETS = ("stream_budget", "kv_budget")  # arguments that say how many entries may stay
 Pairs = tuple[tuple[str, str], ...]
@@ -97,16 +99,6 @@ class Kept:
     max_stream_bytes: int
     num_tokens_generated: int | None = None
     num_texts_at_limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How far a task's tokens scored under the press are from the full cache's predictions; KL in nats per token."""
-
-    num_tokens: int
-    kl_mean: float
-    kl_max: float
-    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -278,22 +270,22 @@ class Cell:
         return [task.fidelity for task in self.tasks if task.fidelity is not None]
 
     @property
-    def kl_mean(self) -> float | None:
+    def kl(self) -> Figure | None:
         """KL from the full cache's predictions in nats, mean over the tokens of all tasks that measured it."""
-        return self._per_compared_token([fidelity.kl_mean for fidelity in self.fidelities])
+        return self._per_compared_token([fidelity.kl for fidelity in self.fidelities])
 
     @property
-    def top1_agreement(self) -> float | None:
+    def agreement(self) -> Figure | None:
         """Share of tokens for which both caches have the same most likely one, over all tasks that measured it."""
-        return self._per_compared_token([fidelity.top1_agreement for fidelity in self.fidelities])
+        return self._per_compared_token([fidelity.agreement for fidelity in self.fidelities])
 
-    def _per_compared_token(self, means: list[float]) -> float | None:
-        """The mean over tokens, of a mean per task."""
-        counts = [fidelity.num_tokens for fidelity in self.fidelities]
-        num_tokens = sum(counts)
-        if not num_tokens:
-            return None
-        return sum(mean * count for mean, count in zip(means, counts, strict=True)) / num_tokens
+    @property
+    def kl_places(self) -> tuple[Place, ...]:
+        """KL by place after the context, over the tokens of all tasks that measured it."""
+        return pooled_places(self.fidelities)
+
+    def _per_compared_token(self, figures: list[Figure]) -> Figure | None:
+        return pooled([fidelity.num_tokens for fidelity in self.fidelities], figures)
 
     def _per_text(self, sums: list[int | None]) -> float | None:
         """Mean over the texts of all tasks that say it."""

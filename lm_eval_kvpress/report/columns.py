@@ -1,72 +1,30 @@
-"""The columns of a table: what each takes from a row, in which unit, and what it means.
+"""The columns that a table has.
 
 Shares are fractions here and in data files. Bytes are per context, because sums over a task grow with its documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from lm_eval_kvpress.report.cell import Cell
+from lm_eval_kvpress.report.change_columns import CHANGES
+from lm_eval_kvpress.report.column import Column, of_cell
+from lm_eval_kvpress.report.fidelity_columns import FIDELITY
 from lm_eval_kvpress.report.formatting import Kind, Value, first_names
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.rows import Row
 from lm_eval_kvpress.report.tables import Table
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column.
-
-    Attributes:
-        key: its name in data files and for ``--sort``.
-        title, group: its title, and the task of a metric or the kind of its neighbours.
-        help: what it holds, in a sentence.
-        higher_is_better: None where neither is.
-        metric: set for columns of metrics, whose differences stand in the same place.
-        is_main: False for metrics that tables for people leave out without ``--all-metrics``.
-    """
-
-    key: str
-    title: str
-    group: str
-    kind: Kind
-    value: Callable[[Row], Value]
-    help: str
-    higher_is_better: bool | None = None
-    metric: MetricKey | None = None
-    is_main: bool = True
-
-    @property
-    def is_text(self) -> bool:
-        return self.kind is Kind.TEXT
-
-    @property
-    def heading(self) -> str:
-        return self.title if self.metric is None else f"{self.group} {self.title}"
-
-    @property
-    def arrow(self) -> str:
-        """The better direction of a metric."""
-        if self.metric is None or self.higher_is_better is None:
-            return ""
-        return "↑" if self.higher_is_better else "↓"
-
-
 def table_columns(table: Table) -> list[Column]:
     """The columns of a table in order, with every metric."""
     output = _OUTPUT if any(cell.tokens_per_text is not None for cell in table.cells) else ()
-    fidelity = _FIDELITY if any(cell.fidelities for cell in table.cells) else ()
-    return [*_CACHE, *fidelity, *(_metric_column(key, table) for key in table.metrics), *output, *_SPEED, *_TRUST]
+    fidelity = FIDELITY if any(cell.fidelities for cell in table.cells) else ()
+    metrics = [_metric_column(key, table) for key in table.metrics]
+    changes = [column for column in CHANGES if any(column.value(row) is not None for row in table.rows)]
+    return [*_CACHE, *fidelity, *metrics, *changes, *output, *_SPEED, *_TRUST]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
-
-
-def _of_cell(value: Callable[[Cell], Value]) -> Callable[[Row], Value]:
-    """What a cell says; missing for a baseline that nobody ran."""
-    return lambda row: None if row.cell is None else value(row.cell)
 
 
 def _parity(cell: Cell) -> str | None:
@@ -110,7 +68,7 @@ _CACHE = (
         "Removed",
         "Cache",
         Kind.SHARE,
-        _of_cell(lambda cell: cell.press.removed_asked),
+        of_cell(lambda cell: cell.press.removed_asked),
         "The fraction that compression_ratio asked to remove.",
     ),
     Column(
@@ -118,7 +76,7 @@ _CACHE = (
         "Kept",
         "Cache",
         Kind.SHARE,
-        _of_cell(lambda cell: cell.kept_share),
+        of_cell(lambda cell: cell.kept_share),
         "Measured: entries that could still be attended.",
     ),
     Column(
@@ -126,7 +84,7 @@ _CACHE = (
         "KV allocated",
         "Cache",
         Kind.BYTES,
-        _of_cell(lambda cell: cell.bytes_allocated),
+        of_cell(lambda cell: cell.bytes_allocated),
         "Bytes of keys and values that stay allocated, mean per context; of a stream, the most at once.",
         False,
     ),
@@ -135,29 +93,9 @@ _CACHE = (
         "KV effective",
         "Cache",
         Kind.BYTES,
-        _of_cell(lambda cell: cell.bytes_effective),
+        of_cell(lambda cell: cell.bytes_effective),
         "Bytes of the entries that can be attended, mean per context. Less than allocated under a masking press.",
         False,
-    ),
-)
-_FIDELITY = (
-    Column(
-        "kl_mean",
-        "KL",
-        "Fidelity",
-        Kind.METRIC,
-        _of_cell(lambda cell: cell.kl_mean),
-        "KL(full cache, compressed cache) in nats, mean over the tokens scored under the press.",
-        False,
-    ),
-    Column(
-        "top1_agreement",
-        "Same top token",
-        "Fidelity",
-        Kind.SHARE,
-        _of_cell(lambda cell: cell.top1_agreement),
-        "Share of these tokens for which both caches have the same most likely one.",
-        True,
     ),
 )
 _OUTPUT = (
@@ -166,7 +104,7 @@ _OUTPUT = (
         "Tokens per text",
         "Output",
         Kind.RATE,
-        _of_cell(lambda cell: cell.tokens_per_text),
+        of_cell(lambda cell: cell.tokens_per_text),
         "Mean length of generated texts, which compression often makes longer.",
     ),
     Column(
@@ -174,7 +112,7 @@ _OUTPUT = (
         "At the limit",
         "Output",
         Kind.SHARE,
-        _of_cell(lambda cell: cell.share_at_limit),
+        of_cell(lambda cell: cell.share_at_limit),
         "Share of generated texts that nothing but the allowed number of tokens ended.",
         False,
     ),
@@ -185,7 +123,7 @@ _SPEED = (
         "Prefill tok/s",
         "Speed",
         Kind.RATE,
-        _of_cell(lambda cell: cell.speed.prefill_tokens_per_sec),
+        of_cell(lambda cell: cell.speed.prefill_tokens_per_sec),
         "Prompt tokens prefilled per second, per device.",
         True,
     ),
@@ -194,7 +132,7 @@ _SPEED = (
         "Decode tok/s",
         "Speed",
         Kind.RATE,
-        _of_cell(lambda cell: cell.speed.decode_tokens_per_sec),
+        of_cell(lambda cell: cell.speed.decode_tokens_per_sec),
         "Tokens decoded per second, per device.",
         True,
     ),
@@ -203,7 +141,7 @@ _SPEED = (
         "TTFT",
         "Speed",
         Kind.SECONDS,
-        _of_cell(lambda cell: cell.speed.ttft_sec),
+        of_cell(lambda cell: cell.speed.ttft_sec),
         "Time to the first token, median.",
         False,
     ),
@@ -212,7 +150,7 @@ _SPEED = (
         "TPOT",
         "Speed",
         Kind.SECONDS,
-        _of_cell(lambda cell: cell.speed.tpot_sec),
+        of_cell(lambda cell: cell.speed.tpot_sec),
         "Time per output token after the first, median.",
         False,
     ),
@@ -221,7 +159,7 @@ _SPEED = (
         "Peak memory",
         "Speed",
         Kind.BYTES,
-        _of_cell(lambda cell: cell.speed.peak_memory_bytes),
+        of_cell(lambda cell: cell.speed.peak_memory_bytes),
         "The most that was allocated on the CUDA device.",
         False,
     ),
@@ -232,7 +170,7 @@ _TRUST = (
         "Left whole",
         "Trust",
         Kind.COUNT,
-        _of_cell(lambda cell: cell.num_uncompressed),
+        of_cell(lambda cell: cell.num_uncompressed),
         "Contexts that were left uncompressed, being shorter than the press needs.",
     ),
     Column(
@@ -240,7 +178,7 @@ _TRUST = (
         "Parity",
         "Trust",
         Kind.TEXT,
-        _of_cell(_parity),
+        of_cell(_parity),
         "Whether ratio 0 gave stock lm-eval's answers (parity=true).",
     ),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lm_eval_kvpress.report.cell import Cell
-from lm_eval_kvpress.report.columns import Column
+from lm_eval_kvpress.report.column import Column
 from lm_eval_kvpress.report.differences import Difference
 from lm_eval_kvpress.report.formatting import Kind, Value, format_interval, format_signed, format_value
 from lm_eval_kvpress.report.loss_curves import Curve
@@ -133,12 +133,24 @@ class ReportTable:
     def metric_columns(self) -> list[Column]:
         return [column for column in self.columns if column.metric]
 
+    @property
+    def plotted_columns(self) -> list[Column]:
+        """Columns that plots show: fidelity and metrics."""
+        return [column for column in self.columns if column.metric or column.is_plotted]
+
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a writer prints; ``date`` is ISO 8601, ``version`` this package's."""
+    """Everything that a writer prints.
+
+    Attributes:
+        date: ISO 8601.
+        version: this package's.
+        opens_with: the column by which rows are ranked, with which plots open; empty without one.
+    """
 
     title: str
     date: str
     version: str
     tables: Sequence[ReportTable]
+    opens_with: str = ""

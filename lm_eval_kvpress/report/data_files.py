@@ -47,6 +47,7 @@ def as_json(report: Report) -> str:
         {
             **{key: _json_value(value) for key, value in record(table, row).items()},
             "curves": [_curve(curve) for curve in row.curves],
+            "kl_places": [] if row.cell is None else [asdict(place) for place in row.cell.kl_places],
         }
         for table, row in _rows(report)
     ]
@@ -67,6 +68,7 @@ def record(table: ReportTable, row: ReportRow) -> dict[str, Any]:
         **{key: entry.value for key, entry in row.entries.items()},
         **_differences(table, row),
         **_kept_by_task(row),
+        **_bounds(table, row),
         **_speed_bounds(row),
         "machine": None if row.cell is None else row.cell.speed.machine,
         "score_tokens_per_sec": None if row.cell is None else row.cell.speed.score_tokens_per_sec,
@@ -97,6 +99,16 @@ def _kept_by_task(row: ReportRow) -> dict[str, float | None]:
     tasks = () if row.cell is None else row.cell.tasks
     kept_by_task = [(task.name, task.kept) for task in tasks if task.kept is not None]
     return {f"{task}.kept_{name}": getattr(kept, name) for task, kept in kept_by_task for name in KEPT_SHARES}
+
+
+def _bounds(table: ReportTable, row: ReportRow) -> dict[str, float | None]:
+    """Of columns that may have an interval of their own, speeds apart."""
+    fields: dict[str, float | None] = {}
+    for column in table.columns:
+        if column.bounds is not None:
+            low, high = row.entries[column.key].bounds or (None, None)
+            fields |= {f"{column.key}_low": low, f"{column.key}_high": high}
+    return fields
 
 
 def _speed_bounds(row: ReportRow) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lm_eval_kvpress.bootstrap import paired_intervals
 from lm_eval_kvpress.report.cell import Cell, Task
+from lm_eval_kvpress.report.changes import Changes, answered, judged
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.samples import Aggregation, DocumentKey, Samples, Scores, aggregation, read_samples
 
@@ -75,6 +76,24 @@ class Comparison:
             return False
         return True if answers and all(own and base for own, base in answers) else None
 
+    def changes(self, cell: Cell, metrics: Sequence[MetricKey]) -> Changes:
+        """What became of the answers to the documents that both runs logged, over all tasks but texts to score."""
+        total = Changes()
+        for task in cell.tasks:
+            base = self.baseline.task(task.name)
+            keys = [key for key in metrics if key.task == task.name and key.is_main and not key.members]
+            if base is not None and keys and not task.is_rolling:
+                total += self._task_changes(cell, task, base, keys[-1])  # the mean over lengths stands last
+        return total
+
+    def _task_changes(self, cell: Cell, task: Task, base: Task, key: MetricKey) -> Changes:
+        own, other = (self._samples_by_filter(one).get(key.filter) for one in (task, base))
+        if own is None or other is None or own.documents != other.documents:
+            return Changes()
+        scores = [self._task_scores(one, task.name, key) for one in (cell, self.baseline)]
+        total = answered(own.answers, other.answers)
+        return total if None in scores else total + judged(*(found for _, found in filter(None, scores)))
+
     def _bounds(self, cells: Sequence[Cell], key: MetricKey) -> dict[int, tuple[float, float, int]]:
         """Lower bound, upper bound and number of documents by the index of the cell, where there is an interval."""
         base = self._scores(self.baseline, key)
@@ -126,7 +145,7 @@ class Comparison:
         return samples.documents, Scores(numerators, denominators)
 
     def _answers(self, task: Task) -> dict[str, tuple[tuple[DocumentKey, ...], int]]:
-        return {name: (samples.documents, samples.answers) for name, samples in self._samples_by_filter(task).items()}
+        return {name: (samples.documents, samples.checksum) for name, samples in self._samples_by_filter(task).items()}
 
     def _samples_by_filter(self, task: Task) -> dict[str, Samples]:
         if task.samples is None:

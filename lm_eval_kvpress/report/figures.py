@@ -1,7 +1,7 @@
-"""The leading metric of each task as figures for papers: over the kept share and KV bytes, and streams' perplexities.
+"""Fidelity and the leading metric of each task as figures for papers: over the kept share, KV bytes and positions.
 
-Bars are the 95 % interval of the difference to the baseline, around the figure. Hollow points are rows that the report
-marks as not to be trusted.
+Bars are the 95 % interval of the difference to the baseline, around the figure; those of fidelity are its own. Hollow
+points are rows that the report marks as not to be trusted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Point:
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:
-    """Writes ``TABLE_METRIC_AXIS`` and ``TABLE_TASK_position`` as PNG and SVG; a table of one run has none.
+    """Writes ``TABLE_METRIC_AXIS``, ``TABLE_TASK_position`` and ``TABLE_kl_place`` as PNG and SVG.
+
+    A table of one run has none.
 
     Raises:
         UsageError: if matplotlib is not installed.
@@ -65,10 +67,12 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
 
 
 def _table_figures(table: ReportTable, folder: Path, name: str) -> Iterator[Path]:
-    for column in table.columns:
-        if column.metric is not None and column.is_main:
+    for column in table.plotted_columns:
+        if column.is_main:
             for axis in AXES:
                 yield from _metric_figure(table, column.key, axis, folder / f"{name}_{_safe(column.key)}_{axis.name}")
+    if any(row.cell is not None and row.cell.kl_places for row in table.rows):
+        yield from _place_figure(table, folder / f"{name}_kl_place")
     for task in dict.fromkeys(curve.task for row in table.rows for curve in row.curves):
         yield from _position_figure(table, task, folder / f"{name}_{_safe(task)}_position")
 
@@ -101,6 +105,19 @@ def _position_figure(table: ReportTable, task: str, stem: Path) -> list[Path]:
     return _save(figure, axes, stem, "position in tokens", f"{task} perplexity")
 
 
+def _place_figure(table: ReportTable, stem: Path) -> list[Path]:
+    """KL from the full cache over the place after the context, a line per run."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for row in table.rows:
+        if row.cell is not None and not row.is_baseline and (places := row.cell.kl_places):
+            name = _plain(" ".join(filter(None, (row.press, row.own_arguments, row.amount))))
+            axes.plot([place.last for place in places], [place.kl_mean for place in places], "o-", ms=3, label=name)
+    axes.set_xscale("log", base=2)
+    return _save(figure, axes, stem, "tokens after the context", "KL from the full cache in nats")
+
+
 def _rows_by_line(table: ReportTable) -> dict[str, list[ReportRow]]:
     """The rows of each line by its name: a press, with its arguments where the table has it with several."""
     series: dict[str, set[str]] = defaultdict(set)
@@ -120,7 +137,10 @@ def _points(rows: Sequence[ReportRow], axis: Axis, metric: str) -> Iterator[Poin
 
 
 def _bar(row: ReportRow, metric: str) -> tuple[float, float]:
-    difference = row.entries[metric].difference
+    entry = row.entries[metric]
+    difference = entry.difference
+    if entry.bounds is not None and entry.number is not None:
+        return entry.number - entry.bounds[0], entry.bounds[1] - entry.number
     if difference is None or difference.bounds is None:
         return 0.0, 0.0
     low, high = difference.bounds

@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import json
 import math
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.report.column import Column
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
 from lm_eval_kvpress.report.loss_curves import Curve
 from lm_eval_kvpress.report.templates import render_html
@@ -25,6 +27,7 @@ PLOTS = (
     ("kept", "Quality over the kept share", "measured kept share"),
     ("distance", "Recall over the distance", "distance in tokens"),
     ("position", "Perplexity over the position in the stream", "position in tokens"),
+    ("place", "KL from the full cache over the place after the context", "tokens after the context"),
 )
 UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -51,7 +54,7 @@ def html(report: Report) -> str:
         script=(assets / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         datatables=base64.b64encode(datatables.read_bytes()).decode(),
-        points=safe_json([_plot_data(table) for table in report.tables]),
+        points=safe_json([_plot_data(table, report.opens_with) for table in report.tables]),
     )
 
 
@@ -60,9 +63,12 @@ def safe_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False).translate(UNSAFE)
 
 
-def _plot_data(table: ReportTable) -> dict[str, Any]:
-    """What the plots of a table show: its metrics, the leading ones first, and a point per run."""
-    metrics = sorted(table.metric_columns, key=lambda column: not column.is_main)
+def _plot_data(table: ReportTable, opens_with: str) -> dict[str, Any]:
+    """What the plots of a table show: what they open with, then its metrics, the leading ones first, and fidelity."""
+    metrics = sorted(
+        table.plotted_columns,
+        key=lambda column: (column.key != opens_with, column.metric is None, not column.is_main),
+    )
     return {
         "metrics": [
             {
@@ -73,13 +79,12 @@ def _plot_data(table: ReportTable) -> dict[str, Any]:
             }
             for column in metrics
         ],
-        "rows": [_point(row, [column.key for column in metrics]) for row in table.rows if row.cell is not None],
+        "rows": [_point(row, metrics, table.rows[0]) for row in table.rows if row.cell is not None],
     }
 
 
-def _point(row: ReportRow, metrics: list[str]) -> dict[str, Any]:
+def _point(row: ReportRow, metrics: list[Column], baseline: ReportRow) -> dict[str, Any]:
     """A run, with the figures and intervals of the metrics in their order."""
-    differences = [row.entries[key].difference for key in metrics]
     return {
         "press": row.press,
         "arguments": row.arguments,
@@ -91,10 +96,23 @@ def _point(row: ReportRow, metrics: list[str]) -> dict[str, Any]:
         "kept": row.number("kept_share"),
         "bytes": row.number("kv_bytes_allocated"),
         "decode": row.number("decode_tokens_per_sec"),
-        "values": [row.number(key) for key in metrics],
-        "bounds": [difference and difference.bounds for difference in differences],
+        "values": [row.number(column.key) for column in metrics],
+        "bounds": [_bounds(row, column.key, baseline) for column in metrics],
+        "places": [] if row.cell is None else [asdict(place) for place in row.cell.kl_places],
         "curves": {curve.task: _curve_points(curve) for curve in row.curves},
     }
+
+
+def _bounds(row: ReportRow, key: str, baseline: ReportRow) -> tuple[float, float] | None:
+    """The interval of the difference to the baseline; a figure that has an interval of its own has this one less the
+    baseline's figure."""
+    entry = row.entries[key]
+    if entry.difference is not None:
+        return entry.difference.bounds
+    if entry.bounds is None:
+        return None
+    base = baseline.number(key) or 0.0
+    return entry.bounds[0] - base, entry.bounds[1] - base
 
 
 def _curve_points(curve: Curve) -> list[dict[str, float | None]]:

@@ -111,7 +111,7 @@ def _not_read(cell: Cell) -> Iterator[Mark]:
         task.name
         for task in cell.tasks
         if task.fidelity is not None
-        and task.fidelity.kl_mean == task.fidelity.kl_max == 0
+        and task.fidelity.kl.mean == task.fidelity.kl_max == 0
         and task.kept is not None
         and task.kept.share is not None
         and task.kept.share < 1

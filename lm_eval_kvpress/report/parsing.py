@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.report.averages import group_members, groups
-from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Fidelity, Identity, Kept, Pairs, Press, Task
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Task
+from lm_eval_kvpress.report.fidelity import Fidelity, Figure, Place
 from lm_eval_kvpress.report.metric_values import PREDICT_ONLY, number, task_metrics
 from lm_eval_kvpress.report.speeds import parse_speed
 
@@ -158,7 +159,19 @@ def _held_back(spread: Mapping[str, float] | None) -> tuple[float, float, float]
 def _fidelity(fact: Mapping[str, Any] | None) -> Fidelity | None:
     if fact is None:
         return None
-    return Fidelity(fact["num_tokens"], fact["kl_mean"], fact["kl_max"], fact["top1_agreement"])
+    places = (Place(one["last"], one["num_tokens"], one["kl_mean"]) for one in fact.get("by_position") or ())
+    return Fidelity(
+        fact["num_tokens"],
+        _figure(fact, "kl_mean"),
+        fact["kl_max"],
+        _figure(fact, "top1_agreement"),
+        tuple(places),
+    )
+
+
+def _figure(fact: Mapping[str, Any], name: str) -> Figure:
+    low, high = fact.get(f"{name}_low"), fact.get(f"{name}_high")
+    return Figure(fact[name], None if low is None or high is None else (low, high))
 
 
 def _kept(fact: Mapping[str, Any]) -> Kept:

@@ -24,7 +24,7 @@ def rank_tables(tables: Sequence[ReportTable], keys: Sequence[str]) -> list[Repo
     known = sorted({column.key for table in tables for column in table.columns})
     ranked = list(tables)
     for key in reversed(keys):  # sorting is stable: the least important first
-        check_column(f"--sort {key}", _column_key(key), known)
+        check_column(f"--sort {key}", column_key(key), known)
         ranked = [replace(table, rows=_ranked(table, key)) for table in ranked]
     return ranked
 
@@ -47,7 +47,7 @@ def check_column(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _ranked(table: ReportTable, key: str) -> Sequence[ReportRow]:
-    name = _column_key(key)
+    name = column_key(key)
     column = next((column for column in table.columns if column.key == name), None)
     if column is None:  # another table has it
         return table.rows
@@ -58,7 +58,8 @@ def _ranked(table: ReportTable, key: str) -> Sequence[ReportRow]:
     return [baseline, *sorted(known, key=lambda row: row.entries[name].value, reverse=descending), *missing]  # type: ignore[arg-type,return-value]
 
 
-def _column_key(key: str) -> str:
+def column_key(key: str) -> str:
+    """The column that a key names, without the sign of its direction."""
     return key.lstrip("-+")
 
 

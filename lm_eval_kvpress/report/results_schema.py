@@ -45,11 +45,22 @@ class ContextFacts(Part):
     kv_bytes_effective: Maybe[Count]
 
 
+class PositionFacts(Part):
+    last: Count
+    num_tokens: Annotated[int, Field(gt=0)]
+    kl_mean: float
+
+
 class FidelityFacts(Part):
     num_tokens: Count
     kl_mean: float
+    kl_mean_low: Maybe[float]
+    kl_mean_high: Maybe[float]
     kl_max: float
     top1_agreement: float
+    top1_agreement_low: Maybe[float]
+    top1_agreement_high: Maybe[float]
+    by_position: Maybe[list[PositionFacts]]
 
 
 class TaskFacts(Part):

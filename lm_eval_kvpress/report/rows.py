@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lm_eval_kvpress.report.cell import BUDGETS, Cell, Metric, Pairs
+from lm_eval_kvpress.report.changes import Changes
 from lm_eval_kvpress.report.differences import Difference
 from lm_eval_kvpress.report.metrics import MetricKey
 from lm_eval_kvpress.report.parsing import SEEDS
@@ -23,6 +24,7 @@ class Row:
         seeds: named if they are not those of all rows of the table.
         shared_arguments: that all rows of this press in the table have, budgets aside; a notice names them once.
         has_same_answers: whether every logged answer is the baseline's; None where they cannot be compared.
+        changes: what became of answers beside the baseline's.
     """
 
     cell: Cell | None
@@ -33,6 +35,7 @@ class Row:
     shared_arguments: Pairs = ()
     differences: Mapping[MetricKey, Difference] = field(default_factory=dict)
     has_same_answers: bool | None = None
+    changes: Changes = Changes()
 
     @property
     def press(self) -> str:

@@ -29,6 +29,7 @@ from lm_eval_kvpress.report.metric_values import NOT_RUN
 Array = npt.NDArray[np.float64]
 Aggregation = Callable[[Array], Array]
 DocumentKey = tuple[int, str]  # lm-eval's doc_id and its hash of the document
+Answer = int | str | None  # the most likely of several options, or a text
 Sample = Mapping[str, Any]
 
 DOC_ID = re.compile(rb'^\{"doc_id": (\d+), ')
@@ -66,12 +67,14 @@ class Samples:
     Attributes:
         documents: in the order of the arrays, each once.
         scores: by metric name.
-        answers: a checksum of the model's answers to all of them.
+        answers: the option or text that answers each.
+        checksum: of all that the model answered.
     """
 
     documents: tuple[DocumentKey, ...]
     scores: dict[str, Scores]
-    answers: int
+    answers: tuple[Answer, ...]
+    checksum: int
 
 
 def read_samples(file: Path) -> dict[str, Samples]:
@@ -130,7 +133,22 @@ def _samples(by_document: Mapping[DocumentKey, Sample]) -> Samples:
     names = dict.fromkeys(name for sample in samples for name in sample.get("metrics", ()))
     scores = {name: _scores(name, samples) for name in names}
     known = {name: one for name, one in scores.items() if one is not None}
-    return Samples(documents, known, _checksum([sample["resps"] for sample in samples]))
+    answers = tuple(map(_answer, samples))
+    return Samples(documents, known, answers, _checksum([sample["resps"] for sample in samples]))
+
+
+def _answer(sample: Sample) -> Answer:
+    """The first of the most likely options, as lm-eval's ``acc`` takes it, or the text; None for other answers."""
+    responses = [request[0] for request in sample["resps"] if isinstance(request, list) and request]
+    if len(responses) == 1 and isinstance(responses[0], str):
+        return responses[0]
+    if "acc_mutual_info" in sample:  # the options once more, without their context
+        responses = responses[: len(responses) // 2]
+    try:
+        likelihoods = [float(response[0]) for response in responses]
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    return likelihoods.index(max(likelihoods)) if len(likelihoods) > 1 else None
 
 
 def _scores(name: str, samples: Sequence[Sample]) -> Scores | None:

@@ -95,7 +95,12 @@ def _compared(rows: Sequence[Row], metrics: Sequence[MetricKey]) -> tuple[Row, .
     comparison = Comparison(baseline.cell)
     cells = [row.cell for row in others if row.cell is not None]
     compared = [
-        replace(row, differences=differences, has_same_answers=comparison.has_same_answers(cell))
+        replace(
+            row,
+            differences=differences,
+            has_same_answers=comparison.has_same_answers(cell),
+            changes=comparison.changes(cell, metrics),
+        )
         for row, cell, differences in zip(others, cells, comparison.differences(cells, metrics), strict=True)
     ]
     return (baseline, *compared)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from report_files import amend, write_results
+from report_files import with_fidelity, write_results
 
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.errors import UsageError
@@ -14,18 +13,10 @@ from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.gate import failures, parse_condition
 
 
-def with_kl(file: Path, kl: float) -> None:
-    def change(content: dict[str, Any]) -> None:
-        figures = {"num_tokens": 10, "kl_mean": kl, "kl_max": 2 * kl, "top1_agreement": 1 - kl}
-        content["config"]["kvpress"]["tasks"]["recall"]["fidelity"] = figures
-
-    amend(file, change)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for press, acc, kl in (("none", 0.9, 0.0), ("knorm", 0.9, 0.25), ("snapkv", 0.7, 0.01)):
-        with_kl(write_results(tmp_path, press, 0.5, acc=acc), kl)
+        with_fidelity(write_results(tmp_path, press, 0.5, acc=acc), kl)
     return tmp_path
 
 
@@ -73,7 +64,7 @@ def test_an_unknown_column_is_refused_with_the_near_name(folder: Path) -> None:
 def test_columns_stand_where_fidelity_was_measured_and_zero_is_marked(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_kl(write_results(folder, "tova", 0.5, acc=0.9), 0.0)
+    with_fidelity(write_results(folder, "tova", 0.5, acc=0.9), 0.0)
     cli.main(["report", str(folder)])
     text = capsys.readouterr().out
     assert "KL is exactly 0 where entries were removed (recall)" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import NUM_DOCUMENTS, predict_only, write_results, write_stream
+from report_files import NUM_DOCUMENTS, predict_only, with_fidelity, write_results, write_stream
 from repository import ROOT
 
 from lm_eval_kvpress.report.build import build_report
@@ -165,6 +165,18 @@ def test_bars_are_the_intervals_and_points_stand_at_the_measured_share(browser: 
         assert found is not None and found.bounds is not None
         expected = (found.value - found.bounds[0], found.bounds[1] - found.value)
         assert (snapkv["bars"][0][index], snapkv["bars"][1][index]) == pytest.approx(expected)
+
+
+def test_a_page_ranked_by_fidelity_opens_with_it(chromium: Any, tmp_path: Path) -> None:
+    for press, kl in (("none", 0.0), ("knorm", 0.25)):
+        with_fidelity(write_results(tmp_path, press, 0.5, acc=0.5), kl)
+    file = tmp_path / "page.html"
+    file.write_text(html(build_report([tmp_path], sort=["kl_mean"])), encoding="utf-8")
+    with opened(chromium, file):
+        knorm = next(one for one in _traces(chromium, "bytes") if one["name"] == "knorm")
+        assert knorm["y"] == [0.25] and knorm["bars"] == [[pytest.approx(0.125)], [pytest.approx(0.25)]]
+        (place,) = [one for one in _traces(chromium, "place") if one["name"] == "knorm"]
+        assert (place["x"], place["y"]) == ([1], [0.25])
 
 
 def test_a_row_that_cannot_be_trusted_is_hollow_named_and_no_part_of_the_front(browser: Any) -> None:

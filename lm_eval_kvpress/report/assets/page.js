@@ -5,7 +5,7 @@ const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9"
 const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "triangle-down"];
 const GLYPHS = ["●", "■", "◆", "▲", "✚", "✖", "⬟", "▼"].map(one => one + "\ufe0e"); // as text, not as a picture
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const LINES = ["distance", "position"]; // plots with a line per run
+const LINES = ["distance", "position", "place"]; // plots with a line per run
 const chips = [...document.querySelectorAll(".press")];
 const names = chips.map(chip => chip.dataset.press);
 const color = press => (press === "none" ? css("--ink") : COLORS[names.indexOf(press) % COLORS.length]);
@@ -80,6 +80,10 @@ function positions(row, data, metric) {
   return known.map(one => ({ row, x: one.position, y: one.perplexity, hover: `up to token ${one.position}, ${one.num_documents} documents<br>` + hover(row, one.perplexity, null) }));
 }
 
+function places(row) {
+  return row.places.map(one => ({ row, x: one.last, y: one.kl_mean, hover: `up to ${one.last} tokens after the context, ${one.num_tokens} tokens<br>` + hover(row, one.kl_mean, null) }));
+}
+
 // A line per run; the runs of one press share its colour and differ in their dashes.
 function lines(rows, points) {
   const seen = {};
@@ -94,9 +98,9 @@ function traces(kind, data, metric, amount) {
   const rows = data.rows.filter(row => isOn(row.press));
   if (LINES.includes(kind)) {
     const chosen = rows.filter(row => row.press === "none" || !amount || row.amount === amount);
-    return lines(chosen, row => (kind === "distance" ? distances : positions)(row, data, metric));
+    return lines(chosen, row => ({ distance: distances, position: positions, place: places })[kind](row, data, metric));
   }
-  const base = data.rows.find(row => row.is_baseline)?.values[metric];
+  const base = data.rows.find(row => row.is_baseline)?.values[metric] ?? 0;
   const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null).map(row => ({ row, x: kind === "bytes" ? row.bytes / 2 ** 20 : row[kind], y: row.values[metric],
     range: row.bounds[metric]?.map(one => base + one), hover: hover(row, row.values[metric], row.bounds[metric]) }));
   const group = kind === "kept" ? "series" : "press";
@@ -109,9 +113,9 @@ function traces(kind, data, metric, amount) {
 }
 
 function layout(kind, axisTitle, isHigherBetter) {
-  const direction = kind === "position" ? "lower is better" : { true: "higher is better", false: "lower is better" }[isHigherBetter] ?? "";
+  const direction = kind === "position" || kind === "place" ? "lower is better" : { true: "higher is better", false: "lower is better" }[isHigherBetter] ?? "";
   const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), automargin: true };
-  const scale = { kept: { tickformat: ".0%" }, position: { type: "log", tick0: 0, dtick: Math.log10(4), tickformat: ",d" } }[kind] ?? {};
+  const scale = { kept: { tickformat: ".0%" }, position: { type: "log", tick0: 0, dtick: Math.log10(4), tickformat: ",d" }, place: { type: "log" } }[kind] ?? {};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 },
     margin: { l: 50, r: 10, t: 10, b: 40 }, hovermode: "closest", xaxis: { ...axis, title: { text: axisTitle }, ...scale },

@@ -66,10 +66,22 @@ def log_probabilities(
         evicted: ``(G, P)`` per layer, True for the entries of the first P tokens that later tokens must not see. The
             first P tokens see each other in full, since a press evicts after the prefill.
     """
+    targets = torch.tensor(list(tokens[1:]))
+    return distributions(model, tokens, evicted).gather(1, targets[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def distributions(
+    model: PreTrainedModel, tokens: Sequence[int], evicted: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Log-probabilities of what follows each token but the last, ``(T - 1, V)``, in nats.
+
+    Args:
+        evicted: as for `log_probabilities`.
+    """
     with _written_out(model, _Probe(evicted)):
         logits = model(_batch(model, tokens), use_cache=False).logits[0, :-1]
-    targets = torch.tensor(list(tokens[1:]), device=logits.device)
-    return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
+    return logits.float().log_softmax(dim=-1).cpu()
 
 
 @torch.inference_mode()

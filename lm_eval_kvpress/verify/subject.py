@@ -150,6 +150,16 @@ class Subject:
         """
         return dense_reference.log_probabilities(self.untouched, [*context, *continuation], evicted)[len(context) - 1 :]
 
+    def distributions(
+        self, context: Sequence[int], continuation: Sequence[int], evicted: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """What the dense reference predicts at the place of each token of a continuation, ``(n, V)``.
+
+        Args:
+            evicted: as for `dense_reference.log_probabilities`.
+        """
+        return dense_reference.distributions(self.untouched, [*context, *continuation], evicted)[len(context) - 1 :]
+
 
 def load_untouched(loading: Mapping[str, Any], dtype: torch.dtype | str) -> PreTrainedModel:
     """A copy of the checkpoint that transformers loads alone, with a configuration of its own."""

@@ -40,13 +40,13 @@ def main() -> None:
     cells = cells_of(settings)
     half = len(cells) // 2
     seconds_alone = [_run_alone(settings, cell, output) for cell in cells[:half]]
-    seconds_sweep = _timed(["lm-eval-kvpress", "sweep", *given, f"--output_path={output / 'sweep'}"])
+    seconds_sweep = timed(["lm-eval-kvpress", "sweep", *given, f"--output_path={output / 'sweep'}"])
     seconds_alone += [_run_alone(settings, cell, output) for cell in cells[half:]]
     worst = max(
-        _difference(_results(output / "sweep/cells" / cell.name), _results(output / cell.name)) for cell in cells
+        largest_difference(results(output / "sweep/cells" / cell.name), results(output / cell.name)) for cell in cells
     )
     summary = json.loads((output / "sweep/summary.json").read_text())
-    prefilled_alone = sum(_num_prefilled(_results(output / cell.name)) for cell in cells)
+    prefilled_alone = sum(_num_prefilled(results(output / cell.name)) for cell in cells)
     record = {
         "num_cells": len(cells),
         "seconds_sweep": seconds_sweep,
@@ -69,10 +69,10 @@ def _run_alone(settings: SweepSettings, cell: Cell, output: Path) -> float:
     command += ["--batch_size", str(settings.batch_size), "--log_samples", "--output_path", str(output / cell.name)]
     if settings.limit:
         command += ["--limit", f"{settings.limit:g}"]
-    return _timed(command)
+    return timed(command)
 
 
-def _timed(command: Sequence[str]) -> float:
+def timed(command: Sequence[str]) -> float:
     """Seconds of a command of this environment; its output is shown if it fails."""
     start = time.perf_counter()
     program = str(Path(sys.executable).parent / command[0])
@@ -84,7 +84,7 @@ def _timed(command: Sequence[str]) -> float:
     return seconds
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def results(folder: Path) -> dict[str, Any]:
     (file,) = folder.rglob("results_*.json")
     results: dict[str, Any] = json.loads(file.read_text())
     return results
@@ -95,7 +95,7 @@ def _num_prefilled(results: Mapping[str, Any]) -> int:
     return sum(task[kind]["num_tokens"] for task in tasks for kind in ("contexts_pressed", "contexts_unpressed"))
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+def largest_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """The largest relative difference of any metric of any task."""
     differences = [0.0]
     for task, metrics in one["results"].items():

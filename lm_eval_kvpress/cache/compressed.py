@@ -12,13 +12,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
 
+class CachedLayer(Protocol):
+    """What one layer kept, stored in any way: `LayerKV`, or packed integers (`packed.PackedKV`)."""
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """``(B, H, T, D)``, in full precision."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """``(B, H, T, D)``, in full precision."""
+
+    @property
+    def hidden(self) -> torch.Tensor | None:
+        """As `LayerKV.hidden`."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+
+    @property
+    def num_entries(self) -> int:
+        """T, the allocated entries, attended or not."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values as they are read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that hold the keys and values of all rows."""
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the key and the value of one entry of all heads, in full precision."""
+
+    def kept_per_row(self) -> list[float]:
+        """Entries that can be attended, per row; the mean over heads where heads keep different entries."""
+
+    def select(self, rows: torch.Tensor) -> CachedLayer:
+        """The rows at the given indices, ``(B',)``."""
+
+    def joined(
+        self, layers: Sequence[CachedLayer], rows: Sequence[Sequence[int]], hidden: torch.Tensor | None
+    ) -> CachedLayer:
+        """One layer of several caches, itself the first; each row goes where ``rows`` says, padded on the left."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """What one layer kept.
+    """What one layer kept, in full precision (a `CachedLayer`).
 
     Attributes:
         keys, values: ``(B, H, T, D)``.
@@ -31,20 +83,47 @@ class LayerKV:
     hidden: torch.Tensor | None = None
 
     @property
+    def num_rows(self) -> int:
+        return self.keys.shape[0]
+
+    @property
     def num_entries(self) -> int:
-        """T, the allocated entries, attended or not."""
         return self.keys.shape[2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def entry_bytes(self) -> int:
+        return 2 * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
+
     def kept_per_row(self) -> list[float]:
-        """Entries that can be attended, per row; the mean over heads where heads keep different entries."""
-        batch = self.keys.shape[0]
-        if self.hidden is None:
-            return [float(self.num_entries)] * batch
-        return (~self.hidden).sum(dim=-1).float().mean(dim=1).tolist()
+        return kept_per_row(self)
 
     def select(self, rows: torch.Tensor) -> LayerKV:
-        """The rows at the given indices, ``(B',)``."""
         return LayerKV(self.keys[rows], self.values[rows], None if self.hidden is None else self.hidden[rows])
+
+    def joined(
+        self, layers: Sequence[CachedLayer], rows: Sequence[Sequence[int]], hidden: torch.Tensor | None
+    ) -> LayerKV:
+        keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+        return LayerKV(left_padded(keys, rows), left_padded(values, rows), hidden)
+
+
+def kept_per_row(layer: CachedLayer) -> list[float]:
+    """As `CachedLayer.kept_per_row`, from what a layer hides."""
+    if layer.hidden is None:
+        return [float(layer.num_entries)] * layer.num_rows
+    return (~layer.hidden).sum(dim=-1).float().mean(dim=1).tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +131,7 @@ class CompressedCache:
     """B prefilled and compressed contexts.
 
     Attributes:
-        layers: one `LayerKV` per layer.
+        layers: what each layer kept.
         num_seen: tokens prefilled, per row.
         next_position: the position of the next token, per row: the number seen, or the number kept after a press that
             rotates its keys to positions ``0..kept-1``.
@@ -60,7 +139,7 @@ class CompressedCache:
             rule ``query_tokens=0`` reads it: it comes from the *full* cache.
     """
 
-    layers: tuple[LayerKV, ...]
+    layers: tuple[CachedLayer, ...]
     num_seen: tuple[int, ...]
     next_position: tuple[int, ...]
     last_hidden: torch.Tensor | None = None
@@ -116,18 +195,26 @@ def stack(caches: Sequence[CompressedCache], rows: Sequence[int] | None = None) 
     )
 
 
-def _stack_layers(layers: Sequence[LayerKV], rows: Sequence[Sequence[int]]) -> LayerKV:
-    """One layer of all caches; padding is zero, since a weight of zero times NaN would be NaN."""
-    like, longest = layers[0].keys, max(layer.num_entries for layer in layers)
-    batch, num_heads, dim = sum(map(len, rows)), like.shape[1], like.shape[3]
-    keys, values = (like.new_zeros(batch, num_heads, longest, dim) for _ in range(2))
+def _stack_layers(layers: Sequence[CachedLayer], rows: Sequence[Sequence[int]]) -> CachedLayer:
+    """One layer of all caches."""
+    batch, longest, device = sum(map(len, rows)), max(layer.num_entries for layer in layers), layers[0].device
     hidden = None
     if any(layer.num_entries != longest or layer.hidden is not None for layer in layers):
         heads = max(1 if layer.hidden is None else layer.hidden.shape[1] for layer in layers)
-        hidden = torch.ones(batch, heads, longest, dtype=torch.bool, device=like.device)  # (B, 1 | H, T)
-    for layer, places in zip(layers, rows, strict=True):
-        index, start = torch.tensor(places), longest - layer.num_entries
-        keys[index, :, start:], values[index, :, start:] = layer.keys, layer.values
-        if hidden is not None:
-            hidden[index, :, start:] = False if layer.hidden is None else layer.hidden
-    return LayerKV(keys, values, hidden)
+        hidden = torch.ones(batch, heads, longest, dtype=torch.bool, device=device)  # (B, 1 | H, T)
+        for layer, places in zip(layers, rows, strict=True):
+            start = longest - layer.num_entries
+            hidden[torch.tensor(places), :, start:] = False if layer.hidden is None else layer.hidden
+    return layers[0].joined(layers, rows, hidden)
+
+
+def left_padded(parts: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """One tensor of all rows, in which those that have fewer places in dim 2 are padded on the left.
+
+    Padding is zero, since a weight of zero times NaN would be NaN.
+    """
+    like, longest = parts[0], max(part.shape[2] for part in parts)
+    whole = like.new_zeros(sum(map(len, rows)), like.shape[1], longest, *like.shape[3:])
+    for part, places in zip(parts, rows, strict=True):
+        whole[torch.tensor(places), :, longest - part.shape[2] :] = part
+    return whole

@@ -2,19 +2,23 @@
 
 Scoring reads: a `ReadingLayer` returns the kept entries followed by the new ones and forgets the new ones, so any
 number of continuations can be scored on one compressed context without a copy. Decoding appends: a `GrowingLayer` holds
-buffers of its own. Knows tensors and transformers' cache classes. Does not know presses, models or text.
+buffers of its own, and a `GrowingPackedLayer` appends to packed entries, which stay as they are. Packed entries are
+unpacked whenever a layer is read, for as long as its forward lasts. Knows tensors and transformers' cache classes. Does
+not know presses, models or text.
 
 Letters in shape comments: B rows, H key-value heads, T cached entries of one layer, D head_dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache
+from lm_eval_kvpress.cache.packed import PackedKV
 
 ALIGNMENT = 16
 """The capacity of a growing layer is a multiple of this, so that rows of a mask over it are aligned."""
@@ -23,15 +27,18 @@ ALIGNMENT = 16
 class ReadingLayer(DynamicLayer):
     """Kept entries that a forward reads; its own entries are returned after them and not kept."""
 
-    def __init__(self, layer: LayerKV) -> None:
+    def __init__(self, layer: CachedLayer) -> None:
         super().__init__()
-        self.keys, self.values = layer.keys, layer.values
-        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self._kept = layer
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        return torch.cat([self._kept.keys, key_states], dim=2), torch.cat([self._kept.values, value_states], dim=2)
+
+    def get_seq_length(self) -> int:
+        return self._kept.num_entries
 
 
 class GrowingLayer(DynamicLayer):
@@ -48,7 +55,7 @@ class GrowingLayer(DynamicLayer):
         length: entries written so far, unless `write_at` was called.
     """
 
-    def __init__(self, layer: LayerKV, num_new: int) -> None:
+    def __init__(self, layer: CachedLayer, num_new: int) -> None:
         super().__init__()
         batch, heads, self.length, dim = layer.keys.shape
         capacity = -(-(self.length + num_new) // ALIGNMENT) * ALIGNMENT
@@ -87,11 +94,51 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
 
+class GrowingPackedLayer(DynamicLayer):
+    """Packed entries, which are not copied, followed by new ones in full precision.
+
+    Args:
+        layer: the packed entries.
+        num_new: entries to be appended, at most.
+    """
+
+    def __init__(self, layer: PackedKV, num_new: int) -> None:
+        super().__init__()
+        nothing = dataclasses.replace(
+            layer.newest, keys=layer.newest.keys[:, :, :0], values=layer.newest.values[:, :, :0]
+        )
+        self._kept, self._new = layer, GrowingLayer(nothing, num_new)
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+
+    @property
+    def length(self) -> int:
+        """Entries packed and written so far."""
+        return self._kept.num_entries + self._new.length
+
+    @property
+    def capacity(self) -> int:
+        """Entries that the layer can hold, or some more."""
+        return -(-(self._kept.num_entries + self._new.capacity) // ALIGNMENT) * ALIGNMENT
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._new.update(key_states, value_states)
+        return torch.cat([self._kept.keys, keys], dim=2), torch.cat([self._kept.values, values], dim=2)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
 def reading_cache(cache: CompressedCache) -> Cache:
     """A transformers cache over the compressed one, which a forward reads and leaves as it was."""
     return Cache(layers=[ReadingLayer(layer) for layer in cache.layers])
 
 
 def growing_cache(cache: CompressedCache, num_new: int) -> Cache:
-    """A transformers cache that starts from a copy of the compressed one and can take ``num_new`` more entries."""
-    return Cache(layers=[GrowingLayer(layer, num_new) for layer in cache.layers])
+    """A transformers cache that starts from the compressed one, which stays as it is, and takes ``num_new`` more."""
+    return Cache(layers=[_growing(layer, num_new) for layer in cache.layers])
+
+
+def _growing(layer: CachedLayer, num_new: int) -> GrowingLayer | GrowingPackedLayer:
+    return GrowingPackedLayer(layer, num_new) if isinstance(layer, PackedKV) else GrowingLayer(layer, num_new)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from lm_eval_kvpress.cache.compressed import LayerKV
+from lm_eval_kvpress.cache.compressed import CachedLayer
 
 
 def attention_bias(
-    layer: LayerKV | None, visible: torch.Tensor, dtype: torch.dtype, num_query_heads: int
+    layer: CachedLayer | None, visible: torch.Tensor, dtype: torch.dtype, num_query_heads: int
 ) -> torch.Tensor | None:
     """The mask of one layer for a forward of several new tokens.
 
@@ -44,7 +44,9 @@ def attention_bias(
     return bias
 
 
-def decoding_bias(layer: LayerKV, padding: torch.Tensor, capacity: int, num_query_heads: int) -> torch.Tensor | None:
+def decoding_bias(
+    layer: CachedLayer, padding: torch.Tensor, capacity: int, num_query_heads: int
+) -> torch.Tensor | None:
     """The mask of one layer for all single-token forwards to come, open behind the first ``T + Q`` entries.
 
     Args:
@@ -58,8 +60,8 @@ def decoding_bias(layer: LayerKV, padding: torch.Tensor, capacity: int, num_quer
     """
     if layer.hidden is None and not padding.any():
         return None
-    batch, num_cached = layer.keys.shape[0], layer.num_entries
-    bias = layer.keys.new_zeros(batch, _num_mask_heads(layer.hidden, num_query_heads), 1, capacity)
+    num_cached, shape = layer.num_entries, (layer.num_rows, _num_mask_heads(layer.hidden, num_query_heads), 1, capacity)
+    bias = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
     if layer.hidden is not None:
         _hide_cached(bias, layer.hidden)
     places = padding.to(bias.device)[:, None, None]

@@ -3,7 +3,8 @@
 Knows a `PressSpec` and `prefill`. Does not know text or lm-eval.
 
 No padding ever enters a press: contexts are prefilled in groups of equal length and become a ragged batch only after
-compression. Contexts on which no press runs share one padded prefill.
+compression. Contexts on which no press runs share one padded prefill. If entries are stored as integers, each context
+is packed once the press has acted on it, before it gets neighbours of other lengths.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.packed import PackedKV, pack
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.contexts import Context, without_repeats
+from lm_eval_kvpress.engine.footprint import PACKED_FORWARD_TOKENS
 from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
@@ -87,6 +91,7 @@ class Compressor:
         short_context: ``keep``, ``shrink`` or ``error``.
         clock: times the prefills.
         shared: prefills whose clones are compressed, instead of running contexts here; the press must allow that.
+        quantization: how kept entries are stored; None for full precision.
     """
 
     def __init__(
@@ -97,9 +102,10 @@ class Compressor:
         short_context: str,
         clock: Clock,
         shared: SharedPrefills | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         assert shared is None or press.shares_prefill, f"press={press.name} needs forwards of its own"
-        self._model, self.press = model, press
+        self._model, self.press, self.quantization = model, press, quantization
         self._short_context, self._clock, self._shared = short_context, clock, shared
         self._latest: _Latest | None = None
 
@@ -155,7 +161,7 @@ class Compressor:
         missing = [contexts[row] for row in todo]
         num_tokens = 0 if self._shared else sum(len(context.compressed) for context in missing)
         with self._clock.phase("prefill", num_tokens=num_tokens):
-            for places, cache, pressed in self._prefilled(missing, _for_cache_only(contexts)):
+            for places, cache, pressed in self._stored(missing, _for_cache_only(contexts)):
                 rows, press = [todo[place] for place in places], self._press_for(missing[places[0]])
                 records |= zip(rows, _context_records(cache, press, pressed), strict=True)
                 order += rows
@@ -191,6 +197,20 @@ class Compressor:
             return False
         return length >= press.min_context() or self._short_context == "shrink"
 
+    def _stored(
+        self, contexts: Sequence[Context], for_cache_only: bool
+    ) -> Iterator[tuple[list[int], CompressedCache, bool]]:
+        """As `_prefilled`; if entries are packed, rows of one length each, so that no padding is packed."""
+        for places, cache, pressed in self._prefilled(contexts, for_cache_only):
+            if self.quantization is None:
+                yield places, cache, pressed
+            elif pressed:
+                yield places, pack(cache, self.quantization), pressed
+            else:
+                for rows in _alike(range(len(places)), [contexts[place] for place in places]):
+                    part = _without_padding(cache.select(rows))
+                    yield [places[row] for row in rows], pack(part, self.quantization), pressed
+
     def _prefilled(
         self, contexts: Sequence[Context], for_cache_only: bool
     ) -> Iterator[tuple[list[int], CompressedCache, bool]]:
@@ -204,8 +224,11 @@ class Compressor:
         if self._shared is not None:
             for rows in _alike(plain, contexts):
                 yield rows, self._shared.compress([prefixes[row] for row in rows], None), False
-        elif plain:
+        elif plain and self.quantization is None:
             yield plain, self._prefill_plain([prefixes[row] for row in plain], for_cache_only), False
+        else:  # packed before the next ones are prefilled
+            for rows in self._side_by_side(plain, prefixes):
+                yield rows, self._prefill_plain([prefixes[row] for row in rows], for_cache_only), False
         for rows in _alike(pressed, contexts):
             press = self._press_for(contexts[rows[0]])
             for group in self._side_by_side(rows, prefixes) if press.batches else [[row] for row in rows]:
@@ -214,6 +237,8 @@ class Compressor:
     def _side_by_side(self, rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
         """The rows, in order, as many at a time as one forward takes; clones of shared prefills need no forward."""
         limit = FORWARD_TOKENS.get(self._model.device.type) if self._shared is None else None
+        if self.quantization is not None:
+            limit = min(limit or PACKED_FORWARD_TOKENS, PACKED_FORWARD_TOKENS)
         return in_batches(rows, len(rows), lambda row: len(prefixes[row]), limit)
 
     def _prefill_plain(self, prefixes: Sequence[Tokens], for_cache_only: bool) -> CompressedCache:
@@ -245,6 +270,13 @@ def _for_cache_only(contexts: Sequence[Context]) -> bool:
     return all(context.num_held_back for context in contexts)
 
 
+def _without_padding(cache: CompressedCache) -> CompressedCache:
+    """Contexts of one length on which no press ran, as `prefill_padded` leaves them."""
+    (length,) = set(cache.num_seen)
+    layers = (LayerKV(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers)
+    return replace(cache, layers=tuple(layers))
+
+
 def _alike(rows: Sequence[int], contexts: Sequence[Context]) -> Iterator[list[int]]:
     """Rows whose contexts have one length, and questions of one length where a press reads them."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -264,17 +296,21 @@ def _context_record(
     cache: CompressedCache, press: PressSpec, kept: Sequence[float], num_seen: int, pressed: bool
 ) -> ContextRecord:
     """The record of one row; padding beside it in a plain prefill does not count."""
-    sizes = [2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size() for layer in cache.layers]
+    sizes = [layer.entry_bytes for layer in cache.layers]
     entries = [layer.num_entries if pressed else num_seen for layer in cache.layers]
+    unpacked = sum(size * count for size, count in zip(sizes, entries, strict=True))
+    is_packed = any(isinstance(layer, PackedKV) for layer in cache.layers)  # without padding, rows of one length
+    held = sum(layer.num_bytes for layer in cache.layers) // len(cache.num_seen)
     return ContextRecord(
         num_tokens=num_seen,
         kept_per_layer=tuple(kept),
         bytes_before=sum(sizes) * num_seen,
-        bytes_allocated=sum(size * count for size, count in zip(sizes, entries, strict=True)),
+        bytes_allocated=held if is_packed else unpacked,
         pressed=pressed,
         is_short=not pressed and not press.is_none,
         is_shrunk=pressed and num_seen < press.min_context(),
         notes=tuple(press.notes(num_seen, len(cache.layers))) if pressed else (),
+        bytes_unpacked=unpacked,
     )
 
 

@@ -132,8 +132,8 @@ class GraphRecorder:
 
     def for_steps(self, num_steps: int, *, must_run_singly: bool = False) -> Recorder | None:
         """This recorder for a batch of so many steps, or None where steps are run one by one: without a GPU, because
-        attending whole buffers then costs more than a graph saves, and where a press compresses the growing cache or a
-        logits processor counts tokens.
+        attending whole buffers then costs more than a graph saves, and where a press compresses the growing cache, its
+        entries are packed, or a logits processor counts tokens.
         """
         if not must_run_singly and self._can_record(num_steps):
             self.newest = None

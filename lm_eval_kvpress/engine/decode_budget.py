@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache, LayerKV, stack
 from lm_eval_kvpress.engine.stream_eviction import Scorer, highest
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -96,7 +96,7 @@ class BudgetKeeper:
         self._hidden.clear()
         return CompressedCache(tuple(layers), cache.num_seen, cache.next_position)
 
-    def _compress_layer(self, index: int, layer: LayerKV, positions: torch.Tensor) -> LayerKV:
+    def _compress_layer(self, index: int, layer: CachedLayer, positions: torch.Tensor) -> CachedLayer:
         groups: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         for row in range(layer.keys.shape[0]):
             places = _visible(layer, row)
@@ -129,12 +129,12 @@ class BudgetKeeper:
         return keys.gather(2, stay), values.gather(2, stay)
 
 
-def _visible(layer: LayerKV, row: int) -> torch.Tensor:
+def _visible(layer: CachedLayer, row: int) -> torch.Tensor:
     if layer.hidden is None:
         return torch.arange(layer.num_entries, device=layer.keys.device)
     assert layer.hidden.shape[1] == 1, "entries hidden head by head cannot be evicted row by row"
     return (~layer.hidden[row, 0]).nonzero()[:, 0]
 
 
-def _stacked(rows: Sequence[LayerKV]) -> LayerKV:
+def _stacked(rows: Sequence[LayerKV]) -> CachedLayer:
     return stack([CompressedCache((row,), (0,), (0,)) for row in rows]).layers[0]

@@ -37,6 +37,7 @@ class DecodeState:
     def __init__(self, model: PressableModel, cache: CompressedCache, held: Sequence[int], num_new: int) -> None:
         width = max(held)
         self.model, self._num_seen = model, cache.num_seen
+        self._unfed: CompressedCache | None = cache  # until the held-back tokens have been fed
         self.reader = growing_cache(cache, width + num_new)
         self.layers = self.reader.layers
         padding = torch.arange(width) < (width - torch.tensor(list(held)))[:, None]  # (B, Q)
@@ -51,7 +52,7 @@ class DecodeState:
     def with_cache(self, cache: CompressedCache, num_new: int) -> DecodeState:
         """The state that goes on from another cache. It shares `biases`, which attention modules read already."""
         state = DecodeState(self.model, cache, [0] * len(cache.num_seen), num_new)
-        state.biases = self.biases
+        state.biases, state._unfed = self.biases, None
         return state
 
     def feed_held_back(self, queries: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -65,12 +66,12 @@ class DecodeState:
         real = columns >= padding[:, None]
         own = torch.eye(width, dtype=torch.bool, device=device)
         visible = (earlier & real[:, None, :]) | own  # (B, Q, Q)
-        for index, layer in enumerate(self.layers):
-            cached = LayerKV(layer.keys, layer.values, self._hidden(index))
+        assert self._unfed is not None, "held-back tokens come first"
+        for index, layer in enumerate(self._unfed.layers):
             self.biases[index] = attention_bias(
-                cached, visible.to(layer.keys.device), layer.keys.dtype, self.model.num_query_heads
+                layer, visible.to(layer.device), layer.dtype, self.model.num_query_heads
             )
-        self.positions = self.positions + width - padding
+        self._unfed, self.positions = None, self.positions + width - padding
         return self.forward(tokens, positions)
 
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:

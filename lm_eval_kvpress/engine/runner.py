@@ -161,7 +161,7 @@ class Runner:
         times_sec = list[float]()
         contexts, seeds = [prompt.context.tokens for prompt in prompts], [prompt.seed for prompt in prompts]
         sampler = sampler_for(settings.options, contexts, seeds, settings.max_new_tokens, self.model.device)
-        must_run_singly = keeper is not None or not sampler.is_repeatable
+        must_run_singly = keeper is not None or not sampler.is_repeatable or self.compressor.quantization is not None
         try:
             rows = decode(
                 self.model,

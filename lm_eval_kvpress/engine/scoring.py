@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache
 from lm_eval_kvpress.cache.layers import reading_cache
 from lm_eval_kvpress.cache.masks import attention_bias
 from lm_eval_kvpress.engine.prefill import prefill_hidden
@@ -201,20 +201,20 @@ class _LayerBiases(Sequence[torch.Tensor | None]):
 
     def __init__(self, model: PressableModel, cache: CompressedCache, visible: torch.Tensor) -> None:
         self._layers, self._visible, self._num_heads = cache.layers, visible, model.num_query_heads
-        self._latest: tuple[LayerKV, torch.Tensor | None] | None = None
+        self._latest: tuple[CachedLayer, torch.Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __getitem__(self, index: Any) -> Any:
-        layer, keys = self._layers[index], self._layers[index].keys
+        layer = self._layers[index]
         if self._latest is None or not self._same(self._latest[0], layer):
             self._latest = None  # freed before the next one is made
-            bias = attention_bias(layer, self._visible.to(keys.device), keys.dtype, self._num_heads)
+            bias = attention_bias(layer, self._visible.to(layer.device), layer.dtype, self._num_heads)
             self._latest = layer, bias
         return self._latest[1]
 
     @staticmethod
-    def _same(one: LayerKV, other: LayerKV) -> bool:
-        same_shape = (one.num_entries, one.keys.device) == (other.num_entries, other.keys.device)
+    def _same(one: CachedLayer, other: CachedLayer) -> bool:
+        same_shape = (one.num_entries, one.device) == (other.num_entries, other.device)
         return same_shape and one.hidden is other.hidden

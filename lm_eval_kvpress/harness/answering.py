@@ -6,23 +6,30 @@ Knows sessions and the engine's request batches. Does not know lm-eval or text.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine.batching import batches, in_halves
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 
-BatchLimits = Callable[[PressSpec, RequestBatches[Any]], tuple[int, int | None]]
-"""The most items per batch under a press, and the most padded tokens, or None for any number of them."""
+
+class BatchLimits(Protocol):
+    """Says the most items per batch, and the most padded tokens, or None for any number of them."""
+
+    def __call__(
+        self, press: PressSpec, requests: RequestBatches[Any], quantization: Quantization | None = None, /
+    ) -> tuple[int, int | None]: ...
 
 
 def shared_limits(limits: BatchLimits, requests: RequestBatches[Any]) -> tuple[int, int | None]:
-    """A shared prefill is held whole, with half as much again, and a clone beside it: a third of the tokens."""
+    """A shared prefill is held whole, with half as much again, and a clone or its packed entries beside it: a third of
+    the tokens."""
     max_items, max_tokens = limits(parse_press("none"), requests)
     return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
@@ -76,4 +83,6 @@ class SessionAnswering:
 
     def _sizes(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
         settings = self._session.settings
-        return shared_limits(self._limits, requests) if settings.fidelity else self._limits(settings.press, requests)
+        if settings.fidelity:
+            return shared_limits(self._limits, requests)
+        return self._limits(settings.press, requests, settings.quantization)

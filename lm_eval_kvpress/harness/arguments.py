@@ -64,6 +64,8 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     settings = _with_stream(Settings(press, **own), press_arguments, decoding)
     settings = _with_decoding(settings, decoding, decoding_arguments)
     settings.check_question()
+    settings.check_quantization()
+    _refuse_unused_sizes(settings, own)
     if settings.is_question_known and not settings.question_needed_by and "query_aware" not in own:
         raise UsageError(
             "question_pattern and question_field belong to query_aware=false and to press=finch: neither is asked for"
@@ -72,6 +74,13 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     _check_hflm_arguments(rest)
     rest["attn_implementation"] = _attn_implementation(settings.press, rest.get("attn_implementation"))
     return settings, rest
+
+
+def _refuse_unused_sizes(settings: Settings, own: Mapping[str, Any]) -> None:
+    """Refuse how to pack where nothing is packed."""
+    unused = sorted(name for name in own if name.startswith("kv_") and name != "kv_quant")
+    if settings.quantization is None and unused and "kv_quant" not in own:
+        raise UsageError(f"{unused[0]} belongs to kv_quant, which is not asked for: add kv_quant=int8, int4 or int2")
 
 
 def ignored_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +118,8 @@ def parse_setting(name: str, value: Any) -> Any:
         UsageError: one line, starting with ``name=value``.
     """
     kind, metadata = get_type_hints(Settings)[name], Settings.__dataclass_fields__[name].metadata
+    if name == "kv_quant" and value is None:  # as lm-eval reads "none"
+        value = "none"
     if value is not None and str in get_args(kind):
         value = str(value)  # lm-eval reads a folder named 2024 as a number
     parsed = parse_value(name, kind, value, metadata.get("range", ANY_NUMBER))

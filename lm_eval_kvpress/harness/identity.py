@@ -126,7 +126,7 @@ def run_identity(lm: HFLM, facts: Mapping[str, Any], arguments: Mapping[str, str
         facts: the run's record.
         arguments: as `arguments_of_answers` gives them.
     """
-    keys = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "fast", "versions")
+    keys = ("pretrained", "press", "quantization", "protocol", "attn_implementation", "dtype", "fast", "versions")
     return {key: facts[key] for key in keys} | {
         **arguments,
         "revision": lm.revision,

@@ -34,6 +34,7 @@ def log_records(settings: Settings, facts: RankFacts) -> None:
 
 def _messages(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
     yield from _on_prefill(settings, totals)
+    yield from _on_packing(settings, totals)
     yield from _on_short_contexts(settings, totals)
     if settings.decoding is not None:
         yield from _on_decoding(settings, totals)
@@ -58,7 +59,23 @@ def _on_prefill(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
             f"{totals.num_tokens} tokens were scored after an eviction",
         )
     elif not totals.num_texts_compressed and (settings.decoding is not None or not settings.press.is_none):
-        yield logging.WARNING, f"press={press} compressed nothing; its figures are the uncompressed ones"
+        figures = (
+            "uncompressed ones" if settings.quantization is None else f"ones of kv_quant={settings.kv_quant} alone"
+        )
+        yield logging.WARNING, f"press={press} compressed nothing; its figures are the {figures}"
+
+
+def _on_packing(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
+    allocated, unpacked, before = (
+        getattr(totals.pressed, name) + getattr(totals.unpressed, name)
+        for name in ("bytes_allocated", "bytes_unpacked", "bytes_before")
+    )
+    if settings.quantization is not None and unpacked:
+        yield (
+            logging.INFO,
+            f"kv_quant={settings.kv_quant} stores entries in {100 * allocated / unpacked:.1f} % of their bytes, and "
+            f"caches in {100 * allocated / before:.1f} % of those of the full ones",
+        )
 
 
 def _on_short_contexts(settings: Settings, totals: TaskTotals) -> Iterator[Message]:

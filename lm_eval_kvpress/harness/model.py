@@ -22,9 +22,11 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine import batch_size
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
 from lm_eval_kvpress.engine.fidelity import FullSide
+from lm_eval_kvpress.engine.footprint import Footprint
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
@@ -175,19 +177,29 @@ class KVPress(CheckedHFLM):
         self.session = session
         self.answering = SessionAnswering(session, self.batch_limits) if answering is None else answering
 
-    def batch_limits(self, press: PressSpec, requests: RequestBatches[Any]) -> tuple[int, int | None]:
+    def batch_limits(
+        self, press: PressSpec, requests: RequestBatches[Any], quantization: Quantization | None = None, /
+    ) -> tuple[int, int | None]:
         """Items and tokens per batch, at most; with ``batch_size=auto`` as many tokens as there is memory for."""
-        return self.batch_limits_within(batch_size.free_bytes(self.press_model.device), press, requests)
+        free = batch_size.free_bytes(self.press_model.device)
+        return self.batch_limits_within(free, press, requests, quantization)
 
     def batch_limits_within(
-        self, free: int | None, press: PressSpec, requests: RequestBatches[Any]
+        self,
+        free: int | None,
+        press: PressSpec,
+        requests: RequestBatches[Any],
+        quantization: Quantization | None = None,
+        /,
     ) -> tuple[int, int | None]:
         """As `batch_limits`, for a device of so many free bytes; None for a CPU."""
         if self.batch_size != "auto":
             return int(self.batch_size), None
         share = 1.0 if requests.is_cached_whole else batch_size.kept_share(press, self.model.config)
+        config, dtype = self.model.config, self.model.get_input_embeddings().weight.dtype
+        footprint = Footprint.of(config, dtype, share=share, quantization=quantization)
         copies = requests.num_cache_copies
-        return self.max_batch_size, batch_size.tokens_per_batch(self.press_model, free, share=share, num_copies=copies)
+        return self.max_batch_size, batch_size.tokens_per_batch(footprint, free, num_copies=copies)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.mixed_precision_dtype is None:

@@ -24,6 +24,7 @@ def asked(settings: Settings, max_length: int) -> dict[str, Any]:
     of_streams = ("stream_budget", "stream_chunk", "stream_positions") if settings.rolling == "stream" else ()
     return {
         "press": settings.describe_press(),
+        "quantization": None if settings.quantization is None else settings.quantization.describe(),
         "protocol": {
             "query_tokens": settings.query_tokens,
             "query_aware": settings.query_aware,
@@ -51,7 +52,7 @@ def labels(settings: Settings, max_length: int, name: str, model: PressableModel
         run=uuid.uuid4().hex[:12],
         model=name,
         press=facts["press"]["name"],
-        arguments=_as_typed(facts["press"]["arguments"]),
+        arguments=_as_typed({**facts["press"]["arguments"], **(facts["quantization"] or {})}),
         protocol=_as_typed(facts["protocol"]),
         device=str(model.device),
         dtype=str(model.model.dtype).removeprefix("torch."),

@@ -124,6 +124,7 @@ def new_session(
         short_context=settings.short_context,
         clock=clock,
         shared=shared_prefills,
+        quantization=settings.quantization,
     )
     meter = Meter(clock, run_record.labels(settings, max_length, name, model), recorders)
     runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs, full_side)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.decoding import DecodingSpec
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -55,6 +56,12 @@ class Settings:
         target_size, compression_interval: with ``press=decoding:PRESS`` or ``prefill_decoding:PREFILL+PRESS``, entries
             that every layer keeps while text is generated, and tokens produced between two compressions.
         decoding: the press that acts while text is generated, made of these two; None without one.
+        kv_quant: how the kept entries of a context are stored: ``none`` in the dtype of the model, or as integers.
+        kv_group: numbers that share a scale.
+        kv_residual: newest entries of a context that stay in the dtype of the model.
+        kv_layout: ``kivi`` groups keys by channel and values by token, ``token`` both by token.
+        kv_scales: ``compact`` stores scale and zero of a group in 16 bits (24 with int8), ``float`` both in the dtype
+            of the model.
     """
 
     press: PressSpec
@@ -79,6 +86,18 @@ class Settings:
     target_size: int | None = field(default=None, metadata=POSITIVE)
     compression_interval: int | None = field(default=None, metadata=POSITIVE)
     decoding: DecodingSpec | None = None
+    kv_quant: Literal["none", "int8", "int4", "int2"] = "none"
+    kv_group: int = field(default=64, metadata={"range": Range(low=8)})
+    kv_residual: int = field(default=0, metadata={"range": Range(low=0)})
+    kv_layout: Literal["kivi", "token"] = "kivi"
+    kv_scales: Literal["compact", "float"] = "compact"
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How kept entries are packed; None if they are not."""
+        if self.kv_quant == "none":
+            return None
+        return Quantization(self.kv_quant, self.kv_group, self.kv_residual, self.kv_layout, self.kv_scales)
 
     @property
     def press_name(self) -> str:
@@ -171,6 +190,32 @@ class Settings:
             raise UsageError(
                 f"press={self.press_name} scores a context by the question behind it, and {what} have none: choose "
                 "tasks that ask, or take snapkv, whose window is the last tokens"
+            )
+
+    def check_quantization(self) -> None:
+        """Refuse sizes that belong to no quantization, and what cannot be packed.
+
+        Raises:
+            UsageError: in one line.
+        """
+        if self.kv_quant == "none":
+            return
+        if self.kv_group % 8:
+            raise UsageError(f"kv_group={self.kv_group} must be a multiple of 8, so that groups fill whole bytes")
+        if self.rolling == "stream":
+            raise UsageError(
+                f"kv_quant={self.kv_quant} packs contexts once they are prefilled, and rolling=stream moves entries at "
+                "every step: choose rolling=prefix, or leave kv_quant out"
+            )
+        if self.decoding is not None:
+            raise UsageError(
+                f"kv_quant={self.kv_quant} packs entries for good, and press={self.press_name} evicts some while text "
+                "is generated: name the press of the prefill alone, or leave kv_quant out"
+            )
+        if self.kv_residual and not self.press.is_none:
+            raise UsageError(
+                f"kv_residual={self.kv_residual} spares the newest entries, and press={self.press_name} leaves them in "
+                "the order of their scores: use kv_residual=0, or press=none"
             )
 
     def check_likelihoods(self) -> None:

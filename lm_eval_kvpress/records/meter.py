@@ -253,8 +253,12 @@ def _kept_and_bytes(contexts: Sequence[ContextRecord]) -> dict[str, Any]:
         "kept_tokens_max": max(kept, default=None),
         "kv_bytes_before": sum(context.bytes_before for context in contexts),
         "kv_bytes_allocated": sum(context.bytes_allocated for context in contexts),
-        "kv_bytes_effective": round(sum(context.bytes_before * _kept_share(context) for context in contexts)),
+        "kv_bytes_effective": round(sum(_bytes_effective(context) for context in contexts)),
     }
+
+
+def _bytes_effective(context: ContextRecord) -> float:
+    return context.bytes_before * _kept_share(context) * context.packed_share
 
 
 def _kept_share(context: ContextRecord) -> float:

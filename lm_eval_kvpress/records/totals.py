@@ -24,11 +24,13 @@ class ContextRecord:
         num_tokens: tokens prefilled.
         kept_per_layer: entries that can be attended afterwards; the mean over heads if they keep different entries.
         bytes_before: bytes of its keys and values without a press.
-        bytes_allocated: bytes they take afterwards. A masking press leaves them all allocated.
+        bytes_allocated: bytes they take afterwards. A masking press leaves them all allocated; of packed entries, what
+            is held, scales included.
         pressed: whether a press ran over this context.
         is_short: whether it was left uncompressed because it is shorter than the press needs.
         is_shrunk: whether the press ran with a window shrunk to fit.
         notes: what the press did at this length that a reader must know (`PressSpec.notes`).
+        bytes_unpacked: bytes that the entries which stay would take in the dtype of the model.
     """
 
     num_tokens: int
@@ -39,6 +41,12 @@ class ContextRecord:
     is_short: bool = False
     is_shrunk: bool = False
     notes: tuple[str, ...] = ()
+    bytes_unpacked: int = 0
+
+    @property
+    def packed_share(self) -> float:
+        """Bytes that the entries which stay take, as a fraction of those in the dtype of the model."""
+        return packed_share(self.bytes_allocated, self.bytes_unpacked)
 
 
 @dataclass
@@ -50,11 +58,13 @@ class KeptTotals:
     kept_per_layer: list[float] = field(default_factory=list)
     bytes_before: int = 0
     bytes_allocated: int = 0
+    bytes_unpacked: int = 0
 
     def add(self, record: ContextRecord) -> None:
         """Add one context."""
         kept = list(record.kept_per_layer)
-        self.merge(KeptTotals(1, record.num_tokens, kept, record.bytes_before, record.bytes_allocated))
+        sizes = record.bytes_before, record.bytes_allocated, record.bytes_unpacked
+        self.merge(KeptTotals(1, record.num_tokens, kept, *sizes))
 
     def merge(self, other: KeptTotals) -> None:
         """Add the sums over other contexts."""
@@ -66,11 +76,13 @@ class KeptTotals:
         self.kept_per_layer = [a + b for a, b in zip(before, other.kept_per_layer, strict=True)]
         self.bytes_before += other.bytes_before
         self.bytes_allocated += other.bytes_allocated
+        self.bytes_unpacked += other.bytes_unpacked
 
     def summary(self) -> dict[str, Any]:
         """Counts, kept shares (fractions of the prefilled tokens) and bytes, ready for JSON."""
         shares = [kept / self.num_tokens for kept in self.kept_per_layer] if self.num_tokens else []
         share = sum(shares) / len(shares) if shares else None
+        packed = packed_share(self.bytes_allocated, self.bytes_unpacked)
         return {
             "num_contexts": self.num_contexts,
             "num_tokens": self.num_tokens,
@@ -80,7 +92,8 @@ class KeptTotals:
             "kept_share_max_layer": max(shares, default=None),
             "kv_bytes_before": self.bytes_before,
             "kv_bytes_allocated": self.bytes_allocated,
-            "kv_bytes_effective": None if share is None else round(self.bytes_before * share),
+            "kv_bytes_unpacked": self.bytes_unpacked,
+            "kv_bytes_effective": None if share is None else round(self.bytes_before * share * packed),
         }
 
 
@@ -229,6 +242,11 @@ class TaskTotals:
             "text_fidelity": self.text_fidelity.summary(),
             "notes": dict(self.notes),
         }
+
+
+def packed_share(bytes_allocated: int, bytes_unpacked: int) -> float:
+    """The fraction of both; 1 without any entry."""
+    return bytes_allocated / bytes_unpacked if bytes_unpacked else 1.0
 
 
 def _spread(counts: Counter[int]) -> dict[str, float] | None:

@@ -26,10 +26,11 @@ Arguments = Mapping[str, Any]
 LONGEST_NAME = 200
 """Bytes of a cell's folder."""
 
-LISTED = ("rolling", "query_tokens", "query_aware")
-"""Arguments of which a sweep lists the values, one protocol for each combination."""
+PROTOCOLS = ("rolling", "query_tokens", "query_aware")
+LISTED = (*PROTOCOLS, "kv_quant")
+"""Arguments of which a sweep lists the values, one cell of each press for each combination."""
 
-PROTOCOL = (*LISTED, "question_pattern", "question_field", "rolling_context", "rolling_score")
+PROTOCOL = (*PROTOCOLS, "question_pattern", "question_field", "rolling_context", "rolling_score")
 """Arguments of a cell on which the windows of a document, or the tokens of a context that are prefilled, depend."""
 
 OF_THE_MODEL = ("parity", "fast", "throughput_log", "stream_output", "metrics_port")

@@ -40,11 +40,11 @@ class SweepModel:
     """
 
     def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
-        # Cells that stream have a budget each; the model itself is loaded under the default protocol.
+        # Cells that stream have a budget each; the model itself is loaded under the default protocol and packs nothing.
         own = {
             name: value
             for name, value in arguments.items()
-            if name != "rolling" and not name.startswith(("stream_", "question_"))
+            if name != "rolling" and not name.startswith(("stream_", "question_", "kv_"))
         }
         self.lm = KVPress(pretrained, **own)
         self._shared_arguments = arguments

@@ -50,6 +50,7 @@ class SweepSettings:
         budgets: tokens kept, instead of ratios; with ``rolling=stream`` the budget of the stream.
         rolling, query_tokens, query_aware: protocols; one cell for each. Empty is what `model_args` or the defaults
             say.
+        kv_quant: how kept entries are stored; one cell for each, from the same prefills.
         fidelity: whether the full cache's predictions are computed as well, once for all cells, and compared.
         batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
             lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
@@ -67,6 +68,7 @@ class SweepSettings:
     rolling: list[str] = field(default_factory=list)
     query_tokens: list[int] = field(default_factory=list)
     query_aware: list[bool] = field(default_factory=list)
+    kv_quant: list[str] = field(default_factory=list)
     fidelity: bool = False
     batch_size: int | Literal["auto"] = 1
     max_batch_size: int = 64
@@ -101,7 +103,17 @@ class SweepSettings:
     def shared(self) -> dict[str, Any]:
         """The settings that may not change between two calls in one folder. More cells may be added."""
         protocols = ("rolling", "query_tokens", "query_aware")
-        varying = ("presses", "ratios", "budgets", *protocols, "output_path", "wandb_args", "fidelity", *OF_LAUNCH)
+        varying = (
+            "presses",
+            "ratios",
+            "budgets",
+            *protocols,
+            "kv_quant",
+            "output_path",
+            "wandb_args",
+            "fidelity",
+            *OF_LAUNCH,
+        )
         fixed = {key: value for key, value in self.as_typed().items() if key not in varying}
         return fixed | {"batch_size": None, "max_batch_size": None}  # which change no result
 

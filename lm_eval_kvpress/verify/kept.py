@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
@@ -116,7 +116,7 @@ def full_cache(model: PreTrainedModel, tokens: Sequence[int]) -> DynamicCache:
     return cache
 
 
-def evicted_entries(layer: LayerKV, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def evicted_entries(layer: CachedLayer, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Which entries of the full cache are not in a compressed layer of one row, ``(G, P)``.
 
     A kept entry is recognised by its key and value: it is the closest one of the full cache.

@@ -30,7 +30,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lm_eval_kvpress.cache.compressed import LayerKV
+from lm_eval_kvpress.cache.compressed import CachedLayer
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.harness.arguments import parse_arguments
@@ -178,7 +178,7 @@ def compare(sides: Sides, document: dict[str, Any], request: Instance, press: st
     )
 
 
-def _difference(one: LayerKV, other: Any) -> float | None:
+def _difference(one: CachedLayer, other: Any) -> float | None:
     """The largest difference of keys and values; None if other entries were kept."""
     if one.keys.shape != other.keys.shape:
         return None

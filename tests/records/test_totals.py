@@ -31,6 +31,17 @@ def test_kept_shares_are_means_over_tokens_not_over_contexts() -> None:
     assert summary["kv_bytes_effective"] == 600
 
 
+def test_packed_entries_count_with_the_bytes_that_they_take() -> None:
+    record = ContextRecord(100, (50.0, 50.0), 1000, 125, True, bytes_unpacked=500)
+    totals = KeptTotals()
+    totals.add(record)
+    totals.add(record)
+    summary = totals.summary()
+    assert record.packed_share == 0.25
+    assert (summary["kv_bytes_unpacked"], summary["kv_bytes_allocated"]) == (1000, 250)
+    assert summary["kv_bytes_effective"] == 2000 * 0.5 * 0.25
+
+
 def test_a_task_without_requests_has_no_figures_rather_than_zeros() -> None:
     summary = TaskTotals().summary()
     assert summary["token_perplexity"] is None

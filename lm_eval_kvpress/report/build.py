@@ -154,8 +154,8 @@ def _documents(table: Table) -> str:
 
 def _amount(press: Press) -> str:
     """How much the press was asked to keep: what runs have in common that a reader compares."""
-    if press.is_none:
-        return ""
+    if not press.evicts:
+        return press.packed_as
     if press.removed_asked is not None:
         return f"{100 * press.removed_asked:g} % removed"
     facts = dict(press.arguments)

@@ -12,6 +12,7 @@ from pathlib import Path
 from lm_eval_kvpress.report.fidelity import Fidelity, Figure, Place, pooled, pooled_places
 
 STOCK_PROTOCOL = (("rolling", "stock lm-eval: one forward"),)
+DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 BUDGETS = ("stream_budget", "kv_budget")  # arguments that say how many entries may stay
 Pairs = tuple[tuple[str, str], ...]
 Identity = tuple[str, ...]
@@ -27,20 +28,28 @@ class Press:
         removed_asked: the fraction that ``compression_ratio`` asks to remove. None under a budget, and for a press
             that leaves the prefill alone.
         changes_entries: what it does to entries that it does not remove; empty for most presses.
+        packed_as: how entries are stored, such as ``int4``; empty for the dtype of the model.
     """
 
     name: str
     arguments: Pairs = ()
     removed_asked: float | None = None
     changes_entries: str = ""
+    packed_as: str = ""
 
     @property
     def is_none(self) -> bool:
-        return self.name == "none"
+        """Whether this is the uncompressed cache: nothing evicts, and nothing is packed."""
+        return not self.evicts and not self.packed_as
+
+    @property
+    def evicts(self) -> bool:
+        """Whether there is a press, and not quantization alone."""
+        return self.name != "none"
 
     @property
     def acts_on_prefill(self) -> bool:
-        return not self.is_none and not self.name.startswith("decoding:")
+        return self.evicts and not self.name.startswith("decoding:")
 
     @property
     def acts_on_decoding(self) -> bool:
@@ -79,7 +88,8 @@ class Kept:
     """What a press left of a task's contexts: sums over contexts; shares are fractions of the prefilled tokens.
 
     ``num_texts`` counts generated texts, ``num_texts_at_limit`` those that nothing but their allowed length ended. The
-    first is 0 and the second None in files of older versions, which do not say it.
+    first is 0 and the second None in files of older versions, which do not say it. So is ``bytes_unpacked``, which the
+    allocated entries would take in the dtype of the model.
     """
 
     num_contexts_pressed: int
@@ -97,6 +107,7 @@ class Kept:
     bytes_allocated: int
     bytes_effective: int
     max_stream_bytes: int
+    bytes_unpacked: int | None = None
     num_tokens_generated: int | None = None
     num_texts_at_limit: int | None = None
 
@@ -237,7 +248,22 @@ class Cell:
         num_tokens = sum(kept.num_tokens for kept in known)
         if num_tokens:
             return sum(kept.num_tokens * (kept.share or 0.0) for kept in known) / num_tokens
-        return 1.0 if self.press.is_none and not self.is_stream else None
+        return 1.0 if not self.press.evicts and not self.is_stream else None
+
+    @property
+    def cache_size(self) -> float | None:
+        """Bytes that are held, as a fraction of those of the full cache, over all tasks."""
+        before = sum(kept.bytes_before for kept in self.kept)
+        return sum(kept.bytes_allocated for kept in self.kept) / before if before and not self.is_stream else None
+
+    @property
+    def bits_per_number(self) -> float | None:
+        """Bits that each stored number of keys and values takes, scales included; None where the file does not say."""
+        unpacked = sum(kept.bytes_unpacked or 0 for kept in self.kept)
+        bits = DTYPE_BITS.get(self.dtype)
+        if not unpacked or bits is None or "mixed_precision_dtype" in dict(self.model_settings):
+            return None
+        return bits * sum(kept.bytes_allocated for kept in self.kept if kept.bytes_unpacked) / unpacked
 
     @property
     def bytes_allocated(self) -> float | None:

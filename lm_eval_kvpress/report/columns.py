@@ -19,9 +19,10 @@ def table_columns(table: Table) -> list[Column]:
     """The columns of a table in order, with every metric."""
     output = _OUTPUT if any(cell.tokens_per_text is not None for cell in table.cells) else ()
     fidelity = FIDELITY if any(cell.fidelities for cell in table.cells) else ()
+    packed = _PACKED if any(cell.press.packed_as for cell in table.cells) else ()
     metrics = [_metric_column(key, table) for key in table.metrics]
     changes = [column for column in CHANGES if any(column.value(row) is not None for row in table.rows)]
-    return [*_CACHE, *fidelity, *metrics, *changes, *output, *_SPEED, *_TRUST]
+    return [*_CACHE, *packed, *fidelity, *metrics, *changes, *output, *_SPEED, *_TRUST]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
@@ -95,6 +96,26 @@ _CACHE = (
         Kind.BYTES,
         of_cell(lambda cell: cell.bytes_effective),
         "Bytes of the entries that can be attended, mean per context. Less than allocated under a masking press.",
+        False,
+    ),
+)
+_PACKED = (
+    Column(
+        "cache_size",
+        "Cache size",
+        "Cache",
+        Kind.SHARE,
+        of_cell(lambda cell: cell.cache_size),
+        "Bytes of keys and values that are held, scales included, of those of the full cache.",
+        False,
+    ),
+    Column(
+        "bits_per_number",
+        "Bits",
+        "Cache",
+        Kind.RATE,
+        of_cell(lambda cell: cell.bits_per_number),
+        "Bits that a stored number of keys and values takes, scales and filled-up blocks included.",
         False,
     ),
 )

@@ -1,5 +1,8 @@
 """Fidelity and the leading metric of each task as figures for papers: over the kept share, KV bytes and positions.
 
+Where a run of the table packs its entries, there is a figure over the cache size, on which eviction and quantization
+stand together.
+
 Bars are the 95 % interval of the difference to the baseline, around the figure; those of fidelity are its own. Hollow
 points are rows that the report marks as not to be trusted.
 """
@@ -30,8 +33,13 @@ def _mebibytes(row: ReportRow) -> float | None:
     return None if size is None else size / 2**20
 
 
+def _cache_size(row: ReportRow) -> float | None:
+    return row.number("cache_size") if "cache_size" in row.entries else None  # where a run of the table packs
+
+
 AXES = (
     Axis("kept", "measured kept share", lambda row: row.number("kept_share")),
+    Axis("size", "cache size, fraction of the full one's bytes", _cache_size),
     Axis("bytes", "KV allocated per context in MiB", _mebibytes),
 )
 

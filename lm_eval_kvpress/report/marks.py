@@ -92,6 +92,8 @@ def _inert(cell: Cell) -> Iterator[Mark]:
         if not any(kept.num_tokens_scored_pressed for kept in cell.kept):
             text = "No document outgrew the stream's budget: nothing was evicted."
             yield Mark("inert", "kept everything", text, True)
+    elif not cell.press.evicts:
+        return
     elif not cell.press.acts_on_prefill:
         text = "No answer grew long enough for the press to act, which it does only while text is generated."
         yield Mark("inert", "never ran", text, True)
@@ -99,13 +101,13 @@ def _inert(cell: Cell) -> Iterator[Mark]:
         yield Mark("inert", "never ran", f"No context went through the press{_because_short(cell.kept)}.", True)
     elif cell.press.changes_entries:
         yield Mark("changed", "changed entries", f"What the press did to entries: {cell.press.changes_entries}.")
-    elif all(kept.share == 1 for kept in cell.kept if kept.num_contexts_pressed):
+    elif all(kept.share == 1 for kept in cell.kept if kept.num_contexts_pressed) and not cell.press.packed_as:
         yield Mark("inert", "kept everything", "The press kept every entry of every context.", True)
 
 
 def _not_read(cell: Cell) -> Iterator[Mark]:
-    """Entries were removed and no prediction moved, not even by rounding: the scores are those of the full cache."""
-    if not cell.press.acts_on_prefill:
+    """Entries were removed or packed and no prediction moved: the scores are those of the full cache."""
+    if not cell.press.acts_on_prefill and not cell.press.packed_as:
         return
     names = [
         task.name
@@ -113,11 +115,11 @@ def _not_read(cell: Cell) -> Iterator[Mark]:
         if task.fidelity is not None
         and task.fidelity.kl.mean == task.fidelity.kl_max == 0
         and task.kept is not None
-        and task.kept.share is not None
-        and task.kept.share < 1
+        and (cell.press.packed_as or (task.kept.share is not None and task.kept.share < 1))
     ]
     if names:
-        text = f"KL is exactly 0 where entries were removed ({first_names(names)}): the compressed cache was not read."
+        done = "packed" if cell.press.packed_as else "removed"
+        text = f"KL is exactly 0 where entries were {done} ({first_names(names)}): the compressed cache was not read."
         yield Mark("not_read", "not read", text, True)
 
 
@@ -164,6 +166,8 @@ def _acted(cell: Cell) -> bool:
     """Whether the press is known to have evicted entries, or changed them."""
     pressed = [kept for kept in cell.kept if kept.num_contexts_pressed]
     evicted = any(kept.share is not None and kept.share < 1 for kept in pressed)
+    if cell.press.packed_as:
+        return any(kept.bytes_unpacked and kept.bytes_allocated < kept.bytes_unpacked for kept in cell.kept)
     return evicted or bool(pressed and cell.press.changes_entries) or any(k.num_decode_compressions for k in cell.kept)
 
 

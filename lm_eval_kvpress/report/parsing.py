@@ -29,6 +29,8 @@ PROTOCOL = (
     *("query_tokens", "rolling", "rolling_context", "rolling_score", "short_context"),
     *("stream_chunk", "stream_positions", "max_length", "query_aware", "question_pattern", "question_field"),
 )
+# How entries are packed where nobody said otherwise; a row names what differs.
+PACKING_DEFAULTS = {"kv_group": 64, "kv_residual": 0, "kv_layout": "kivi", "kv_scales": "compact"}
 # What ran, as a results file and a folder of losses (stream_output) both record it.
 IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "versions")
 # In the order of lm-eval's --seed. Under another seed, random presses and sampled answers come out differently.
@@ -62,7 +64,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         batch_size=str(facts.get("batch_size") or config.get("batch_size")),
         model_settings=_model_settings(content, arguments),
         protocol=STOCK_PROTOCOL if protocol is None else _protocol(protocol),
-        press=_press(facts.get("press"), protocol or {}),
+        press=_press(facts.get("press"), protocol or {}, facts.get("quantization") or {}),
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tasks,
         speed=parse_speed(throughput, facts.get("machine")),
@@ -91,7 +93,7 @@ def _device(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return device if num_ranks == 1 else f"{device} (one of {num_ranks})"
 
 
-def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Press:
+def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any], packing: Mapping[str, Any]) -> Press:
     if press is None:
         return Press("none")
     budget = {key: value for key, value in protocol.items() if key == "stream_budget"}
@@ -100,8 +102,11 @@ def _press(press: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> Pres
     if press.get("kv_budget") is not None and not budget:
         arguments["kv_budget"] = press["kv_budget"]
     changes = str(press.get("changes_entries") or "")
-    parsed = Press(press["name"], _pairs(arguments | budget), number(press.get("compression_ratio")), changes)
-    has_ratio = not budget and (parsed.acts_on_prefill or parsed.is_none)
+    packed = {name: value for name, value in packing.items() if PACKING_DEFAULTS.get(name) != value}
+    pairs = _pairs(arguments | budget | packed)
+    packed_as = str(packing.get("kv_quant") or "")
+    parsed = Press(press["name"], pairs, number(press.get("compression_ratio")), changes, packed_as)
+    has_ratio = not budget and (parsed.acts_on_prefill or not parsed.evicts)
     return parsed if has_ratio else replace(parsed, removed_asked=None)
 
 
@@ -192,9 +197,14 @@ def _kept(fact: Mapping[str, Any]) -> Kept:
         bytes_allocated=pressed["kv_bytes_allocated"] + unpressed["kv_bytes_allocated"],
         bytes_effective=(pressed["kv_bytes_effective"] or 0) + (unpressed["kv_bytes_effective"] or 0),
         max_stream_bytes=fact.get("max_stream_bytes", 0),
+        bytes_unpacked=_sum_of(pressed.get("kv_bytes_unpacked"), unpressed.get("kv_bytes_unpacked")),
         num_tokens_generated=fact.get("tokens_generated") if "texts_at_limit" in fact else None,
         num_texts_at_limit=fact.get("texts_at_limit"),
     )
+
+
+def _sum_of(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def _model_arguments(arguments: Any) -> Mapping[str, Any]:

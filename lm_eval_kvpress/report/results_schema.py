@@ -43,6 +43,7 @@ class ContextFacts(Part):
     kv_bytes_before: Count
     kv_bytes_allocated: Count
     kv_bytes_effective: Maybe[Count]
+    kv_bytes_unpacked: Maybe[Count]
 
 
 class PositionFacts(Part):
@@ -83,6 +84,10 @@ class PressFacts(Part):
     changes_entries: Maybe[str]
 
 
+class QuantizationFacts(Part):
+    kv_quant: str
+
+
 class Parity(Part):
     passed: bool
 
@@ -101,6 +106,7 @@ class Facts(Part):
     """``config.kvpress``."""
 
     press: Maybe[PressFacts]
+    quantization: Maybe[QuantizationFacts]
     protocol: Maybe[dict[str, Any]]
     tasks: Maybe[dict[str, TaskFacts]]
     throughput: Maybe[Throughput]

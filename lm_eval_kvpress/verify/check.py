@@ -1,6 +1,6 @@
 """What a check is: measurements, each with a limit, and a verdict.
 
-Knows nothing of models, nor of what is checked: see `presentation`, `kept`, `scores` and `answers`.
+Knows nothing of models, nor of what is checked: see `presentation`, `kept`, `scores`, `fidelity`, `packing`, `answers`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress.cache import compressed
+from lm_eval_kvpress.cache import compressed, quantized
 from lm_eval_kvpress.cache.compressed import LayerKV
 from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
@@ -242,6 +242,24 @@ def _(patch: MonkeyPatch) -> None:
         return hidden
 
     patch.setattr(DecodeState, "feed_held_back", then_physical)
+
+
+# -------------------------------------------------------------------------------------------------- packed entries
+
+
+@fault("kv_quant that packs nothing", "full precision under the name of int4", "packing")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(compression, "pack", lambda cache, rule: cache)
+
+
+@fault("codes read without their zero", "keys lose the mean of their channel", "packing")
+def _(patch: MonkeyPatch) -> None:
+    floats = quantized._floats
+
+    def without_zero(scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> Any:
+        return floats(scales, torch.zeros_like(zeros), dtype)
+
+    patch.setattr(quantized, "_floats", without_zero)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

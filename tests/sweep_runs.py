@@ -39,6 +39,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def write_tasks(folder: Path) -> Path:
+    """Three small tasks, one per request type."""
+    (folder / "data.py").write_text(DATA)
+    for name, kind in KINDS.items():
+        lines = json.dumps({"task": f"sweep_{name}", "test_split": "test", **kind})[1:-1]
+        (folder / f"{name}.yaml").write_text("{" + lines + ", custom_dataset: !function data.load}\n")
+    return folder
+
+
 def manager(folder: str | Path | None) -> TaskManager:
     """Without lm-eval's own thousands of tasks, which take seconds to list."""
     return TaskManager(include_path=str(folder), include_defaults=False)

@@ -44,8 +44,8 @@ class FullSide:
         self._latest_texts: tuple[Any, list[list[int]]] | None = None
 
     def predictions(self, contexts: Sequence[Context], turns: Sequence[Turn]) -> list[Predictions]:
-        """The predictions of each turn. The caches are freed before this returns."""
-        key = tuple(contexts), tuple(turns)
+        """The predictions of each turn, by the attention in use. The caches are freed before this returns."""
+        key = self._model.model.config._attn_implementation, tuple(contexts), tuple(turns)
         if self._latest is None or self._latest[0] != key:
             self._latest = None  # before the next ones, which need the memory
             with self._autocast():
@@ -77,8 +77,8 @@ class FullSide:
         settings: GenerationSettings,
         decode: Callable[[CompressedBatch], list[list[int]]],
     ) -> list[list[int]]:
-        """The new tokens of each prompt, which ``decode`` produces from the full cache."""
-        key = tuple(prompts), settings
+        """The new tokens of each prompt, which ``decode`` produces from the full cache, by the attention in use."""
+        key = self._model.model.config._attn_implementation, tuple(prompts), settings
         if self._latest_texts is None or self._latest_texts[0] != key:
             with self._autocast():
                 batch = self._compressor.compress([prompt.context for prompt in prompts])

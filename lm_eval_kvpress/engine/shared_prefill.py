@@ -78,17 +78,22 @@ class SharedPrefills:
     def __init__(self, model: PressableModel) -> None:
         self._model, self._clock = model, Clock(model.device)
         self._places: dict[Tokens, tuple[_Prefill, int]] = {}
+        self._attention: str | None = None
         self._latest = PhaseTiming("prefill", 0.0, 0)
         self.num_tokens = 0
 
     def run(self, contexts: Sequence[Tokens], *, for_cache_only: bool = False) -> None:
         """Prefill contexts in groups of equal length, those that are there already excepted, and forget all others.
 
-        Nothing is forgotten if all of them are there.
+        Nothing is forgotten if all of them are there. What other attention computed is not there: it is rounded
+        otherwise, and figures would depend on what was run before.
 
         Args:
             for_cache_only: as for `prefill.prefill`; the same for all presses.
         """
+        attention = self._model.model.config._attn_implementation
+        if attention != self._attention:
+            self._places, self._attention = {}, attention
         wanted = [context for context in dict.fromkeys(contexts) if context]
         missing = [context for context in wanted if context not in self._places]
         if not missing:

@@ -21,7 +21,7 @@ from lm_eval_kvpress.report.gate import failures, parse_condition
 from lm_eval_kvpress.report.html import html
 from lm_eval_kvpress.report.latex import latex
 from lm_eval_kvpress.report.markdown import markdown
-from lm_eval_kvpress.report.result_files import PATTERN, unfinished_cells
+from lm_eval_kvpress.report.result_files import PATTERN, holds_shards, unfinished_cells
 
 FAILED = 3  # a row met a condition of --fail-if
 ELSEWHERE = "make room or name another place"
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     if not outputs and figures is None:
         sys.stdout.write(markdown(report))
     for folder, cells in unfinished_cells(places).items():
-        print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}", file=sys.stderr)
+        shards = "; the sweep's command with --merge joins its shards" if holds_shards(folder) else ""
+        print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}{shards}", file=sys.stderr)
     lines = failures(report, conditions)
     for line in lines:
         print(line, file=sys.stderr)

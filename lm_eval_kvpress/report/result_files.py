@@ -15,7 +15,8 @@ from lm_eval_kvpress.report.manifests import refuse_damage
 from lm_eval_kvpress.report.parsing import parse_cell
 from lm_eval_kvpress.report.results_schema import read_content
 
-PATTERN = "results_*.json"
+PATTERN, SHARDS = "results_*.json", "shards"
+GOES_ON = "its command goes on where it stopped"
 UNFINISHED = "results.part"  # the folder of results that a sweep has not sealed
 
 
@@ -42,12 +43,26 @@ def read_cell(file: Path) -> Cell:
 
 def unfinished_cells(places: Sequence[Path]) -> dict[Path, list[str]]:
     """Folders of sweeps among the places and below them, and the names of their cells that have no results yet."""
-    folders = sorted({file.parent for place in places if place.is_dir() for file in place.rglob("sweep.json")})
-    cells = {
-        folder: sorted(cell.name for cell in folder.glob("cells/*") if not any((cell / "results").rglob(PATTERN)))
-        for folder in folders
-    }
+    folders = sorted(
+        {_sweep_of(file.parent) for place in places if place.is_dir() for file in place.rglob("sweep.json")}
+    )
+    cells = {folder: _unfinished(folder) for folder in folders}
     return {folder: names for folder, names in cells.items() if names}
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether shares of a sweep's answers are in folders of their own, from which they may have to be joined."""
+    return any((folder / SHARDS).glob("*-of-*"))
+
+
+def _sweep_of(folder: Path) -> Path:
+    """The folder of the sweep of which this one may be a shard."""
+    return folder.parent.parent if folder.parent.name == SHARDS and "-of-" in folder.name else folder
+
+
+def _unfinished(sweep: Path) -> list[str]:
+    names = {cell.name for cells in ("cells/*", f"{SHARDS}/*/cells/*") for cell in sweep.glob(cells)}
+    return sorted(name for name in names if not any((sweep / "cells" / name / "results").rglob(PATTERN)))
 
 
 def _results_files(place: Path) -> set[Path]:
@@ -58,7 +73,8 @@ def _results_files(place: Path) -> set[Path]:
         return {place}
     files = {file for file in place.rglob(PATTERN) if UNFINISHED not in file.parts and file.is_file()}
     if not files and place in unfinished_cells([place]):
-        raise UsageError(f"no cell of the sweep in {place} is finished: its command goes on where it stopped")
+        goes_on = "its command with --merge joins its shards" if holds_shards(place) else GOES_ON
+        raise UsageError(f"no cell of the sweep in {place} is finished: {goes_on}")
     if not files:
         raise UsageError(f"no {PATTERN} below {place}: pass the --output_path of lm_eval or of a sweep")
     return files

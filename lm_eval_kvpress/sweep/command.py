@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Literal
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.launch import num_processes
 from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.sweep.cells import Cell, cells_of
-from lm_eval_kvpress.sweep.run import run_cells
+from lm_eval_kvpress.sweep.run import run_cells, run_shard
 from lm_eval_kvpress.sweep.settings import SweepSettings, parse_settings, read_settings
+from lm_eval_kvpress.sweep.shards.joining import refuse_unmerged, siblings
+from lm_eval_kvpress.sweep.shards.shard import AUTO, Shard, is_in_array, parse_shard, shard_of_array
 from lm_eval_kvpress.sweep.store import SweepStore
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -22,18 +26,50 @@ INTERRUPTED = 130  # what shells report after Ctrl-C
 
 def main(argv: Sequence[str]) -> int:
     """Run a sweep; every mistake in the settings is found before its folder is made."""
-    settings = settings_from(argv)
-    _refuse_several_processes()
+    typed = _typed(argv)
+    part = _part(typed.pop("shard", None), is_merge=typed.pop("merge", False))
+    settings = _settings(typed)
+    _leave_processes_of_a_launcher()
     cells = cells_of(settings)
-    _refuse_streams_of_workers(settings, cells)
-    shared = {**settings.shared, "versions": {"lm-eval-kvpress": __version__, **versions()}}
-    with closing(SweepStore(Path(settings.output_path), shared)) as store:
-        try:
-            run_cells(settings, cells, store)
-        except KeyboardInterrupt:
-            print(f"stopped; the same command goes on from {settings.output_path}", file=sys.stderr)
-            return INTERRUPTED
+    _refuse_streams_of_several(settings, cells, part)
+    try:
+        _run(settings, cells, part)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {settings.output_path}", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _run(settings: SweepSettings, cells: Sequence[Cell], part: Shard | Literal["all", "merge"]) -> None:
+    output_path = Path(settings.output_path)
+    shared = {**settings.shared, "versions": {"lm-eval-kvpress": __version__, **versions()}}
+    # With another batch size blocks of requests are others, and so are the shares.
+    of_shards = {**shared, "batch_size": settings.batch_size, "max_batch_size": settings.max_batch_size}
+    if isinstance(part, Shard):
+        others = siblings(output_path, part, shared, of_shards)
+        with closing(SweepStore(part.folder(output_path), of_shards)) as store:
+            run_shard(settings, cells, store, part, others)
+        return
+    if part == "all":
+        refuse_unmerged(output_path)
+    with closing(SweepStore(output_path, shared)) as store:
+        run_cells(settings, cells, store, of_shards=of_shards if part == "merge" else None)
+
+
+def _part(shard: str | None, *, is_merge: bool) -> Shard | Literal["all", "merge"]:
+    """What of the sweep this process does."""
+    if is_merge:
+        if shard is not None:
+            raise UsageError("shard and merge: a shard answers, and --merge joins what all have answered: give one")
+        return "merge"
+    if shard is None and is_in_array():
+        shard = AUTO
+        print(
+            f"task {shard_of_array()} of an array of Slurm: it answers that share, as by --shard auto; --merge "
+            "joins all shares, and --shard none runs a whole sweep in each task",
+            file=sys.stderr,
+        )
+    return (None if shard is None else parse_shard(shard)) or "all"
 
 
 def settings_from(argv: Sequence[str]) -> SweepSettings:
@@ -42,24 +78,40 @@ def settings_from(argv: Sequence[str]) -> SweepSettings:
     Raises:
         UsageError: for an unknown setting, a missing one, or a value of the wrong type.
     """
-    typed = {key: value for key, value in vars(_parser().parse_args(argv)).items() if value is not None}
+    typed = _typed(argv)
+    for name in ("shard", "merge"):
+        typed.pop(name, None)
+    return _settings(typed)
+
+
+def _typed(argv: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in vars(_parser().parse_args(argv)).items() if value is not None}
+
+
+def _settings(typed: dict[str, Any]) -> SweepSettings:
     file = typed.pop("config", None)
     return parse_settings({**(read_settings(Path(file)) if file else {}), **typed})
 
 
-def _refuse_several_processes() -> None:
-    if num_processes() > 1:
+def _leave_processes_of_a_launcher() -> None:
+    """Refuse to be one of several processes; a shell's ``WORLD_SIZE`` without a rank announces none that exist."""
+    if num_processes() == 1:
+        return
+    if {"RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         raise UsageError(
             "a sweep starts its own processes: start it without accelerate or torchrun, and for several GPUs with "
             "--workers N"
         )
+    size = os.environ.pop("WORLD_SIZE")
+    print(f"WORLD_SIZE={size} is set without a RANK, and is left out of account: this is one process", file=sys.stderr)
 
 
-def _refuse_streams_of_workers(settings: SweepSettings, cells: Sequence[Cell]) -> None:
-    if settings.has_workers and any({**settings.model_args, **c.arguments}.get("rolling") == "stream" for c in cells):
-        raise UsageError(
-            f"workers={settings.workers}: streams are answered by one process; give them a sweep of their own"
-        )
+def _refuse_streams_of_several(settings: SweepSettings, cells: Sequence[Cell], part: object) -> None:
+    if not any({**settings.model_args, **cell.arguments}.get("rolling") == "stream" for cell in cells):
+        return
+    several = f"shard={part}" if isinstance(part, Shard) else f"workers={settings.workers}"
+    if isinstance(part, Shard) or settings.has_workers:
+        raise UsageError(f"{several}: streams are answered by one process; give them a sweep of their own")
 
 
 def _as_lm_eval_reads(text: str) -> bool:
@@ -106,4 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", help="of torch, as lm-eval's third (default 1234)")
     parser.add_argument("--launcher", help="who answers: local, this process or others of this machine")
     parser.add_argument("--workers", help="processes that answer: one per GPU, or on CPUs with a share of the threads")
+    share = "answer the I-th of N shares of the requests; auto (default in an array of Slurm), none"
+    parser.add_argument("--shard", metavar="I/N", help=share)
+    parser.add_argument("--merge", action="store_const", const=True, help="join what all shards answered, to results")
     return parser

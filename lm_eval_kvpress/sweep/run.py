@@ -1,6 +1,6 @@
 """The cells of a sweep in this process: load the model once, then let lm-eval evaluate one cell after the other.
 
-Each cell ends as a standard lm-eval results file with its samples, as the run of that cell alone would have written it.
+A shard answers its share of the requests, and ends there. Knows cells, stores and workers.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import datasets
-import lm_eval
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.files import write_whole
@@ -25,58 +22,141 @@ from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.statistics import hashes_of_statistics
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell, presses_of
-from lm_eval_kvpress.sweep.launchers.launch import launch, of_driver
+from lm_eval_kvpress.sweep.evaluation import ask, evaluate, say
+from lm_eval_kvpress.sweep.launchers.launch import in_main_memory, launch, of_driver
 from lm_eval_kvpress.sweep.model import SweepModel, load_model
-from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
 from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.shards.joining import join_shards
+from lm_eval_kvpress.sweep.shards.record import note_cells, note_workers
+from lm_eval_kvpress.sweep.shards.shard import Shard
+from lm_eval_kvpress.sweep.shards.share import AllAnswered, ShareOnly, stop_after_requests
 from lm_eval_kvpress.sweep.store import SweepStore
 from lm_eval_kvpress.sweep.tasks import check_tasks, task_hashes, task_manager
 from lm_eval_kvpress.sweep.workers.jobs import Workers
+from lm_eval_kvpress.sweep.workers.worker import Worker
 
 logger = logging.getLogger("lm_eval_kvpress")
 
 
-def run_cells(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> None:
+def run_cells(
+    settings: SweepSettings, cells: Sequence[Cell], store: SweepStore, *, of_shards: Mapping[str, Any] | None = None
+) -> None:
     """Run all unfinished cells.
 
+    Args:
+        of_shards: settings of the shards that have answered, if this call joins them and answers nothing itself.
+
     Raises:
-        UsageError: for an unknown task, other weights than before, or a cell that does not fit the model.
+        UsageError: for an unknown task, other weights than before, a cell that does not fit the model, or answers that
+            are missing from the shards.
     """
     start = time.perf_counter()
-    for line in (line for cell in cells for line in store.cell(cell.folder).drop_damage()):
-        say(line)
+    _drop_damage(cells, store)
     todo = [cell for cell in cells if not store.cell(cell.folder).is_finished]
     say(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
     tasks = _checked_tasks(settings, cells, store)
     if not todo:
         return
     _remind_of_baseline(cells)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    model = load_model(of_driver(settings))
-    checkpoint = {**checkpoint_hashes(model.lm), **hashes_of_statistics(presses_of(settings, cells))}
+    model = _loaded(of_driver(settings) if of_shards is None else in_main_memory(settings))
+    checkpoint = _checkpoint(settings, cells, model)
     store.begin(tasks, checkpoint)
-    with (
-        _says_what_is_complete(cells, store),
-        closing(launch(settings, model, checkpoint)) as workers,
-        _opened(model, todo, store, workers) as runs,
-    ):
+    with ExitStack() as opened:
+        opened.enter_context(_says_what_is_complete(cells, store))
+        workers: Workers
+        if of_shards is None:
+            workers = launch(settings, model, checkpoint)
+        else:
+            workers, lines = join_shards(store, of_shards, [cell.folder for cell in todo], tasks, checkpoint)
+            _say_all(lines)
+        opened.enter_context(closing(workers))
+        runs = opened.enter_context(_opened(model, todo, store, workers))
         for peers in sharing_prefills(runs):
             _evaluate_all(model, settings, peers, workers)
-    num_tokens_shared = sum(run.num_tokens_shared for run in runs)
-    summary = {
-        "num_cells": len(cells),
-        "num_cells_run": len(todo),
-        "num_workers": max(1, len(workers.facts)),
-        "num_tokens_prefilled": num_tokens_shared + sum(run.num_tokens_prefilled for run in runs),
-        "num_tokens_prefilled_shared": num_tokens_shared,
-        "seconds": time.perf_counter() - start,
-    }
-    write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
+    seconds, num_tokens = _summarize(store, cells, runs, workers, start)
     say(
-        f"{len(todo)} cells finished by this call in {summary['seconds']:.0f} s, "
-        f"{summary['num_tokens_prefilled']:,} tokens prefilled; "
+        f"{len(todo)} cells finished by this call in {seconds:.0f} s, {num_tokens:,} tokens prefilled; "
         f"next: lm-eval-kvpress report {store.folder} -o report.html"
     )
+
+
+def run_shard(
+    settings: SweepSettings, cells: Sequence[Cell], store: SweepStore, shard: Shard, siblings: Sequence[SweepStore]
+) -> None:
+    """Answer the requests of one shard.
+
+    Args:
+        store: of the shard.
+        siblings: stores of the same sweep, which must be of the same tasks and checkpoint.
+
+    Raises:
+        UsageError: as `run_cells`.
+    """
+    start = time.perf_counter()
+    say(f"shard {shard} of {len(cells)} cells, in {store.folder}")
+    _drop_damage(cells, store)
+    tasks = _checked_tasks(settings, cells, store)
+    for other in siblings:
+        other.check_tasks(tasks)
+    model = _loaded(of_driver(settings))
+    checkpoint = _checkpoint(settings, cells, model)
+    for other in siblings:
+        other.check_checkpoint(checkpoint)
+    store.begin(tasks, checkpoint)
+    folders = [cell.folder for cell in cells]
+    note_cells(store.folder, folders, are_answered=False)
+    with (
+        closing(launch(settings, model, checkpoint)) as those,
+        _opened(model, cells, store, those) as runs,
+    ):
+        facts = those.facts or [Worker(model).facts(presses_of(settings, cells))]
+        workers = ShareOnly(those, shard, before_first=lambda: note_workers(store.folder, facts))
+        for peers in sharing_prefills(runs):
+            _ask_all(model, settings, peers, workers)
+    note_cells(store.folder, folders, are_answered=True)
+    seconds, num_tokens = _summarize(store, cells, runs, workers, start)
+    say(
+        f"shard {shard} is done in {seconds:.0f} s, {num_tokens:,} tokens prefilled; once all {shard.count} are, the "
+        "same command with --merge joins them"
+    )
+
+
+def _drop_damage(cells: Sequence[Cell], store: SweepStore) -> None:
+    _say_all(line for cell in cells for line in store.cell(cell.folder).drop_damage())
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _loaded(settings: SweepSettings) -> SweepModel:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return load_model(settings)
+
+
+def _checkpoint(settings: SweepSettings, cells: Sequence[Cell], model: SweepModel) -> dict[str, str]:
+    """Hashes of the checkpoint, and of the statistics that presses read."""
+    return {**checkpoint_hashes(model.lm), **hashes_of_statistics(presses_of(settings, cells))}
+
+
+def _summarize(
+    store: SweepStore, cells: Sequence[Cell], runs: Sequence[CellRun], workers: Workers, start: float
+) -> tuple[float, int]:
+    """Write what this call did; return its seconds and the tokens that it prefilled."""
+    num_tokens_shared = sum(run.num_tokens_shared for run in runs)
+    num_tokens = num_tokens_shared + sum(run.num_tokens_prefilled for run in runs)
+    seconds = time.perf_counter() - start
+    summary = {
+        "num_cells": len(cells),
+        "num_cells_run": len(runs),
+        "num_workers": max(1, len(workers.facts)),
+        "num_tokens_prefilled": num_tokens,
+        "num_tokens_prefilled_shared": num_tokens_shared,
+        "seconds": seconds,
+    }
+    write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
+    return seconds, num_tokens
 
 
 def _checked_tasks(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> dict[str, dict[str, str]]:
@@ -101,11 +181,6 @@ def _says_what_is_complete(cells: Sequence[Cell], store: SweepStore) -> Iterator
         raise UsageError(
             f"{line} ({num_finished} of {len(cells)} cells are finished, what the others have answered is kept)"
         ) from error
-
-
-def say(message: str) -> None:
-    """Print a line about the sweep, beside the progress bars and apart from results."""
-    print(message, file=sys.stderr)
 
 
 def _remind_of_baseline(cells: Sequence[Cell]) -> None:
@@ -152,8 +227,19 @@ def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[Ce
         for index, run in enumerate(peers):
             name_cell(run.cell.name)
             model.turn_to(run, peers[index:], workers)
-            _evaluate(model, settings, tasks, run, workers)
+            evaluate(model, settings, tasks, run, workers)
             say(f"{run.cell.name} is finished")
+
+
+def _ask_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun], workers: Workers) -> None:
+    """Have this process's share of the requests answered for all cells of a group; no results come of it."""
+    tasks = task_manager(settings, peers[0].cell)
+    stop_after_requests(tasks)
+    with _messages() as name_cell, suppress(AllAnswered):
+        name_cell(peers[0].cell.name)
+        model.turn_to(peers[0], peers, workers)
+        ask(model, settings, tasks)
+        raise AssertionError("lm-eval went on to metrics without answers")
 
 
 @contextmanager
@@ -167,52 +253,3 @@ def _messages() -> Iterator[Callable[[str], None]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run: CellRun, workers: Workers) -> None:
-    """Have lm-eval evaluate a cell, and write its results and samples as lm-eval's command does."""
-    tracker = EvaluationTracker(output_path=str(run.store.new_results()))
-    results = lm_eval.simple_evaluate(
-        model=model.lm,
-        tasks=settings.tasks,
-        task_manager=tasks,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        samples=settings.samples,
-        apply_chat_template=settings.apply_chat_template,
-        fewshot_as_multiturn=settings.chats_in_turns,
-        system_instruction=settings.system_instruction,
-        predict_only=settings.predict_only,
-        gen_kwargs=settings.gen_kwargs,
-        torch_random_seed=settings.seed,
-    )
-    assert results is not None
-    results["config"] |= _config(settings, run)
-    results["config"]["kvpress"] |= workers.facts[0].record if workers.facts else {}
-    results["config"]["kvpress"]["sweep"] = {
-        "cell": run.cell.name,
-        "shares_prefill": run.shares,
-        "workers": [{"host": facts.host, "device": facts.record["device"]} for facts in workers.facts],
-        "settings": settings.as_typed(),
-    }
-    template = model.lm.chat_template(settings.apply_chat_template) if settings.apply_chat_template else None
-    tracker.general_config_tracker.log_experiment_args(
-        *(settings.model, results["config"]["model_args"], settings.system_instruction, template),
-        settings.chats_in_turns,
-    )
-    samples = results.pop("samples")
-    if settings.wandb_args is not None:
-        problem = log_to_wandb({"name": run.cell.name, **settings.wandb_args}, results, samples)
-        say(problem or f"{run.cell.name} is logged to Weights & Biases")
-    write_results(tracker, results, samples)
-    run.store.finish()
-
-
-def _config(settings: SweepSettings, run: CellRun) -> dict[str, Any]:
-    """What lm-eval records of a model that it makes itself."""
-    return {
-        "model": settings.model,
-        "model_args": {**settings.model_args, **run.cell.arguments},
-        "batch_size": settings.batch_size,
-        "device": settings.device,
-    }

@@ -3,6 +3,7 @@
     DIR/sweep.json      the mark that the folder is a sweep's, and what all its cells share
     DIR/summary.json    of the call that finished: cells, tokens prefilled, seconds
     DIR/cells/CELL      `cell_store`
+    DIR/shards/I-of-N   the same again, of a share of the answers (`shards.joining`)
 
 A folder with other content is refused and left as it is. Does not know lm-eval or models.
 """
@@ -22,7 +23,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import remove_parts, write_whole
 from lm_eval_kvpress.sweep.cell_store import CellStore, refuse_other_kinds
 
-LOCK, MARK = ".lock", "sweep.json"
+LOCK, MARK, SHARDS = ".lock", "sweep.json", "shards"
 
 
 class SweepRecord(BaseModel):
@@ -45,36 +46,42 @@ class SweepRecord(BaseModel):
 class SweepStore:
     """Open the folder of a sweep for this process alone.
 
+    Args:
+        settings: that all cells share.
+        is_written: if not, the folder is opened beside its writer, to compare settings, tasks and checkpoint with.
+
     Raises:
         UsageError: in one line, if another sweep writes there, or what is there is no sweep or of other settings.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_written: bool = True) -> None:
         self.folder, self._cells = folder, folder / "cells"
         self._settings = json.loads(json.dumps(settings, default=str))
         self._lock = FileLock(folder / LOCK)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._before = self._read()
-            self._lock.acquire(blocking=False)
+            if is_written:
+                self._lock.acquire(blocking=False)
         except Timeout as error:
             raise UsageError(f"output_path={folder} is being written by another sweep: choose another one") from error
         except OSError as error:
             raise UsageError(f"output_path={folder} cannot be written: {error.strerror}") from error
         try:
             self._check_settings()
-            remove_parts(folder)
+            if is_written:
+                self._remove_parts()
         except BaseException:
             self.close()
             raise
 
     def _read(self) -> SweepRecord | None:
-        """What ``sweep.json`` says; None if the folder is empty but for what a start leaves that was killed."""
+        """What ``sweep.json`` says; None if the folder is empty but for shards and what a killed start leaves."""
         lock = self.folder / LOCK
         if _is_there(lock) and not (_is_plain(lock) and lock.lstat().st_size == 0):
             raise UsageError(f"{lock} is not a sweep's: choose another output_path")
         others = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
-        if all(_is_part_of_mark(self.folder / name) for name in others):
+        if all(name == SHARDS or _is_part_of_mark(self.folder / name) for name in others):
             return None
         try:
             if not _is_plain(self.folder / MARK):
@@ -88,6 +95,12 @@ class SweepStore:
             ) from error
         refuse_other_kinds(folders=[self._cells])
         return record
+
+    def _remove_parts(self) -> None:
+        """Those of shards are theirs to remove: they may be running."""
+        for part in self.folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+        remove_parts(self._cells)
 
     def _check_settings(self) -> None:
         if self._before is None or self._holds_nothing():
@@ -144,7 +157,17 @@ class SweepStore:
                 checkpoint=dict(checkpoint),
             )
             write_whole(self.folder / MARK, record.model_dump_json(indent=2))
-        elif changed := _changed(self._before.checkpoint, checkpoint):
+        self.check_checkpoint(checkpoint)
+
+    def check_checkpoint(self, checkpoint: Mapping[str, str]) -> None:
+        """Refuse another checkpoint than that by which cells were answered.
+
+        Raises:
+            UsageError: naming the parts that differ.
+        """
+        if self._before is None or self._holds_nothing():
+            return
+        if changed := _changed(self._before.checkpoint, checkpoint):
             raise UsageError(
                 f"output_path={self.folder} holds a sweep of another checkpoint ({', '.join(changed)} differ): choose "
                 "another folder"

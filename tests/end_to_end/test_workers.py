@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_runs import DATA, KINDS, assert_same, manager, results_of
+from sweep_runs import assert_same, manager, results_of, write_tasks
 from sweep_runs import command_line as plain_command_line
 
 from lm_eval_kvpress.sweep import command, run
@@ -27,13 +27,7 @@ def command_line(*places: Path, **settings: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small tasks, one per request type."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "data.py").write_text(DATA)
-    for name, kind in KINDS.items():
-        lines = json.dumps({"task": f"sweep_{name}", "test_split": "test", **kind})[1:-1]
-        (folder / f"{name}.yaml").write_text("{" + lines + ", custom_dataset: !function data.load}\n")
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(autouse=True)

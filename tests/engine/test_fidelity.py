@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import kvpress
@@ -33,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, stack
 from lm_eval_kvpress.engine import online_softmax
-from lm_eval_kvpress.engine.fidelity import FullDocuments, compare
+from lm_eval_kvpress.engine.fidelity import FullDocuments, FullSide, compare
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, Predictions, predict
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
@@ -254,3 +256,19 @@ def test_of_equal_maxima_the_first_is_compared(
     sides = [predict(model, prefill(model, torch.tensor([TOKENS[:9]]), None), [PACK]) for _ in range(2)]
     ((found,),) = compare(model, *sides)
     assert all(found.agrees) and set(found.kl) == {0.0}
+
+
+def test_the_full_side_serves_further_presses_of_the_same_attention_alone() -> None:
+    """Other attention rounds otherwise: figures would depend on what a process did before, and so on its share."""
+    attention = SimpleNamespace(_attn_implementation="sdpa")
+    model: Any = SimpleNamespace(model=SimpleNamespace(config=attention))
+    compressed = list[Any]()
+    compressor: Any = SimpleNamespace(
+        press=SimpleNamespace(is_none=True),
+        compress=lambda contexts: compressed.append(contexts) or SimpleNamespace(cache=None),
+    )
+    full, settings = FullSide(model, compressor, nullcontext), Any
+    for attention._attn_implementation in ("sdpa", "sdpa", "eager", "eager", "sdpa"):
+        full.predictions([], [])
+        full.texts([], settings, lambda batch: [])  # type: ignore[arg-type]
+    assert len(compressed) == 3 + 3

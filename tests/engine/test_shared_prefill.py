@@ -95,6 +95,15 @@ def test_contexts_are_run_once_and_forgotten_with_their_batch(make_pressable: Ca
         shared.compress(contexts, None)
 
 
+def test_contexts_are_run_again_by_other_attention(make_pressable: Callable[..., PressableModel]) -> None:
+    model = make_pressable()
+    shared, contexts = SharedPrefills(model), [tuple(row) for row in tokens(1, 20).tolist()]
+    for attention, num_runs in (("sdpa", 1), ("sdpa", 1), ("eager", 2), ("eager", 2), ("sdpa", 3)):
+        model.model.set_attn_implementation(attention)
+        shared.run(contexts)
+        assert shared.num_tokens == 20 * num_runs
+
+
 @pytest.mark.parametrize("order", [(2, 0, 2), (1, 2, 0), (2, 1, 0), (1,)], ids=str)
 def test_rows_in_any_order_and_more_than_once(
     make_pressable: Callable[..., PressableModel], order: tuple[int, ...]

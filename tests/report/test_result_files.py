@@ -53,3 +53,14 @@ def test_unfinished_cells_of_a_sweep_are_named(tmp_path: Path) -> None:
     (sweep / "cells" / "snapkv" / "results").mkdir()
     assert len(read_results([sweep])) == 1, "results that are not known to be whole are no row"
     assert unfinished_cells([tmp_path]) == {sweep: ["knorm", "snapkv"]}
+
+
+def test_cells_that_only_shards_have_answered_are_unfinished_cells_of_the_sweep(tmp_path: Path) -> None:
+    for shard in ("1-of-2", "2-of-2"):
+        (tmp_path / "shards" / shard / "cells" / "knorm").mkdir(parents=True)
+        (tmp_path / "shards" / shard / "sweep.json").write_text("{}")
+    assert unfinished_cells([tmp_path]) == {tmp_path: ["knorm"]}
+    with pytest.raises(UsageError, match="is finished: its command with --merge joins its shards"):
+        read_results([tmp_path])
+    write_results(tmp_path / "cells" / "knorm" / "results", "knorm", 0.5)
+    assert unfinished_cells([tmp_path]) == {} and len(read_results([tmp_path])) == 1

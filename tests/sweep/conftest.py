@@ -4,21 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from sweep_runs import DATA, KINDS, manager
+from sweep_runs import manager, write_tasks
 
 from lm_eval_kvpress.sweep import run
 
 
 @pytest.fixture(scope="session")
 def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small tasks, one per request type."""
-    folder = tmp_path_factory.mktemp("sweep_tasks")
-    (folder / "data.py").write_text(DATA)
-    for name, kind in KINDS.items():
-        text = yaml.safe_dump({"task": f"sweep_{name}", "test_split": "test", **kind})
-        (folder / f"{name}.yaml").write_text(text + "custom_dataset: !function data.load\n")
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("sweep_tasks"))
 
 
 @pytest.fixture(autouse=True)

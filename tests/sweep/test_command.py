@@ -10,6 +10,7 @@ import pytest
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.sweep import command
+from lm_eval_kvpress.sweep.shards.shard import OF_ARRAY, Shard
 
 BAD = [
     ({"presses": "none,snapk"}, "did you mean 'snapkv'"),
@@ -34,6 +35,12 @@ BAD = [
     (
         {"workers": "2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
         "workers=2: streams are answered by one process",
+    ),
+    ({"shard": "5/4"}, "shard=5/4: give I/N with I from 1 to N"),
+    ({"shard": "auto"}, "shard=auto needs the variables that Slurm sets in an array"),
+    (
+        {"shard": "1/2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
+        "shard=1/2: streams are answered by one process",
     ),
     ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),
@@ -67,9 +74,45 @@ def test_bad_input_is_one_line_before_any_work(
 
 def test_several_processes_for_one_sweep_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="a sweep starts its own processes: start it without accelerate or torchrun"):
         command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+VARIABLES_OF_A_SHELL = {"WORLD_SIZE": "4", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+def test_variables_that_a_shell_sets_leave_a_sweep_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On an interactive node, say: neither other processes nor an array are really there."""
+    for name, value in VARIABLES_OF_A_SHELL.items():
+        monkeypatch.setenv(name, value)
+    parts = list[object]()
+    monkeypatch.setattr(command, "_run", lambda settings, cells, part: parts.append(part))
+    assert command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")]) == 0
+    assert parts == ["all"] and "WORLD_SIZE" not in os.environ
+    assert (
+        capsys.readouterr().err
+        == "WORLD_SIZE=4 is set without a RANK, and is left out of account: this is one process\n"
+    )
+
+
+@pytest.mark.parametrize(("given", "part"), [([], Shard(2, 3)), (["--shard", "none"], "all"), (["--merge"], "merge")])
+def test_a_task_of_an_array_answers_its_share_and_says_so(
+    given: list[str], part: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in zip(OF_ARRAY, (8, 7, 1, 3, 0, 2), strict=True):
+        monkeypatch.setenv(name, str(value))
+    parts = list[object]()
+    monkeypatch.setattr(command, "_run", lambda settings, cells, part: parts.append(part))
+    assert command.main(["--presses", "none", "--tasks", "t", "--output_path", "o", *given]) == 0
+    assert parts == [part]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (not given) and all(
+        "task 2/3 of an array of Slurm: it answers that share" in line for line in lines
+    )
 
 
 def test_a_pipe_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from lm_eval_kvpress.sweep.workers.worker import Here, Worker, all_versions
 
 def of_driver(settings: SweepSettings) -> SweepSettings:
     """The settings under which this process loads the model: in main memory if others answer with it."""
-    if not settings.has_workers:
-        return settings
+    return in_main_memory(settings) if settings.has_workers else settings
+
+
+def in_main_memory(settings: SweepSettings) -> SweepSettings:
+    """The settings of a process that loads the model and answers nothing with it."""
     arguments = {key: value for key, value in settings.model_args.items() if key != "parity"}
     return replace(settings, device="cpu", model_args=arguments)
 

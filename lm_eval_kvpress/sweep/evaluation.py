@@ -1,0 +1,79 @@
+"""The evaluation of one cell by lm-eval, and its results.
+
+Each cell ends as a standard lm-eval results file with its samples, as the run of that cell alone would have written it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lm_eval
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+
+from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.model import SweepModel
+from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
+from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.workers.jobs import Workers
+
+
+def say(message: str) -> None:
+    """Print a line about the sweep, beside the progress bars and apart from results."""
+    print(message, file=sys.stderr)
+
+
+def evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run: CellRun, workers: Workers) -> None:
+    """Have lm-eval evaluate a cell, and write its results and samples as lm-eval's command does."""
+    tracker = EvaluationTracker(output_path=str(run.store.new_results()))
+    results = ask(model, settings, tasks)
+    results["config"] |= _config(settings, run)
+    results["config"]["kvpress"] |= workers.facts[0].record if workers.facts else {}
+    results["config"]["kvpress"]["sweep"] = {
+        "cell": run.cell.name,
+        "shares_prefill": run.shares,
+        "workers": [{"host": facts.host, "device": facts.record["device"]} for facts in workers.facts],
+        "settings": settings.as_typed(),
+    }
+    template = model.lm.chat_template(settings.apply_chat_template) if settings.apply_chat_template else None
+    tracker.general_config_tracker.log_experiment_args(
+        *(settings.model, results["config"]["model_args"], settings.system_instruction, template),
+        settings.chats_in_turns,
+    )
+    samples = results.pop("samples")
+    if settings.wandb_args is not None:
+        problem = log_to_wandb({"name": run.cell.name, **settings.wandb_args}, results, samples)
+        say(problem or f"{run.cell.name} is logged to Weights & Biases")
+    write_results(tracker, results, samples)
+    run.store.finish()
+
+
+def ask(model: SweepModel, settings: SweepSettings, tasks: TaskManager) -> dict[str, Any]:
+    """Have lm-eval ask everything of the cell to which the model was turned."""
+    results = lm_eval.simple_evaluate(
+        model=model.lm,
+        tasks=settings.tasks,
+        task_manager=tasks,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        samples=settings.samples,
+        apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.chats_in_turns,
+        system_instruction=settings.system_instruction,
+        predict_only=settings.predict_only,
+        gen_kwargs=settings.gen_kwargs,
+        torch_random_seed=settings.seed,
+    )
+    assert results is not None
+    return results
+
+
+def _config(settings: SweepSettings, run: CellRun) -> dict[str, Any]:
+    """What lm-eval records of a model that it makes itself."""
+    return {
+        "model": settings.model,
+        "model_args": {**settings.model_args, **run.cell.arguments},
+        "batch_size": settings.batch_size,
+        "device": settings.device,
+    }

@@ -55,6 +55,8 @@ OWNERS = {
     "matplotlib": {"report"},
     "plotly": {"report"},
     "prometheus_client": {"records.prometheus"},
+    "ray": {"sweep.launchers.ray_actors"},
+    "submitit": {"sweep.launchers.slurm_jobs"},
 }
 
 # Package or file -> what it must not import, of ours or of others.

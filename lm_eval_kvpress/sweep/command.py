@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     typed = _typed(argv)
     part = _part(typed.pop("shard", None), is_merge=typed.pop("merge", False))
     settings = _settings(typed)
+    if settings.launcher == "submitit" and part != "all":
+        raise UsageError("launcher=submitit submits every shard and the merge: leave --shard and --merge to it")
     _leave_processes_of_a_launcher()
     cells = cells_of(settings)
     _refuse_streams_of_several(settings, cells, part)
@@ -50,10 +52,20 @@ def _run(settings: SweepSettings, cells: Sequence[Cell], part: Shard | Literal["
         with closing(SweepStore(part.folder(output_path), of_shards)) as store:
             run_shard(settings, cells, store, part, others)
         return
+    if settings.launcher == "submitit":
+        _submit(settings)
+        return
     if part == "all":
         refuse_unmerged(output_path)
     with closing(SweepStore(output_path, shared)) as store:
         run_cells(settings, cells, store, of_shards=of_shards if part == "merge" else None)
+
+
+def _submit(settings: SweepSettings) -> None:
+    from lm_eval_kvpress.sweep.launchers.slurm_jobs import submit  # an extra
+
+    for line in submit(settings):
+        print(line, file=sys.stderr)
 
 
 def _part(shard: str | None, *, is_merge: bool) -> Shard | Literal["all", "merge"]:
@@ -156,8 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wandb_args", metavar="NAME=VALUE,...", help="as lm-eval's; a run for each cell")
     parser.add_argument("--include_path", metavar="DIR", help="more tasks, as lm-eval's")
     parser.add_argument("--seed", help="of torch, as lm-eval's third (default 1234)")
-    parser.add_argument("--launcher", help="who answers: local, this process or others of this machine")
+    parser.add_argument("--launcher", help="who answers: local (default, processes of this machine), ray or submitit")
     parser.add_argument("--workers", help="processes that answer: one per GPU, or on CPUs with a share of the threads")
+    parser.add_argument(
+        "--ray_address", metavar="HOST:PORT", help="of a Ray cluster, or auto; without it, one is started"
+    )
+    parser.add_argument("--gpus_per_worker", help="of Ray's workers (default 1 if the cluster has any)")
+    jobs = "of submitit's jobs: time=...,partition=...,gpus_per_node=...; cluster=local runs them here"
+    parser.add_argument("--slurm", metavar="NAME=VALUE,...", help=jobs)
     share = "answer the I-th of N shares of the requests; auto (default in an array of Slurm), none"
     parser.add_argument("--shard", metavar="I/N", help=share)
     parser.add_argument("--merge", action="store_const", const=True, help="join what all shards answered, to results")

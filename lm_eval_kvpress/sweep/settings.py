@@ -32,7 +32,7 @@ OF_LMEVAL = ("batch_size", "max_batch_size", "device")
 """Settings that lm-eval's model takes as arguments too."""
 
 
-OF_LAUNCH = ("launcher", "workers")
+OF_LAUNCH = ("launcher", "workers", "ray_address", "gpus_per_worker", "slurm")
 """Settings that say who answers, and change no answer."""
 
 
@@ -54,8 +54,12 @@ class SweepSettings:
         fidelity: whether the full cache's predictions are computed as well, once for all cells, and compared.
         batch_size, max_batch_size, device, num_fewshot, limit, samples, gen_kwargs, metadata, include_path, seed: as
             lm-eval's, and so are the six below. ``wandb_args`` make a run of Weights & Biases per cell.
-        launcher: who answers; ``local`` is this process, or with several workers processes of this machine.
-        workers: how many processes answer side by side.
+        launcher: who answers; ``local`` is this process, or with several workers processes of this machine, ``ray``
+            actors of a Ray cluster, and ``submitit`` jobs of Slurm.
+        workers: how many processes answer side by side, or how many shards are submitted.
+        ray_address: of the Ray cluster; without it one is started on this machine.
+        gpus_per_worker: that each actor of Ray gets; by default one if the cluster has any.
+        slurm: parameters of the jobs, by submitit's names.
     """
 
     tasks: list[str]
@@ -86,13 +90,16 @@ class SweepSettings:
     predict_only: bool = False
     trust_remote_code: bool = False
     wandb_args: dict[str, Any] | None = None
-    launcher: Literal["local"] = "local"
+    launcher: Literal["local", "ray", "submitit"] = "local"
     workers: int = 1
+    ray_address: str | None = None
+    gpus_per_worker: float | None = None
+    slurm: dict[str, Any] | None = None
 
     @property
     def has_workers(self) -> bool:
         """Whether other processes answer, and this one asks and stores."""
-        return self.workers > 1
+        return self.workers > 1 or self.launcher != "local"
 
     @property
     def chats_in_turns(self) -> bool:
@@ -166,8 +173,7 @@ def _check(settings: SweepSettings) -> None:
         raise UsageError(f"include_path={settings.include_path}: there is no such folder")
     if settings.samples is not None:
         _check_samples(settings)
-    if settings.workers < 1:
-        raise UsageError(f"workers={settings.workers} must be at least 1")
+    _check_launch(settings)
     if settings.fewshot_as_multiturn and not settings.apply_chat_template:
         raise UsageError("fewshot_as_multiturn needs a chat template: give --apply_chat_template too")
     if settings.wandb_args is not None and find_spec("wandb") is None:
@@ -179,6 +185,19 @@ def _check(settings: SweepSettings) -> None:
             raise UsageError(f"model_args: {key} is a setting of its own, as for lm-eval's command: give it as --{key}")
         if key in WRITTEN:
             raise UsageError(f"model_args: leave {key} out; every cell of a sweep writes into its own folder")
+
+
+def _check_launch(settings: SweepSettings) -> None:
+    if settings.workers < 1:
+        raise UsageError(f"workers={settings.workers} must be at least 1")
+    for name, launcher in (("ray_address", "ray"), ("gpus_per_worker", "ray"), ("slurm", "submitit")):
+        if getattr(settings, name) is not None and settings.launcher != launcher:
+            raise UsageError(f"{name} is for --launcher {launcher}, and the launcher is {settings.launcher}")
+    extra = {"ray": "ray", "submitit": "slurm"}.get(settings.launcher)
+    if extra is not None and find_spec(settings.launcher) is None:
+        raise UsageError(
+            f"launcher={settings.launcher} needs {settings.launcher}: pip install 'lm-eval-kvpress[{extra}]'"
+        )
 
 
 def _check_samples(settings: SweepSettings) -> None:

@@ -36,6 +36,8 @@ BAD = [
         {"workers": "2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
         "workers=2: streams are answered by one process",
     ),
+    ({"slurm": "time=60"}, "slurm is for --launcher submitit, and the launcher is local"),
+    ({"ray_address": "auto"}, "ray_address is for --launcher ray, and the launcher is local"),
     ({"shard": "5/4"}, "shard=5/4: give I/N with I from 1 to N"),
     ({"shard": "auto"}, "shard=auto needs the variables that Slurm sets in an array"),
     (

@@ -166,3 +166,13 @@ def test_settings_without_a_name_are_one_line(key: Any) -> None:
 def test_spaces_between_names_are_no_part_of_them() -> None:
     settings = parse_settings({"tasks": "a, b", "presses": "none, knorm ,snapkv", "output_path": "o"})
     assert (settings.tasks, settings.presses) == (["a", "b"], ["none", "knorm", "snapkv"])
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("ray", "ray"), ("submitit", "slurm")])
+def test_a_launcher_that_is_not_installed_is_one_line(
+    launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval_kvpress.sweep.settings.find_spec", lambda name: None)
+    says = rf"launcher={launcher} needs {launcher}: pip install 'lm-eval-kvpress\[{extra}\]'"
+    with pytest.raises(UsageError, match=says):
+        parse_settings({"presses": "none", "tasks": "t", "output_path": "o", "launcher": launcher})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lm_eval_kvpress.sweep.launchers.processes import ProcessPool
 from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.settings import SweepSettings
-from lm_eval_kvpress.sweep.workers.crew import Crew, checker
+from lm_eval_kvpress.sweep.workers.crew import Crew, Pool, checker
 from lm_eval_kvpress.sweep.workers.jobs import Workers
 from lm_eval_kvpress.sweep.workers.worker import Here, Worker, all_versions
 
@@ -36,4 +36,12 @@ def launch(settings: SweepSettings, model: SweepModel, checkpoint: Mapping[str, 
     """
     if not settings.has_workers:
         return Here(Worker(model))
-    return Crew(ProcessPool(settings), checker(all_versions(), checkpoint))
+    return Crew(_pool(settings), checker(all_versions(), checkpoint))
+
+
+def _pool(settings: SweepSettings) -> Pool:
+    if settings.launcher == "local":
+        return ProcessPool(settings)
+    from lm_eval_kvpress.sweep.launchers.ray_actors import RayPool  # an extra
+
+    return RayPool(settings)

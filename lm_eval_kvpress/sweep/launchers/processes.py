@@ -6,7 +6,6 @@ and pipes. Does not know what jobs are made of.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import signal
 from collections import deque
@@ -16,13 +15,11 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from lm_eval_kvpress.errors import UsageError, one_line
-from lm_eval_kvpress.sweep.cells import cells_of, presses_of
-from lm_eval_kvpress.sweep.model import load_model
+from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.sweep.launchers.serving import Server
 from lm_eval_kvpress.sweep.settings import SweepSettings
-from lm_eval_kvpress.sweep.workers.crew import Done, Event, Lost, Ready, Refused
+from lm_eval_kvpress.sweep.workers.crew import Event, Lost
 from lm_eval_kvpress.sweep.workers.jobs import Job
-from lm_eval_kvpress.sweep.workers.worker import Worker
 
 
 class ProcessPool:
@@ -112,19 +109,12 @@ def ended(exitcode: int | None) -> str:
 def serve(pipe: Connection, settings: SweepSettings, num_threads: int) -> None:
     """Load the model and do the jobs that come through the pipe, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the process that asks ends the others
-    logging.basicConfig(format="worker: %(message)s", level=logging.WARNING)
-    torch.set_num_threads(num_threads)
+    server = Server(settings, num_threads)
+    events = server.start()
     try:
-        worker = Worker(load_model(settings))
-        torch.manual_seed(settings.seed)
-        pipe.send(Ready(worker.facts(presses_of(settings, cells_of(settings)))))
         while True:
-            for answered in worker.answer(pipe.recv()):
-                pipe.send(answered)
-            pipe.send(Done())
+            for event in events:
+                pipe.send(event)
+            events = server.do(pipe.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-    except (UsageError, OSError) as error:
-        if (line := one_line(error)) is None:
-            raise
-        pipe.send(Refused(line))

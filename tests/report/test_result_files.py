@@ -10,6 +10,7 @@ from report_files import write_results
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.report.result_files import read_results, unfinished_cells
+from lm_eval_kvpress.sweep.manifest import seal
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
@@ -39,6 +40,15 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         read_results([tmp_path])
     with pytest.raises(UsageError, match="does not exist"):
         read_results([tmp_path / "nowhere"])
+
+
+def test_results_that_a_sweep_sealed_are_refused_once_they_are_damaged(tmp_path: Path) -> None:
+    file = write_results(tmp_path / "results", "none", 0.5)
+    seal(tmp_path / "results")
+    assert len(read_results([tmp_path])) == 1
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UsageError, match=rf"{file.name} is not what its sweep wrote"):
+        read_results([tmp_path])
 
 
 def test_unfinished_cells_of_a_sweep_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Sources: https://docs.ray.io/en/latest/ray-core/actors.html, https://docs.ray.io
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -99,9 +100,12 @@ class _Actor:
 
 
 def _connect(address: str | None) -> None:
+    host, _, port = (address or "").rpartition(":")
     try:
+        if port.isdecimal() and "://" not in host:  # Ray itself tries for minutes where nobody listens
+            socket.create_connection((host, int(port)), timeout=30).close()
         ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UsageError(
             f"ray_address={address or 'local'}: there is no Ray cluster ({line}): see ray status"

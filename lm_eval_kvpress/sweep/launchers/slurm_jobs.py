@@ -27,6 +27,9 @@ from lm_eval_kvpress.sweep.store import SHARDS
 
 LOCAL, SLURM = "local", "slurm"
 
+A_WEEK_MIN = 7 * 24 * 60
+"""Minutes of a job of this machine, of which submitit ends each after a few."""
+
 ALIKE_EVERYWHERE = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "name")
 """Parameters of submitit that mean the same on every cluster; Slurm's own have a prefix."""
 
@@ -90,6 +93,8 @@ def _executor(cluster: str, logs: Path, options: Mapping[str, Any]) -> submitit.
     if cluster == SLURM and not {"time", "timeout_min"} & options.keys():
         raise UsageError("slurm needs time=HH:MM:SS or timeout_min=N, of each shard: submitit's default is 5 minutes")
     named = {name if name in ALIKE_EVERYWHERE else f"{SLURM}_{name}": value for name, value in options.items()}
+    if cluster == LOCAL:
+        named = {"timeout_min": A_WEEK_MIN, **named}
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         executor.update_parameters(**{"name": "lm-eval-kvpress", **named})

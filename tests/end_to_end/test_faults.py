@@ -23,7 +23,7 @@ from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed, quantized
 from lm_eval_kvpress.cache.compressed import LayerKV
-from lm_eval_kvpress.engine import compression, decoding, rolling_batches, scoring, windows
+from lm_eval_kvpress.engine import compression, decoding, fidelity, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
@@ -260,6 +260,21 @@ def _(patch: MonkeyPatch) -> None:
         return floats(scales, torch.zeros_like(zeros), dtype)
 
     patch.setattr(quantized, "_floats", without_zero)
+
+
+# -------------------------------------------------------------------------------------------------------- fidelity
+
+
+@fault("KL with its sides swapped", "what the full cache holds likely weighs least", "fidelity")
+def _(patch: MonkeyPatch) -> None:
+    compare = fidelity.compare
+    patch.setattr(fidelity, "compare", lambda model, full, compressed: compare(model, compressed, full))
+
+
+@fault("full side taken from the compressed cache", "every press is as faithful as the full cache", "fidelity")
+def _(patch: MonkeyPatch) -> None:
+    compare = fidelity.compare
+    patch.setattr(fidelity, "compare", lambda model, full, compressed: compare(model, compressed, compressed))
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -15,6 +15,7 @@ from references import largest_difference
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.answering import SessionAnswering
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.presses.spec import PressSpec
 
 CHOICES = (" geese", " the small river", " an old house by the sea")
 
@@ -149,7 +150,12 @@ def test_automatic_batches_leave_room_for_the_full_cache(checkpoint_dir: Path) -
     ]
     asked = []
     for lm in models:
-        answering = SessionAnswering(lm.session, lambda press, requests: asked.append(press.name) or (1, 3_000))
+
+        def limits(press: PressSpec, requests: object, quantization: object = None) -> tuple[int, int]:
+            asked.append(press.name)
+            return 1, 3_000
+
+        answering = SessionAnswering(lm.session, limits)
         lm.use(lm.session, answering)
         lm.loglikelihood(choices()[:1], disable_tqdm=True)
     assert asked == ["knorm", "none"]

@@ -120,7 +120,7 @@ def test_a_layer_keeps_its_hooks_and_a_forward_that_somebody_else_put_there(call
     hooked, replaced, hidden = nn.Linear(3, 4), nn.Linear(3, 4), torch.randn(2, 3)
     others = replaced.forward = lambda hidden: 7 * hidden
     with hooked.register_forward_hook(lambda layer, args, output: 2 * output), quick_forwards([hooked, replaced]):
-        assert torch.allclose(hooked(hidden), 2 * nn.functional.linear(hidden, hooked.weight, hooked.bias))
+        assert torch.allclose(hooked(hidden), 2 * nn.functional.linear(hidden, hooked.weight, hooked.bias), atol=1e-6)
         assert torch.equal(replaced(hidden), 7 * hidden)
         with quick_forwards([hooked]):
             hooked(hidden)
@@ -133,7 +133,7 @@ def test_a_weight_that_a_hook_puts_there_is_the_one_that_counts(calls: list[Tens
     """As ``torch.nn.utils.prune`` and ``weight_norm`` do."""
     layer, other, hidden = nn.Linear(3, 4, bias=False), nn.Parameter(torch.randn(4, 3)), torch.randn(2, 3)
     with layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", other)), quick_forwards([layer]):
-        assert torch.allclose(layer(hidden), hidden @ other.T)
+        assert torch.allclose(layer(hidden), hidden @ other.T, atol=1e-6)
     assert len(calls) == 1
 
 
@@ -148,7 +148,7 @@ def test_weights_that_multiply_in_a_way_of_their_own_are_left_alone(calls: list[
     expected = 2 * (hidden @ layer.weight.T)
     layer.weight = nn.Parameter(layer.weight.as_subclass(Doubling))
     with quick_forwards([layer]):
-        assert torch.allclose(layer(hidden), expected)
+        assert torch.allclose(layer(hidden), expected, atol=1e-6)
     assert not calls
 
 

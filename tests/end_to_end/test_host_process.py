@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-OF_A_PROCESS_OF_OURS = {("set_num_threads", "sweep/launchers/processes.py")}
+OF_A_PROCESS_OF_OURS = {("set_num_threads", "sweep/launchers/serving.py")}
 
 PROGRAM = """
 import faulthandler, gc, locale, logging, os, random, signal, sys, threading, warnings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def test_four_shards_one_of_them_killed_twice_equal_one_process(
     output = tmp_path / "shards"
     arguments = [*command_line(checkpoint_dir, tasks_dir, output, **FEW), "--fidelity"]
     for limit in (2, 4):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(limit), *arguments, "--shard", "3/4"], cwd=ROOT)
+        program = [sys.executable, "-c", KILLED, str(limit), *arguments, "--shard", "3/4"]
+        killed = subprocess.run(program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert killed.returncode == -signal.SIGKILL
     for number in (4, 1):
         assert command.main([*arguments, "--shard", f"{number}/4"]) == 0

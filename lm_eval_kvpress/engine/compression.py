@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
-from lm_eval_kvpress.cache.packed import PackedKV, pack
+from lm_eval_kvpress.cache.packed import pack
 from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine.batching import in_batches
+from lm_eval_kvpress.engine.context_records import context_records
 from lm_eval_kvpress.engine.contexts import Context, without_repeats
 from lm_eval_kvpress.engine.footprint import PACKED_FORWARD_TOKENS
 from lm_eval_kvpress.engine.prefill import prefill, prefill_padded
@@ -163,7 +164,7 @@ class Compressor:
         with self._clock.phase("prefill", num_tokens=num_tokens):
             for places, cache, pressed in self._stored(missing, _for_cache_only(contexts)):
                 rows, press = [todo[place] for place in places], self._press_for(missing[places[0]])
-                records |= zip(rows, _context_records(cache, press, pressed), strict=True)
+                records |= zip(rows, context_records(cache, press, pressed), strict=True)
                 order += rows
                 caches.append(cache)
             cache = stack(caches, order)
@@ -283,35 +284,6 @@ def _alike(rows: Sequence[int], contexts: Sequence[Context]) -> Iterator[list[in
     for row in rows:
         groups[len(contexts[row].compressed), contexts[row].num_question].append(row)
     yield from groups.values()
-
-
-def _context_records(cache: CompressedCache, press: PressSpec, pressed: bool) -> list[ContextRecord]:
-    return [
-        _context_record(cache, press, kept, num_seen, pressed)
-        for kept, num_seen in zip(cache.kept(), cache.num_seen, strict=True)
-    ]
-
-
-def _context_record(
-    cache: CompressedCache, press: PressSpec, kept: Sequence[float], num_seen: int, pressed: bool
-) -> ContextRecord:
-    """The record of one row; padding beside it in a plain prefill does not count."""
-    sizes = [layer.entry_bytes for layer in cache.layers]
-    entries = [layer.num_entries if pressed else num_seen for layer in cache.layers]
-    unpacked = sum(size * count for size, count in zip(sizes, entries, strict=True))
-    is_packed = any(isinstance(layer, PackedKV) for layer in cache.layers)  # without padding, rows of one length
-    held = sum(layer.num_bytes for layer in cache.layers) // len(cache.num_seen)
-    return ContextRecord(
-        num_tokens=num_seen,
-        kept_per_layer=tuple(kept),
-        bytes_before=sum(sizes) * num_seen,
-        bytes_allocated=held if is_packed else unpacked,
-        pressed=pressed,
-        is_short=not pressed and not press.is_none,
-        is_shrunk=pressed and num_seen < press.min_context(),
-        notes=tuple(press.notes(num_seen, len(cache.layers))) if pressed else (),
-        bytes_unpacked=unpacked,
-    )
 
 
 @contextmanager

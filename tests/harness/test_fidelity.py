@@ -44,9 +44,10 @@ def sums(answers: list[Any]) -> list[float]:
 
 
 PRESSED = [{"press": "knorm", "compression_ratio": 0.5}, {"press": "adakv:snapkv", "window_size": 8}]
+PACKED = [{"press": press, "kv_quant": "int2", "kv_group": 8} for press in ("none", "knorm")]
 
 
-@pytest.mark.parametrize("press", PRESSED, ids=lambda press: press["press"])
+@pytest.mark.parametrize("press", [*PRESSED, *PACKED], ids=lambda press: "-".join(map(str, press.values())))
 def test_answers_stay_and_figures_do_not_depend_on_batches(checkpoint_dir: Path, press: dict[str, Any]) -> None:
     plain, nothing = answered(checkpoint_dir, **press)
     assert set(nothing.values()) == {None}

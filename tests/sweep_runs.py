@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lm_eval.tasks import TaskManager
 
 PRESSES = "none,knorm,streaming_llm,random,pyramidkv,observed_attention"
@@ -46,6 +47,24 @@ def write_tasks(folder: Path) -> Path:
         lines = json.dumps({"task": f"sweep_{name}", "test_split": "test", **kind})[1:-1]
         (folder / f"{name}.yaml").write_text("{" + lines + ", custom_dataset: !function data.load}\n")
     return folder
+
+
+class Killed(BaseException):
+    """Ends a sweep as a signal would: nothing below may catch it."""
+
+
+def dies_once(patch: pytest.MonkeyPatch, owner: type, name: str, *, at: int) -> list[int]:
+    """Let the call of this number, counted from 1, of a method raise `Killed`; return the number of calls so far."""
+    method, num_calls = getattr(owner, name), [0]
+
+    def call(self: Any, *arguments: Any) -> Any:
+        num_calls[0] += 1
+        if num_calls[0] == at:
+            raise Killed
+        return method(self, *arguments)
+
+    patch.setattr(owner, name, call)
+    return num_calls
 
 
 def manager(folder: str | Path | None) -> TaskManager:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lm_eval
 import pytest
-from sweep_runs import assert_same, command_line, manager, results_of
+from sweep_runs import Killed, assert_same, command_line, dies_once, manager, results_of
 
 from lm_eval_kvpress.engine import fidelity
 from lm_eval_kvpress.harness.model import KVPress
@@ -15,10 +15,6 @@ from lm_eval_kvpress.sweep import command
 from lm_eval_kvpress.sweep.answers import Answers
 
 TASKS = ("sweep_choice", "sweep_rolling")
-
-
-class Killed(BaseException):
-    """Ends a sweep as a signal would: nothing below may catch it."""
 
 
 def test_a_sweep_compares_as_single_runs_do_and_goes_on_where_it_was_killed(
@@ -50,15 +46,7 @@ def test_a_sweep_compares_as_single_runs_do_and_goes_on_where_it_was_killed(
             assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], abs=2e-6), name
             assert (ours["kl_mean"] < 2e-6) == (name == "none")
 
-    add, num_calls = Answers.add, [0]
-
-    def dies_at_the_fifth(self: Any, *arguments: Any) -> None:
-        num_calls[0] += 1
-        if num_calls[0] == 5:
-            raise Killed
-        add(self, *arguments)
-
-    monkeypatch.setattr(Answers, "add", dies_at_the_fifth)
+    num_calls = dies_once(monkeypatch, Answers, "add", at=5)
     with pytest.raises(Killed):
         sweep(tmp_path / "killed")
     sweep(tmp_path / "killed")

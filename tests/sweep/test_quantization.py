@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import lm_eval
 import pytest
-from sweep_runs import assert_same, command_line, figures, manager, results_of
+from sweep_runs import Killed, assert_same, command_line, dies_once, figures, manager, results_of
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.sweep import command
 from lm_eval_kvpress.sweep.answers import Answers
 
 TASKS = ("sweep_choice", "sweep_gen")
-
-
-class Killed(BaseException):
-    """Ends a sweep as a signal would."""
 
 
 def test_cells_share_prefills_equal_runs_of_their_own_and_go_on(
@@ -56,15 +51,7 @@ def test_cells_share_prefills_equal_runs_of_their_own_and_go_on(
             for kind in ("contexts_pressed", "contexts_unpressed"):
                 assert ours[kind] == theirs[kind]
 
-    add, num_calls = Answers.add, [0]
-
-    def dies_at_the_fifth(self: Any, *arguments: Any) -> None:
-        num_calls[0] += 1
-        if num_calls[0] == 5:
-            raise Killed
-        add(self, *arguments)
-
-    monkeypatch.setattr(Answers, "add", dies_at_the_fifth)
+    dies_once(monkeypatch, Answers, "add", at=5)
     with pytest.raises(Killed):
         sweep(tmp_path / "killed")
     sweep(tmp_path / "killed")

@@ -19,7 +19,7 @@ import lm_eval
 import pytest
 from lm_eval.utils import sanitize_list
 from repository import ROOT
-from sweep_runs import DATA, KINDS, PRESSES, assert_same, command_line, figures, manager, results_of
+from sweep_runs import DATA, KINDS, PRESSES, Killed, assert_same, command_line, figures, manager, results_of
 from transformers import AutoTokenizer
 
 from lm_eval_kvpress.errors import UsageError
@@ -155,10 +155,6 @@ def test_streams_beyond_the_trained_positions_are_refused(
     settings = {**stream, "model_args": model_args, "presses": "knorm", "ratios": None, "budgets": "4096"}
     with pytest.raises(UsageError, match="cell knorm_stream_budget=4096.*exceed the 512 positions"):
         command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, **settings))
-
-
-class Killed(BaseException):
-    """Ends a sweep as a signal would: nothing below may catch it."""
 
 
 @pytest.mark.parametrize("seed", range(3))

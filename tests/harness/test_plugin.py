@@ -109,6 +109,7 @@ def test_a_changed_task_manager_is_refused_before_it_is_used(monkeypatch: pytest
     assert Changed.__init__ is init
 
 
+@pytest.mark.end_to_end  # it lists lm-eval's thousands of tasks twice
 def test_our_task_names_are_not_those_of_lm_eval(caplog: pytest.LogCaptureFixture) -> None:
     """The real index: no task of ours overrides another, with `--include_path tasks` and without."""
     with caplog.at_level(logging.WARNING, logger="lm_eval.tasks._index"):

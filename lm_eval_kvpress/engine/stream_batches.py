@@ -15,6 +15,7 @@ from lm_eval_kvpress.engine.runner import Runner
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.records.fidelity import Fidelity
 from lm_eval_kvpress.records.loss_files import LossFiles, StoredLosses
+from lm_eval_kvpress.records.meter import RequestId
 from lm_eval_kvpress.records.rolling_score import RollingScore
 from lm_eval_kvpress.records.totals import TotalsByTask
 
@@ -56,6 +57,24 @@ class StreamBatches:
         self._stored = [found[index] for index in self._members[: len(found)]]
         self.longest = max(map(self._num_tokens, range(len(documents))), default=0)
         self.progress_total = sum(self._num_tokens(index) for index in self._members[len(found) :])
+
+    @property
+    def stored(self) -> dict[int, Streamed]:
+        """Outcomes of the items that needed no computation when this was made."""
+        return dict(enumerate(self._stored))
+
+    @property
+    def ids_stored(self) -> list[RequestId]:
+        """Of the finished documents among them; one without tokens is not."""
+        return [self._document(item).id for item, outcome in enumerate(self._stored) if outcome.losses]
+
+    def longest_first(self) -> list[int]:
+        """Items with a token at least, in an order that does not depend on which are finished."""
+        items = [item for item in range(len(self._members)) if self.num_tokens(item)]
+        return sorted(items, key=lambda item: (-self.num_tokens(item), self._members[item]))
+
+    def num_tokens(self, item: int) -> int:
+        return len(self._document(item).tokens)
 
     def _num_tokens(self, index: int) -> int:
         return len(self._documents[index].tokens)
@@ -101,7 +120,7 @@ class StreamBatches:
 
         def save(index: int, outcome: Streamed) -> None:
             if self._files is not None:
-                self._save(self._document(items[index]), outcome)
+                self.save(items[index], outcome)
                 del unsaved[index]
 
         documents, prefix_token = [self._document(item) for item in items], self._prefix_token
@@ -153,9 +172,14 @@ class StreamBatches:
         stored = self._files.load(document.id.task, document.tokens, str(document.id.doc_id))
         return None if stored is None else _streamed(stored)
 
-    def _save(self, document: Document, outcome: Streamed) -> None:
-        assert self._files is not None
-        counts = asdict(outcome)
+    def save(self, item: int, outcome: Streamed) -> None:
+        """Bring a finished document to disk.
+
+        Raises:
+            UsageError: in one line, if it cannot be written.
+        """
+        assert self._files is not None, "there is no folder for the losses"
+        document, counts = self._document(item), asdict(outcome)
         losses = counts.pop("losses")
         self._files.save(document.id.task, document.tokens, str(document.id.doc_id), losses, counts)
 

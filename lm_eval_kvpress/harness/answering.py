@@ -34,6 +34,14 @@ def shared_limits(limits: BatchLimits, requests: RequestBatches[Any]) -> tuple[i
     return max_items, None if max_tokens is None else max(1, max_tokens // 3)
 
 
+def session_limits(limits: BatchLimits, session: Session, requests: RequestBatches[Any]) -> tuple[int, int | None]:
+    """Of one session's batches, which hold the full cache too if they are compared with it."""
+    settings = session.settings
+    if settings.fidelity:
+        return shared_limits(limits, requests)
+    return limits(settings.press, requests, settings.quantization)
+
+
 class Answering(Protocol):
     """A way to answer what one call of lm-eval asks for. The model holds one; a sweep brings its own."""
 
@@ -69,7 +77,7 @@ class SessionAnswering:
     def _answers(self, requests: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         session, meter = self._session, self._session.runner.meter
         run, outcomes = functools.partial(requests.run, session.runner, advance=bar.update), dict[int, Any]()
-        for items in batches(requests, *self._sizes(requests)):
+        for items in batches(requests, *session_limits(self._limits, session, requests)):
             done = dict(zip(items, in_halves(run, items), strict=True))
             outcomes |= done
             bar.set_postfix(meter.live(), refresh=False)
@@ -80,9 +88,3 @@ class SessionAnswering:
         requests.record_totals(outcomes, session.totals)
         if requests.splits_requests:
             yield from requests.answers(outcomes).items()
-
-    def _sizes(self, requests: RequestBatches[Any]) -> tuple[int, int | None]:
-        settings = self._session.settings
-        if settings.fidelity:
-            return shared_limits(self._limits, requests)
-        return self._limits(settings.press, requests, settings.quantization)

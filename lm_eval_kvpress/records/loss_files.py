@@ -138,6 +138,26 @@ class LossFiles:
         )
 
 
+def join_losses(folder: Path, other: Path) -> None:
+    """Bring the finished documents of another run of the same settings here. That run's folder stays as it is.
+
+    Raises:
+        UsageError: if the settings are others, or a file cannot be written.
+    """
+    settings, own = (other / SETTINGS).read_bytes(), folder / SETTINGS
+    make_folder(folder)
+    if own.exists() and own.read_bytes() != settings:
+        raise UsageError(f"{other} holds losses of other settings than {folder}: they cannot be joined")
+    write_whole(own, settings)
+    for about in sorted(other.glob("*/*.json")):
+        table = about.with_suffix(".csv")
+        if not table.is_file():  # the document was not finished
+            continue
+        make_folder(folder / about.parent.name)
+        for file in (about, table):
+            write_whole(folder / file.relative_to(other), file.read_bytes())
+
+
 def lock_folder(folder: Path, rank: int = 0) -> FileLock:
     """Make a folder this run's own, as long as the lock that is returned lives.
 

@@ -17,6 +17,7 @@ from lm_eval_kvpress.engine.batching import in_batches
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.answering import BatchLimits, shared_limits
 from lm_eval_kvpress.sweep.cell_run import CellRun
+from lm_eval_kvpress.sweep.pace import Pace
 from lm_eval_kvpress.sweep.workers.jobs import Job, Workers
 
 
@@ -56,12 +57,14 @@ class CellAnswering:
         counted = unfinished or [self._run]
         bar.total += len(keys) * (len(counted) - 1)
         bar.update(sum(len(peer.done.intersection(keys)) for peer in counted))
-        runs = {peer.cell.name: peer for peer in unfinished}
+        runs, pace = {peer.cell.name: peer for peer in unfinished}, Pace()
         for job, answered in self._workers.run(self._jobs(requests, keys, unfinished)):
             run = runs[answered.cell.name]
             run.store_answers(requests, [keys[job.items[place]] for place in answered.places], answered)
+            pace.add(answered, shares=run.shares)
             bar.update(len(answered.places))
-            bar.set_postfix({"cell": run.cell.name, **run.session.runner.meter.live()}, refresh=False)
+            live = {"cell": run.cell.name, **run.session.runner.meter.live(), "tok/s": str(pace)}
+            bar.set_postfix(live, refresh=False)
         for peer in unfinished:
             peer.session.runner.meter.finish(requests.request_type)
             peer.store.answers.add({})  # the records of whole documents belong to what is kept

@@ -40,12 +40,16 @@ class CellRun:
             requests: to which they belong.
             keys: the name of each answered item.
         """
+        self.record(requests, answered)
+        self.store.answers.add(dict(zip(keys, answered.outcomes, strict=True)))
+        self.done.update(keys)
+
+    def record(self, requests: RequestBatches[Any], answered: Answered) -> None:
+        """Record how long a worker's answers took; the log is on disk with the next answers."""
         meter = self.session.runner.meter
         meter.adopt(answered.batches)
         if not requests.splits_requests:
             meter.finish(requests.request_type)
-        self.store.answers.add(dict(zip(keys, answered.outcomes, strict=True)))
-        self.done.update(keys)
         self.num_tokens_shared += answered.num_tokens_shared
 
     @property

@@ -33,7 +33,6 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("launcher=submitit submits every shard and the merge: leave --shard and --merge to it")
     _leave_processes_of_a_launcher()
     cells = cells_of(settings)
-    _refuse_streams_of_several(settings, cells, part)
     try:
         _run(settings, cells, part)
     except KeyboardInterrupt:
@@ -116,14 +115,6 @@ def _leave_processes_of_a_launcher() -> None:
         )
     size = os.environ.pop("WORLD_SIZE")
     print(f"WORLD_SIZE={size} is set without a RANK, and is left out of account: this is one process", file=sys.stderr)
-
-
-def _refuse_streams_of_several(settings: SweepSettings, cells: Sequence[Cell], part: object) -> None:
-    if not any({**settings.model_args, **cell.arguments}.get("rolling") == "stream" for cell in cells):
-        return
-    several = f"shard={part}" if isinstance(part, Shard) else f"workers={settings.workers}"
-    if isinstance(part, Shard) or settings.has_workers:
-        raise UsageError(f"{several}: streams are answered by one process; give them a sweep of their own")
 
 
 def _as_lm_eval_reads(text: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.answering import BatchLimits
+from lm_eval_kvpress.harness.answering import Answering, BatchLimits, SessionAnswering
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress, PythiaKVPress
 from lm_eval_kvpress.harness.session import Session
@@ -24,6 +24,7 @@ from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.settings import SweepSettings
+from lm_eval_kvpress.sweep.stream_answering import StreamAnswering, StreamCell
 from lm_eval_kvpress.sweep.workers.jobs import Workers
 
 MODELS: Mapping[str, type[KVPress]] = {"pythia-kvpress": PythiaKVPress, "kvpress": KVPress}
@@ -94,8 +95,12 @@ class SweepModel:
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun], workers: Workers) -> None:
         """Make ``run`` the cell that answers; ``peers`` are it and the unfinished cells that share its prefills."""
-        streams = run.session.settings.rolling == "stream"  # each by itself, and its documents are in loss files
-        self.lm.use(run.session, None if streams else CellAnswering(run, peers, self._limits(workers), workers))
+        limits = self._limits(workers)
+        answering: Answering = CellAnswering(run, peers, limits, workers)
+        if run.session.settings.rolling == "stream":  # its documents are in loss files
+            one_by_one = SessionAnswering(run.session, limits)  # saves each as it ends, while others of its batch go on
+            answering = StreamCell(one_by_one if workers.is_here else StreamAnswering(run, limits, workers), answering)
+        self.lm.use(run.session, answering)
         self.set_attention(run.session)
 
     def _limits(self, workers: Workers) -> BatchLimits:

@@ -154,6 +154,7 @@ def _summarize(
         "num_tokens_prefilled": num_tokens,
         "num_tokens_prefilled_shared": num_tokens_shared,
         "seconds": seconds,
+        "seconds_busy": workers.busy_sec,
     }
     write_whole(store.folder / "summary.json", json.dumps(summary, indent=2))
     return seconds, num_tokens

@@ -169,3 +169,18 @@ def test_a_document_takes_the_entries_of_the_cache_and_not_its_length(
     window = StreamPlan(budget=20, chunk=7, num_sinks=4)
     assert window.num_entries(1) == window.num_entries(10_000) == 20 + 7 + 28, "its buffer is there from the start"
     assert [len(batch) for batch in batches(requests, 8, 2 * 27)] == [1, 2, 2]
+
+
+def test_the_order_of_shares_does_not_depend_on_what_is_finished(tmp_path: Path) -> None:
+    """Shards share the documents out by it, also one that goes on after a kill."""
+
+    def order(requests: StreamBatches) -> list[int]:
+        return [requests.identity(item)[0].id.doc_id for item in requests.longest_first()]
+
+    assert order(stream_batches()) == [2, 0, 3, 4], "longest first, and nothing without tokens"
+    fresh = stream_batches(LossFiles(tmp_path, {}))
+    for item in fresh.longest_first()[1:3]:
+        fresh.save(item, Streamed((1.0,) * fresh.num_tokens(item)))
+    resumed = stream_batches(LossFiles(tmp_path, {}))
+    assert order(resumed) == order(fresh) and [id.doc_id for id in resumed.ids_stored] == [0, 3]
+    assert [len(outcome.losses) for outcome in resumed.stored.values()] == [70, 56, 0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.records.loss_files import SETTINGS, LossFiles, lock_folder
+from lm_eval_kvpress.records.loss_files import SETTINGS, LossFiles, join_losses, lock_folder
 
 DOCUMENT, LOSSES, COUNTS = (1, 2, 3), (0.1, math.pi, 1e-17), {"max_entries": 7}
 
@@ -160,3 +160,19 @@ def test_the_file_beside_the_losses_says_what_they_depend_on(tmp_path: Path) -> 
     one, other = (json.loads(next((tmp_path / name).glob("task/*.json")).read_text()) for name in "ab")
     assert one["counts"] == other["counts"] == COUNTS and one["sha256"] == other["sha256"]
     assert one["settings"] != other["settings"]
+
+
+def test_documents_of_several_runs_are_joined_and_those_of_other_settings_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        files = LossFiles(tmp_path / str(number), {"press": "a"})
+        files.save("task", (number, 2, 3), "0", LOSSES, COUNTS)
+    (tmp_path / "2" / "task" / "torn.json").write_text("{}")  # of a document that was not finished
+    for _ in range(2):
+        for number in (1, 2):
+            join_losses(tmp_path / "all", tmp_path / str(number))
+    assert len(list((tmp_path / "all" / "task").iterdir())) == 4
+    joined = LossFiles(tmp_path / "all", {"press": "a"})
+    assert all(joined.load("task", (number, 2, 3), "0") == (LOSSES, COUNTS) for number in (1, 2))
+    LossFiles(tmp_path / "b", {"press": "b"})
+    with pytest.raises(UsageError, match=f"{tmp_path / 'b'} holds losses of other settings than .*all"):
+        join_losses(tmp_path / "all", tmp_path / "b")

@@ -32,18 +32,10 @@ BAD = [
     ),
     ({"launcher": "slurm"}, "launcher=slurm is not known"),
     ({"workers": "0"}, "workers=0 must be at least 1"),
-    (
-        {"workers": "2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
-        "workers=2: streams are answered by one process",
-    ),
     ({"slurm": "time=60"}, "slurm is for --launcher submitit, and the launcher is local"),
     ({"ray_address": "auto"}, "ray_address is for --launcher ray, and the launcher is local"),
     ({"shard": "5/4"}, "shard=5/4: give I/N with I from 1 to N"),
     ({"shard": "auto"}, "shard=auto needs the variables that Slurm sets in an array"),
-    (
-        {"shard": "1/2", "rolling": "stream", "presses": "knorm", "ratios": None, "budgets": "256"},
-        "shard=1/2: streams are answered by one process",
-    ),
     ({"include_path": "no-such-folder"}, "include_path=no-such-folder: there is no such folder"),
     ({"tasks": ""}, "a sweep needs tasks"),
     ({"ratios": ""}, "ratios: '' names none: leave it out for the default"),

@@ -16,7 +16,7 @@ from lm_eval_kvpress.sweep.model import load_model
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.workers.crew import Done, Event, Ready, Refused
 from lm_eval_kvpress.sweep.workers.jobs import Job
-from lm_eval_kvpress.sweep.workers.worker import Worker
+from lm_eval_kvpress.sweep.workers.worker import Worker, timed
 
 
 class Server:
@@ -48,8 +48,8 @@ class Server:
 
     def _do(self, job: Job) -> Iterator[Event]:
         assert self._worker is not None, "start() comes first"
-        yield from self._worker.answer(job)
-        yield Done()
+        seconds = yield from timed(self._worker.answer(job))
+        yield Done(seconds)
 
 
 def _with_refusals(events: Iterator[Event]) -> Iterator[Event]:

@@ -21,6 +21,7 @@ from typing import Any
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.records.log_file import KINDS
+from lm_eval_kvpress.records.loss_files import join_losses
 from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.shards.record import read_record
@@ -149,9 +150,12 @@ def _join_cell(cell: CellStore, parts: Sequence[CellStore]) -> None:
             f"{cell.folder} has answers that no shard has: finish the sweep without --merge, or move that folder away"
         )
     cell.answers.delete()
-    if not outcomes:
+    streams = [part.stream for part in parts if part.stream.exists()]
+    if not outcomes and not streams:
         return
     cell.folder.mkdir(parents=True, exist_ok=True)
+    for stream in streams:
+        join_losses(cell.stream, stream)
     records = [record for part in parts for record in _records(part)]
     write_whole(cell.throughput, "".join(f"{json.dumps(vars(record))}\n" for record in joined_records(records)))
     cell.answers.add(outcomes)

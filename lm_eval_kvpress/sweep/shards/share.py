@@ -23,7 +23,7 @@ class ShareOnly:
         before_first: is called before the first answer is handed on.
     """
 
-    answers_all = False
+    answers_all = is_here = False
 
     def __init__(self, workers: Workers, shard: Shard, before_first: Callable[[], None]) -> None:
         self._workers, self._shard, self._before_first = workers, shard, before_first
@@ -32,6 +32,10 @@ class ShareOnly:
     @property
     def facts(self) -> Sequence[WorkerFacts]:
         return self._workers.facts
+
+    @property
+    def busy_sec(self) -> float:
+        return self._workers.busy_sec
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         for answer in self._workers.run(job for job in jobs if self._shard.has(job.block)):
@@ -52,7 +56,7 @@ class Joined:
         facts: of all processes that answered for them.
     """
 
-    answers_all = True
+    answers_all, is_here, busy_sec = True, False, 0.0
 
     def __init__(self, count: int, facts: Sequence[WorkerFacts]) -> None:
         self._count, self.facts = count, facts

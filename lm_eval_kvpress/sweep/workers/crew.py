@@ -33,7 +33,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """A worker has answered its whole job."""
+    """A worker has answered its whole job, in so many seconds."""
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ class Crew:
         UsageError: if a worker does not start, or is refused.
     """
 
-    answers_all = True
+    answers_all, is_here = True, False
 
     def __init__(self, pool: Pool, check: Callable[[WorkerFacts], None]) -> None:
         self._pool, self._check = pool, check
         self._facts, self._free = dict[int, WorkerFacts](), deque[int]()
-        self._num_lost_starts = 0
+        self._num_lost_starts, self.busy_sec = 0, 0.0
         try:
             while len(self._facts) < pool.num_workers:
                 self._handle(*pool.next_event(), {})
@@ -135,6 +137,8 @@ class Crew:
         if isinstance(event, Ready):
             self._check(event.facts)
             self._facts[worker], self._num_lost_starts = event.facts, 0
+        if isinstance(event, Done):
+            self.busy_sec += event.seconds
         if isinstance(event, Ready | Done):
             self._free.append(worker)
             given.pop(worker, None)

@@ -80,13 +80,19 @@ class Workers(Protocol):
 
     Attributes:
         answers_all: whether every job that is given is done; if not, this process answers a share (`shards`).
+        is_here: whether this process does all jobs by itself.
     """
 
     answers_all: bool
+    is_here: bool
 
     @property
     def facts(self) -> Sequence[WorkerFacts]:
         """Of each process beside this one; none if this process does the jobs itself."""
+
+    @property
+    def busy_sec(self) -> float:
+        """Seconds in which jobs were done, by the clocks of those who did them, in sum."""
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         """Do all jobs, in any order, and yield each answer as it comes.

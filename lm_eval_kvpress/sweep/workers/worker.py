@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.engine.batch_size import free_bytes
@@ -20,6 +22,8 @@ from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.workers.jobs import Answered, Job, WorkerFacts
+
+Item = TypeVar("Item")
 
 OF_THE_PLACE = ("device", "machine", "fast", "linear_layers", "dtype", "parity")
 """Entries of a run's record that are about where it was computed."""
@@ -93,18 +97,29 @@ class Here:
         worker: that does them.
     """
 
-    answers_all = True
+    answers_all = is_here = True
 
     def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+        self._worker, self.busy_sec = worker, 0.0
         self.facts: Sequence[WorkerFacts] = ()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         for job in jobs:
-            for answered in self._worker.answer(job):
-                yield job, answered
+            self.busy_sec += yield from timed((job, answered) for answered in self._worker.answer(job))
 
     def close(self) -> None: ...
+
+
+def timed(answers: Iterator[Item]) -> Generator[Item, None, float]:
+    """Hand on what comes; return the seconds in which it was made."""
+    seconds = 0.0
+    while True:
+        start = time.perf_counter()
+        answer = next(answers, None)
+        seconds += time.perf_counter() - start
+        if answer is None:
+            return seconds
+        yield answer
 
 
 def all_versions() -> dict[str, str]:

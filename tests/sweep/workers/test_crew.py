@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -81,3 +81,37 @@ def test_a_worker_of_other_packages_or_weights_is_refused(versions: Any, checkpo
     with pytest.raises(UsageError, match=f"the worker on host differs in {says}"):
         Crew(pool, checker(versions, checkpoint))
     assert pool.is_closed
+
+
+class Timed:
+    """Workers of which each takes its own time for a job, by a clock that only they advance."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.num_workers, self._seconds = len(seconds), seconds
+        self.now_sec, self.num_jobs = 0.0, Counter[int]()
+        self._due: list[tuple[float, int, Event]] = [(0.0, worker, Ready(FACTS)) for worker in range(len(seconds))]
+
+    def send(self, worker: int, job: Job) -> None:
+        self.num_jobs[worker] += 1
+        end_sec = self.now_sec + self._seconds[worker]
+        for cell, places in job.todo:
+            self._due.append((end_sec, worker, Answered(cell, tuple(sorted(places)), tuple(places), ())))
+        self._due.append((end_sec, worker, Done(self._seconds[worker])))
+
+    def next_event(self) -> tuple[int, Event]:
+        first = min(self._due, key=lambda due: due[0])  # the first of several, as they were sent
+        self._due.remove(first)
+        self.now_sec = first[0]
+        return first[1], first[2]
+
+    def close(self) -> None: ...
+
+
+def test_a_slow_worker_takes_fewer_jobs_and_only_its_last_is_waited_for() -> None:
+    pool = Timed([10.0, 1.0, 1.0])
+    crew = Crew(pool, checker(FACTS.versions, FACTS.checkpoint))
+    found = Counter(job.items[place] for job, answered in crew.run(jobs(40)) for place in answered.places)
+    assert found == Counter({item: len(CELLS) for item in range(80)})
+    assert pool.num_jobs[0] == 2 and pool.num_jobs[1] + pool.num_jobs[2] == 38
+    assert pool.now_sec == 20.0, "as if the jobs were dealt out in advance, it would be 140"
+    assert crew.busy_sec == 2 * 10.0 + 38 * 1.0

@@ -25,6 +25,10 @@ WAIT = timedelta(seconds=120)
 WHOLE_RUN = timedelta(weeks=52)
 """How long one may wait for another that still answers its share, as lm-eval sets it."""
 
+OF_ONE_PROCESS = ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+"""What a launcher sets for each process that it starts. ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` may be
+exported by the script of a whole job."""
+
 ADVICE = "start the run with accelerate launch or torchrun, or unset WORLD_SIZE for one process"
 
 logger = logging.getLogger("lm_eval_kvpress")
@@ -42,6 +46,19 @@ def num_processes() -> int:
     return int(announced)
 
 
+def forget_processes_of_a_shell() -> None:
+    """Leave a ``WORLD_SIZE`` out of account beside which nothing tells a rank: no launcher set it, and accelerate would
+    wait for processes that nobody has started.
+
+    Raises:
+        UsageError: as `num_processes`.
+    """
+    if num_processes() == 1 or any(os.environ.get(name) for name in OF_ONE_PROCESS):
+        return
+    size = os.environ.pop("WORLD_SIZE")
+    logger.warning("WORLD_SIZE=%s is set without a RANK, and is left out of account: this is one process", size)
+
+
 def rank_in_run() -> int:
     """The index of this process among those that the environment announces, before they have met."""
     rank = os.environ.get("RANK", "0")
@@ -57,6 +74,7 @@ def meet_the_others(device: str) -> None:
     Raises:
         UsageError: if one does not come, or a variable by which they would meet is missing.
     """
+    forget_processes_of_a_shell()
     announced = num_processes()
     if announced == 1:
         _warn_of_copies()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.launch import num_processes
+from lm_eval_kvpress.harness.launch import forget_processes_of_a_shell, num_processes
 from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.sweep.cells import Cell, cells_of
 from lm_eval_kvpress.sweep.run import run_cells, run_shard
@@ -105,16 +104,12 @@ def _settings(typed: dict[str, Any]) -> SweepSettings:
 
 
 def _leave_processes_of_a_launcher() -> None:
-    """Refuse to be one of several processes; a shell's ``WORLD_SIZE`` without a rank announces none that exist."""
-    if num_processes() == 1:
-        return
-    if {"RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+    forget_processes_of_a_shell()
+    if num_processes() > 1:
         raise UsageError(
             "a sweep starts its own processes: start it without accelerate or torchrun, and for several GPUs with "
             "--workers N"
         )
-    size = os.environ.pop("WORLD_SIZE")
-    print(f"WORLD_SIZE={size} is set without a RANK, and is left out of account: this is one process", file=sys.stderr)
 
 
 def _as_lm_eval_reads(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from datetime import timedelta
 
@@ -56,7 +57,7 @@ def unused_port() -> int:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, "WORLD_SIZE=4 is set and LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four is no number of processes"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no number of processes"),
@@ -67,6 +68,19 @@ def test_half_a_launch_is_one_line(monkeypatch: pytest.MonkeyPatch, variables: d
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=says):
         launch.meet_the_others("cpu")
+
+
+def test_a_size_that_a_shell_exports_leaves_one_process(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a script or an interactive allocation leaves it; accelerate, which reads it too, would wait for others."""
+    shell = {"WORLD_SIZE": "4", "SLURM_NTASKS": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    launch.meet_the_others("cpu")
+    assert launch.num_processes() == 1 and "WORLD_SIZE" not in os.environ
+    (record,) = caplog.records
+    assert record.getMessage() == "WORLD_SIZE=4 is set without a RANK, and is left out of account: this is one process"
 
 
 def test_tasks_of_a_slurm_step_are_told_that_each_does_all(

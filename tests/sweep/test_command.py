@@ -78,7 +78,7 @@ VARIABLES_OF_A_SHELL = {"WORLD_SIZE": "4", "SLURM_JOB_ID": "1", "SLURM_NTASKS": 
 
 
 def test_variables_that_a_shell_sets_leave_a_sweep_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On an interactive node, say: neither other processes nor an array are really there."""
     for name, value in VARIABLES_OF_A_SHELL.items():
@@ -87,10 +87,8 @@ def test_variables_that_a_shell_sets_leave_a_sweep_whole(
     monkeypatch.setattr(command, "_run", lambda settings, cells, part: parts.append(part))
     assert command.main(["--presses", "none", "--tasks", "t", "--output_path", str(tmp_path / "out")]) == 0
     assert parts == ["all"] and "WORLD_SIZE" not in os.environ
-    assert (
-        capsys.readouterr().err
-        == "WORLD_SIZE=4 is set without a RANK, and is left out of account: this is one process\n"
-    )
+    (record,) = caplog.records
+    assert record.getMessage() == "WORLD_SIZE=4 is set without a RANK, and is left out of account: this is one process"
 
 
 @pytest.mark.parametrize(("given", "part"), [([], Shard(2, 3)), (["--shard", "none"], "all"), (["--merge"], "merge")])

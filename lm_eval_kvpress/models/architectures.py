@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.models import gpt_neox, llama_like
+from lm_eval_kvpress.models import gpt_neox, llama_like, partial_rope
 from lm_eval_kvpress.models.fast.paths import fast_paths
 from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -38,14 +38,19 @@ class Architecture:
 
 
 _LLAMA_LIKE = Architecture(llama_like.present, llama_like.check_config)
+_PARTIAL_ROPE = Architecture(partial_rope.present, partial_rope.check_config)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture(gpt_neox.present, gpt_neox.check_config),
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "phi": _PARTIAL_ROPE,
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
+    "qwen3_moe": _LLAMA_LIKE,
+    "stablelm": _PARTIAL_ROPE,
 }
 """By ``config.model_type``."""
 

@@ -5,24 +5,20 @@ or lm-eval.
 
 Two things stand between GPTNeoX and kvpress, which was written for Llama-like models:
 
-1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. `prepare` rewrites the
-   Q and K rows of every fused projection in memory, for good or for a while (`full_width`), to the order
-   ``[rot first half, pass first half, rot second half, pass second half]`` and pads the rotary frequencies with zeros.
-   A rotation by a zero angle is the identity, so attention logits are unchanged while every head now rotates over its
-   full width.
+1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. `prepare` changes the basis
+   of Q and K in memory (`models.full_width`), for good or for a while (`full_width`).
 2. **Names.** `presented` lends the model, for the duration of a ``with`` block, the attributes and hook arguments
    that kvpress expects (``model.model.layers[i].self_attn``, ``q_proj``, ``head_dim``, ``past_key_values`` ...).
 
 The fused weight is head-major: ``(heads, 3, head_dim, hidden)``. Cutting it into contiguous thirds runs, and is wrong.
 
 Sources: transformers ``models/gpt_neox/modeling_gpt_neox.py``; kvpress ``presses/base_press.py``, ``utils.py``.
-Letters in shape comments: H heads, D head_dim, E hidden size, R rotated dims (R <= D).
+Letters in shape comments: H heads, D head_dim, E hidden size.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -33,7 +29,17 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.models.full_width import (
+    check_plain_weight,
+    check_rope_type,
+    check_rotary,
+    full_width_order,
+    head_order,
+    is_full_width,
+    pad_frequencies,
+    rotated_dims,
+)
+from lm_eval_kvpress.models.kvpress_warning import without_untested_warning
 from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.models.positions import Positions, rope_type
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -74,25 +80,13 @@ class ProjectionView:
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-ROPE_TYPES = ("default", "linear")
-"""Those whose frequencies are fixed and whose cosines are not rescaled: a zero frequency is the identity under them."""
-
-
 def check_config(config: PretrainedConfig, positions: Positions) -> None:
     """Refuse a rotary embedding that partial RoPE over whole heads cannot follow.
 
     Raises:
         UsageError: in one line.
     """
-    _check_rope_type(rope_type(config))
-
-
-def _check_rope_type(kind: str) -> None:
-    if kind not in ROPE_TYPES:
-        raise UsageError(
-            f"rope_type '{kind}' rescales or recomputes the rotary frequencies, which partial RoPE over whole heads "
-            "cannot follow; use a checkpoint with default or linear RoPE"
-        )
+    check_rope_type(rope_type(config))
 
 
 def present(model: GPTNeoXForCausalLM, *, for_good: bool = True) -> PressableModel:
@@ -116,29 +110,7 @@ def attention_modules(model: GPTNeoXForCausalLM) -> tuple[GPTNeoXAttention, ...]
 
 def is_prepared(model: GPTNeoXForCausalLM) -> bool:
     """Whether every head of the model rotates over its full width."""
-    head_dim = model.config.hidden_size // model.config.num_attention_heads
-    return model.gpt_neox.rotary_emb.inv_freq.numel() == head_dim // 2
-
-
-def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:
-    """The order of a head's rows after the change of basis, shape ``(D,)``.
-
-    ``rotate_half`` over the whole head pairs dim ``i`` with ``i + D / 2``; the order puts the two halves that partial
-    RoPE pairs with each other at just that distance, and fills up with dims that are not rotated.
-    """
-    dims = torch.arange(head_dim)
-    rotated, passed = dims[:rotary_dims], dims[rotary_dims:]
-    half_rotated, half_passed = rotary_dims // 2, (head_dim - rotary_dims) // 2
-    return torch.cat([rotated[:half_rotated], passed[:half_passed], rotated[half_rotated:], passed[half_passed:]])
-
-
-def head_order(model: GPTNeoXForCausalLM) -> torch.Tensor:
-    """The order that a prepared model's heads have, by the checkpoint's own dims, shape ``(D,)``.
-
-    Dims that do not rotate are those whose frequency is zero.
-    """
-    frequencies = model.gpt_neox.rotary_emb.inv_freq
-    return full_width_order(2 * frequencies.numel(), 2 * int(frequencies.count_nonzero()))
+    return is_full_width(model.gpt_neox.rotary_emb, _head_dim(model))
 
 
 def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
@@ -173,22 +145,16 @@ def _change_basis(model: GPTNeoXForCausalLM, undo: ExitStack) -> None:
     check_weights(model)
     if is_prepared(model):
         return
-    head_dim, rotary_dims = _head_sizes(model)
-    order = full_width_order(head_dim, rotary_dims)
+    head_dim, rotary = _head_dim(model), model.gpt_neox.rotary_emb
+    order = full_width_order(head_dim, rotated_dims(rotary))
     for attention in attention_modules(model):
         _reorder_rows(attention.query_key_value, order, head_dim)
         undo.callback(_reorder_rows, attention.query_key_value, order.argsort(), head_dim)
-    rotary = model.gpt_neox.rotary_emb
-    for name in ("inv_freq", "original_inv_freq"):
-        frequencies = getattr(rotary, name)
-        undo.callback(setattr, rotary, name, frequencies)
-        padding = frequencies.new_zeros(head_dim // 2 - frequencies.numel())
-        setattr(rotary, name, torch.cat([frequencies, padding]))
+    pad_frequencies(rotary, head_dim, undo)
 
 
-def _head_sizes(model: GPTNeoXForCausalLM) -> tuple[int, int]:
-    """The dims of a head, and those that rotate."""
-    return model.config.hidden_size // model.config.num_attention_heads, 2 * model.gpt_neox.rotary_emb.inv_freq.numel()
+def _head_dim(model: GPTNeoXForCausalLM) -> int:
+    return int(model.config.hidden_size // model.config.num_attention_heads)
 
 
 def check_weights(model: GPTNeoXForCausalLM) -> None:
@@ -197,28 +163,11 @@ def check_weights(model: GPTNeoXForCausalLM) -> None:
     Raises:
         UsageError: in one line.
     """
-    _check_not_quantised(model)
-    if not is_prepared(model):
-        _check_basis_change(model, *_head_sizes(model))
-
-
-def _check_basis_change(model: GPTNeoXForCausalLM, head_dim: int, rotary_dims: int) -> None:
-    _check_rope_type(model.gpt_neox.rotary_emb.rope_type)
-    assert model.gpt_neox.rotary_emb.attention_scaling == 1.0
-    if head_dim % 2 or rotary_dims % 2:
-        raise UsageError(f"head_dim {head_dim} and rotated dims {rotary_dims} must both be even")
-
-
-def _check_not_quantised(model: GPTNeoXForCausalLM) -> None:
-    """Refuse quantised weights: their rows cannot be reordered, nor read by a `ProjectionView` (float8 has scales)."""
     for attention in attention_modules(model):
-        weight = getattr(attention.query_key_value, "weight", None)  # absent from GPTQ's and AWQ's modules
-        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
-            kind = "packed" if weight is None else f"{weight.dtype} on {weight.device}"
-            raise UsageError(
-                f"query_key_value of layer {attention.layer_idx} is {kind}: quantised or offloaded weights cannot be "
-                "reordered or split into q, k, v; load the model in 16 or 32 bit"
-            )
+        weight = getattr(attention.query_key_value, "weight", None)
+        check_plain_weight(weight, f"query_key_value of layer {attention.layer_idx}")
+    if not is_prepared(model):
+        check_rotary(model.gpt_neox.rotary_emb, _head_dim(model))
 
 
 @torch.no_grad()
@@ -243,34 +192,24 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     """Lend a prepared model the names and hook arguments that kvpress presses use; take them back on exit."""
     assert is_prepared(model), "call gpt_neox.prepare(model) first"
     config, attentions = model.config, attention_modules(model)
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(model)
+    layers = [
+        SimpleNamespace(self_attn=layer.attention, register_forward_hook=layer.register_forward_hook)
+        for layer in model.gpt_neox.layers
+    ]
     base = _Base(
         forward=model.gpt_neox,
-        layers=[SimpleNamespace(self_attn=attention) for attention in attentions],
+        layers=layers,
         rotary_emb=model.gpt_neox.rotary_emb,
+        embed_tokens=model.gpt_neox.embed_in,
     )
     with ExitStack() as stack:
-        stack.enter_context(_without_untested_warning())
-        stack.enter_context(lend(model, model=base, head_order=head_order(model)))
+        stack.enter_context(without_untested_warning())
+        stack.enter_context(lend(model, model=base, head_order=head_order(model.gpt_neox.rotary_emb)))
         stack.enter_context(lend(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
         for attention in attentions:
             stack.enter_context(_lent_to_attention(attention, head_dim, model.gpt_neox.rotary_emb))
         yield model
-
-
-@contextmanager
-def _without_untested_warning() -> Iterator[None]:
-    """Drop kvpress's warning, at every prefill, that it has not tested the model class: this project's tests have."""
-    logger = logging.getLogger("kvpress.presses.base_press")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "not tested, supported models" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Presents the architectures that kvpress supports by itself: Llama, Mistral, Phi-3, Qwen2, Qwen3.
+"""Presents Llama, Mistral, Phi-3, Qwen2 and Qwen3, which kvpress supports by itself, and OLMo-2 and Qwen3-MoE.
 
 Their modules have the names that presses look for, so weights stay as they are; only the rotary embedding is lent to
-every attention, and the width of a head to the config.
+every attention, and the width of a head to the config. kvpress calls the projections of OLMo-2 and Qwen3-MoE without
+their norms, so these get projections with the norms behind them (`normed_projection`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.models.kvpress_warning import without_untested_warning
 from lm_eval_kvpress.models.lend import lend
+from lm_eval_kvpress.models.normed_projection import norms_lent
 from lm_eval_kvpress.models.positions import Positions, check_rope, check_windows, rope_parameters
 from lm_eval_kvpress.models.pressable import PressableModel
+
+NORMS = ("q_norm", "k_norm")
 
 
 def check_config(config: PretrainedConfig, positions: Positions) -> None:
@@ -54,7 +61,16 @@ def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     attentions = attention_modules(model)
     with ExitStack() as loans:
+        loans.enter_context(without_untested_warning())
         loans.enter_context(lend(model.config, head_dim=attentions[0].head_dim))
         for attention in attentions:
             loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))
+            if not isinstance(attention, Qwen3Attention):  # whose norms kvpress applies
+                loans.enter_context(norms_lent(attention, NORMS, _normed_dims(attention)))
         yield model
+
+
+def _normed_dims(attention: Any) -> int | None:
+    """The width of a head, where norms are those of single heads; None where they span all of a projection."""
+    norm = getattr(attention, NORMS[0], None)
+    return int(attention.head_dim) if norm is not None and norm.weight.numel() == attention.head_dim else None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
 from repository import ROOT
+from small_models import tiny
 
 from lm_eval_kvpress.models.cpu_dtypes import multiplies_quickly
 from lm_eval_kvpress.verify.command import CHECKS, main, verdict
@@ -65,6 +66,15 @@ def test_verify_passes_in_every_dtype_and_attention(checkpoint_dir: Path, dtype:
 @pytest.mark.end_to_end
 def test_verify_passes_on_grouped_query_attention(llama_dir: Path) -> None:
     assert main(["--model_args", f"pretrained={llama_dir},device=cpu"]) == 0
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("architecture", ["olmo2", "phi", "qwen3_moe", "stablelm"])
+def test_verify_passes_on_other_architectures(architecture: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    tiny(architecture, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    assert main(["--model_args", f"pretrained={tmp_path},device=cpu"]) == 0
 
 
 @pytest.mark.slow

@@ -79,7 +79,13 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "cap": ({}, exact),
     "qfilter": ({"statistics": statistics_file("qfilter", NEOX)}, exact),
     "expected_attention_stats": ({"statistics": statistics_file("expected_attention_stats", NEOX)}, exact),
+    "kvzap": ({"statistics": statistics_file("kvzap", LLAMA)}, exact),
+    "duo_attention": ({"statistics": statistics_file("duo_attention", NEOX)}, None),
+    "lukv:snapkv": ({"statistics": statistics_file("lukv", NEOX), "window_size": 8}, None),
     "kvzip": ({"chunk_size": 40}, None),
+    "kvgrad": ({"chunk_size": 40}, None),
+    "kvcompose": ({}, None),
+    "kvcompose_unstructured": ({}, None),
     "think": ({"window_size": 8}, everything),
     "simlayerkv": ({"lazy_threshold": 0, "n_recent": 20, "n_initial": 3, "n_last": 2}, lazy),
     "adakv:snapkv": ({"window_size": 8}, exact),
@@ -110,6 +116,10 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "per_layer:knorm": ({"compression_ratios": "0.1+0.5+0.9"}, per_layer),
     "per_layer:snapkv": ({"compression_ratios": [0, 0.25, 0.5], "window_size": 8}, per_layer),
     "dms:knorm": ({"threshold": -3.0, "sliding_window_size": 16}, None),
+    "dms:kvzap": (
+        {"statistics": statistics_file("kvzap", NEOX), "threshold": 0.5, "sliding_window_size": 16},
+        None,
+    ),
     "dms:random": ({"threshold": 0.5, "sliding_window_size": 16}, None),
     "composed:snapkv+think": ({"snapkv.window_size": 8, "think.window_size": 8}, exact),
     "composed:think+knorm": ({}, exact),
@@ -139,7 +149,10 @@ def has_statistics_of(spec: PressSpec, model: PressableModel) -> bool:
         return True
     config = model.model.config
     kv_heads, head_dim = model.num_key_value_heads, model.head_dim
-    sizes = {"L": config.num_hidden_layers, "H": config.num_attention_heads, "K": kv_heads, "D": head_dim}
+    sizes = {
+        **{"L": config.num_hidden_layers, "H": config.num_attention_heads, "K": kv_heads, "D": head_dim},
+        **{"E": config.hidden_size, "P": 99},
+    }
     return all(
         tuple(statistics.tensors[name].shape) == tuple(sizes[letter] for letter in letters)
         for name, letters in TENSORS[statistics.press].items()

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 from lm_eval.utils import simple_parse_args_string
 
-from lm_eval_kvpress.calibrate.methods import METHODS, NUM_SKIPPED
+from lm_eval_kvpress.calibrate.methods import CURVE, METHODS, NUM_SKIPPED, REPLAYS, method_for
 from lm_eval_kvpress.calibrate.texts import read_texts, sha256_of, windows_of
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import refuse_special, write_whole
@@ -23,10 +23,13 @@ from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.statistics import identity_of_weights
 from lm_eval_kvpress.harness.tokenization import encode_all
+from lm_eval_kvpress.presses.names import resolve_alias
 
 ENDING = ".safetensors"
 LEAST_WINDOW = 2 * NUM_SKIPPED
 """Tokens of the shortest window that counts."""
+PROMPT_TOKENS = 64
+"""Room for the prompt between a window and its replay, in a model's positions."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,16 +38,16 @@ def main(arguments: Sequence[str]) -> int:
     refuse_special(options.output, "-o")
     texts = read_texts(options.data)
     lm = KVPress(**{"pretrained": "builtin", **options.model_args})
-    length = min(options.window, lm.max_length)
+    length = min(options.window, _longest_window(options.press, lm.max_length))
     windows = windows_of(encode_all(lm, texts), length=length, num_tokens=options.num_tokens, least=LEAST_WINDOW)
     num_tokens = sum(map(len, windows))
     if num_tokens <= lm.press_model.head_dim:
         raise UsageError(f"--data {options.data} has {num_tokens} tokens, too few to calibrate on: name more text")
     started = time.perf_counter()
-    tensors = METHODS[options.press](lm.press_model, windows)
+    tensors = method_for(options.press)(lm.press_model, windows)
     seconds = time.perf_counter() - started
     about = {
-        "press": options.press,
+        "press": resolve_alias(options.press)[0],
         "model": lm.pretrained_name,
         **identity_of_weights(lm.press_model),
         "data": options.data,
@@ -62,13 +65,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _longest_window(press: str, max_length: int) -> int:
+    return (max_length - PROMPT_TOKENS) // 2 if press in REPLAYS else max_length
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lm-eval-kvpress calibrate",
         description="Take the statistics of a model that a press needs. Take them on texts that no task of the "
         "evaluation holds, and in the dtype of the evaluation.",
     )
-    parser.add_argument("press", choices=METHODS, metavar="PRESS", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("press", type=_press, metavar="PRESS", help=f"one of {', '.join(METHODS)}, {CURVE}:PRESS")
     parser.add_argument(
         "--model_args",
         type=_model_args,
@@ -84,6 +91,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--window", type=_positive, default=1_024, help="tokens of a window, at most (default: %(default)s)"
     )
     return parser.parse_args(arguments)
+
+
+def _press(text: str) -> str:
+    try:
+        method_for(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _model_args(text: str) -> dict[str, Any]:

@@ -8,13 +8,20 @@ Letters: L layers, H query heads, K key-value heads, D head_dim.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from lm_eval_kvpress.calibrate.budget_curve import lukv
+from lm_eval_kvpress.calibrate.needles import duo_attention
 from lm_eval_kvpress.calibrate.queries import query_moments
+from lm_eval_kvpress.calibrate.surrogate import kvzap
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.presses.names import parse_name, resolve_alias
+from lm_eval_kvpress.presses.parse import parse_press
 
 Windows = Sequence[Sequence[int]]
 Tensors = dict[str, torch.Tensor]
@@ -45,10 +52,39 @@ def expected_attention_stats(model: PressableModel, windows: Windows) -> Tensors
     }
 
 
-METHODS: Mapping[str, Callable[[PressableModel, Windows], Tensors]] = types.MappingProxyType(
-    {"qfilter": qfilter, "expected_attention_stats": expected_attention_stats}
+Method = Callable[[PressableModel, Windows], Tensors]
+
+METHODS: Mapping[str, Method] = types.MappingProxyType(
+    {
+        "qfilter": qfilter,
+        "expected_attention_stats": expected_attention_stats,
+        "duo_attention": duo_attention,
+        "kvzap": functools.partial(kvzap, num_skipped=NUM_SKIPPED),
+    }
 )
 """By press; what each returns is what `presses.statistics.TENSORS` asks for."""
+
+CURVE = "lukv"
+"""Its statistics belong to the press that it wraps as well: ``lukv:PRESS``."""
+
+REPLAYS = frozenset({"kvzap"})
+"""Presses for whose statistics windows are replayed behind themselves, which takes twice their positions."""
+
+
+def method_for(press: str) -> Method:
+    """How a press's statistics are taken.
+
+    Raises:
+        UsageError: in one line, for a press that needs none, or none by this command.
+    """
+    full, defaults = resolve_alias(press)
+    first, _, inner = full.partition(":")
+    if first == CURVE:
+        parse_name(full)  # refuses what cannot be wrapped
+        return functools.partial(lukv, press=parse_press(inner, defaults))
+    if press not in METHODS:
+        raise UsageError(f"no statistics are taken for '{press}': name one of {', '.join([*METHODS, CURVE])}:PRESS")
+    return METHODS[press]
 
 
 def _in_own_basis(model: PressableModel, tensor: torch.Tensor, num_dims: int) -> torch.Tensor:

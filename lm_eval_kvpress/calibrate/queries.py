@@ -63,7 +63,7 @@ def query_moments(
 
     def hook_for(layer: int) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            queries = _queries(module, kwargs, rotated=rotated)[:, num_skipped:].double()  # (H, T, D)
+            queries = queries_of(module, kwargs, rotated=rotated)[:, num_skipped:].double()  # (H, T, D)
             sums[layer] = sums[layer] + queries.sum(dim=1)
             products[layer] = products[layer] + queries.transpose(1, 2) @ queries
 
@@ -79,7 +79,7 @@ def query_moments(
     return Moments(num_queries, _on_cpu(sums), _on_cpu(products))
 
 
-def _queries(module: nn.Module, kwargs: dict[str, Any], *, rotated: bool) -> torch.Tensor:
+def queries_of(module: nn.Module, kwargs: dict[str, Any], *, rotated: bool) -> torch.Tensor:
     """The queries of one window, ``(H, T, D)``, from the arguments of an attention."""
     queries = get_prerope_query_states(module, kwargs["hidden_states"])
     if rotated:

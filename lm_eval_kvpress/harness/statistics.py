@@ -33,6 +33,11 @@ def check_statistics(press: PressSpec, model: PressableModel) -> None:
         tensors_for(statistics.press, statistics.file, model.model)
     if not statistics.metadata:
         return
+    made_for = statistics.metadata.get("press", "")
+    if ":" in made_for and made_for != press.name:
+        raise UsageError(
+            f"statistics={statistics.file} are those of press={made_for}, not {press.name}: calibrate {press.name}"
+        )
     own = identity_of_weights(model)
     if statistics.metadata.get("dtype") != own["dtype"]:
         raise UsageError(

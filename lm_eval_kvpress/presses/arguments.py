@@ -33,14 +33,17 @@ RANGES: Mapping[str, Range] = types.MappingProxyType(
         **dict.fromkeys((RATIO, RATIOS), _REMOVED),
         BUDGET: _POSITIVE,
         **dict.fromkeys(("n_sink", "num_sinks", "sink_size_start", "sink_size_end", "n_initial"), _NOT_NEGATIVE),
+        **dict.fromkeys(("sink", "window", "sink_size", "keep_token_lower_bound"), _NOT_NEGATIVE),
         **dict.fromkeys(("epsilon", "tau"), _NOT_NEGATIVE),
         "seed": Range(low=0, high=2**32 - 1),
         **dict.fromkeys(("window_size", "local_window_size", "sliding_window_size", "n_last"), _POSITIVE),
+        "recent_size": _POSITIVE,  # kvpress cuts them off by a negative slice, which at 0 would spare every entry
         **dict.fromkeys(("chunk_size", "chunk_length", "low_entropy_chunk_length", "block_size"), _POSITIVE),
         **dict.fromkeys(("beta", "n_future_positions", "sketch_dimension"), _POSITIVE),
         "lag_size": Range(low=2),  # a partition of one token has no range to compare with
         "kernel_size": Range(low=1, is_odd=True),  # the pooling pads by half a kernel: an even one adds a score
         **dict.fromkeys(("alpha_safeguard", "first_stage_ratio", "similarity_threshold"), _FRACTION),
+        "head_compression_ratio": _FRACTION,
         "merge_fraction": Range(low=0, high=1, excludes_low=True),
         **dict.fromkeys(("key_channel_compression_ratio", "lazy_threshold"), _BELOW_ONE),
     }

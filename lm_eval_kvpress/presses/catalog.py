@@ -19,9 +19,17 @@ from typing import Any
 
 import kvpress
 
-from lm_eval_kvpress.presses import fallbacks, notes
-from lm_eval_kvpress.presses.calibrated import CalibratedExpectedAttentionPress, CalibratedQFilterPress
+from lm_eval_kvpress.presses import fallbacks, kvcompose, notes
+from lm_eval_kvpress.presses.calibrated import (
+    CalibratedDuoAttentionPress,
+    CalibratedExpectedAttentionPress,
+    CalibratedKVzapPress,
+    CalibratedLUKVPress,
+    CalibratedQFilterPress,
+)
 from lm_eval_kvpress.presses.finch import QuestionFinchPress
+from lm_eval_kvpress.presses.kvcompose import ReplayedKVComposePress, UnstructuredKVComposePress
+from lm_eval_kvpress.presses.kvgrad import ReplayedKVgradPress
 from lm_eval_kvpress.presses.notes import Notes
 from lm_eval_kvpress.presses.per_layer import PerLayerPress
 from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
@@ -121,10 +129,11 @@ def _check_simlayerkv(arguments: Mapping[str, Any]) -> str:
 _NO_CRITICAL: Mapping[str, str] = {
     "criticalkv": "the weighting by the output projection would be applied twice",
     **dict.fromkeys(
-        ("knorm", "keydiff", "leverage", "noncausal", "compactor", "qfilter"),
+        ("knorm", "keydiff", "leverage", "noncausal", "compactor", "qfilter", "kvzap"),
         "it multiplies scores, which must not be negative: wrap snapkv, tova or expected_attention",
     ),
 }
+_SHARED = "its heads and layers share what is kept: use compression_ratio"
 _NO_VNORM = {"use_vnorm": False}  # kvpress: "use_vnorm should be disabled for CriticalKVPress"
 
 _ROWS = (
@@ -196,6 +205,24 @@ _ROWS = (
         hidden=("sample_seq_len", "num_samples", "dataset_name", "stats_folder"),
     ),
     Row(
+        "kvzap",
+        CalibratedKVzapPress,
+        "https://arxiv.org/abs/2601.07891",
+        Reads.ORDER,
+        defaults={"statistics": REQUIRED},
+        hidden=("model_type",),  # the file says it
+    ),
+    Row(
+        "duo_attention",
+        CalibratedDuoAttentionPress,
+        "https://arxiv.org/abs/2410.10819",
+        attention="sdpa",
+        masks=True,
+        no_ratio="it cuts a share of the heads to first and newest tokens: use head_compression_ratio",
+        defaults={"statistics": REQUIRED, "head_compression_ratio": 0.5},
+        hidden=("on_the_fly_scoring",),  # calibrate duo_attention does it once
+    ),
+    Row(
         "think",
         kvpress.ThinKPress,
         "https://arxiv.org/abs/2407.21018",
@@ -227,7 +254,38 @@ _ROWS = (
         attention="sdpa",
         masks=True,
         batches=False,
-        no_budget="its heads and layers share what is kept: use compression_ratio",
+        no_budget=_SHARED,
+    ),
+    Row(
+        "kvgrad",
+        ReplayedKVgradPress,
+        "https://openreview.net/forum?id=cg1wTCJjjk",
+        min_context=1,
+        attention="sdpa",
+        masks=True,
+        batches=False,
+        no_budget=_SHARED,
+    ),
+    Row(
+        "kvcompose",
+        ReplayedKVComposePress,
+        "https://arxiv.org/abs/2509.05165",
+        min_context=1,
+        batches=False,
+        no_budget="its layers share what is kept: use compression_ratio",
+        check=kvcompose.check_arguments,
+        hidden=("structured",),
+    ),
+    Row(
+        "kvcompose_unstructured",
+        UnstructuredKVComposePress,
+        "https://arxiv.org/abs/2509.05165",
+        min_context=1,
+        masks=True,
+        batches=False,
+        no_budget=_SHARED,
+        check=kvcompose.check_arguments,
+        hidden=("structured",),
     ),
     Row(
         "adakv",
@@ -297,6 +355,23 @@ _ROWS = (
         refuses={"criticalkv": "kvpress cannot set its ratio layer by layer: wrap the press itself"},
     ),
     Row(
+        "lukv",
+        CalibratedLUKVPress,
+        "https://arxiv.org/abs/2602.08585",
+        attention="sdpa",
+        masks=True,
+        no_budget="its curve knows whole percents: use compression_ratio",
+        defaults={"statistics": REQUIRED},
+        wraps=Reads.QUERIES,
+        refuses={
+            "criticalkv": "no curve is made for its scores: wrap the press itself",
+            **dict.fromkeys(
+                ("qfilter", "expected_attention_stats", "kvzap"),
+                "both would read statistics of the model: wrap a press that needs none",
+            ),
+        },
+    ),
+    Row(
         "dms",
         kvpress.DMSPress,
         "https://arxiv.org/abs/2506.05345",
@@ -324,6 +399,12 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = types.MappingProxyType(
         "adakv_compactor": ("adakv:compactor", {}),
         "block_keydiff": ("block:keydiff", {}),
         "chunkkv": ("chunkkv:snapkv", {}),
+        "duo_attention_on_the_fly": ("duo_attention", {}),
+        "kvzap_linear": ("dms:kvzap", {}),
+        "kvzap_mlp": ("dms:kvzap", {}),
+        "kvzap_mlp_head": ("kvzap", {}),
+        "kvzap_mlp_layer": ("adakv:kvzap", {}),
+        "lukv": ("lukv:expected_attention", {"epsilon": 0.02}),
         "critical_snapkv": ("criticalkv:snapkv", {}),
         "critical_adakv_snapkv": ("critical_adakv:snapkv", {}),
         "critical_expected_attention": ("criticalkv:expected_attention", {}),
@@ -331,6 +412,7 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = types.MappingProxyType(
         "kvzip_plus": ("kvzip", {"kvzip_plus_normalization": True}),
         "merging_knorm": ("merging:knorm", {}),
         "merging_snapkv": ("merging:snapkv", {}),
+        "merging_kvzap_mlp": ("merging:kvzap", {}),
         "merging_expected_attention": ("merging:expected_attention", {"epsilon": 0.01}),
         "snap_think": ("composed:snapkv+think", {}),
     }

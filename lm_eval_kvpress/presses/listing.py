@@ -57,7 +57,7 @@ def _info(row: Row) -> PressInfo:
     defaults = {key: argument.default for key, argument in arguments_of(row).items()}
     needs = [f"{row.attention} attention"] if row.attention else []
     if STATISTICS in defaults:
-        needs.append(f"statistics of the model, from calibrate {row.name}")
+        needs.append(f"statistics of the model, from calibrate {row.name}{'' if row.wraps is None else ':PRESS'}")
     if row.reads_question:
         needs.append("a question behind the context")
     if row.wraps is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RANGES, RATIO, arguments_of
 from lm_eval_kvpress.presses.build import build_press
-from lm_eval_kvpress.presses.catalog import REQUIRED
+from lm_eval_kvpress.presses.catalog import REQUIRED, Row
 from lm_eval_kvpress.presses.names import NONE, ParsedName, parse_name, resolve_alias
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.statistics import STATISTICS
@@ -95,13 +95,13 @@ def _parse_arguments(parsed: ParsedName, given: Mapping[str, Any], defaults: Map
                 continue
             values[recorded] = presets.get(key, argument.default)
             if values[recorded] is REQUIRED:
-                raise UsageError(f"press={row.name} needs {recorded}={_why_needed(row.name, key)}")
+                raise UsageError(f"press={row.name} needs {recorded}={_why_needed(parsed.full, row, key)}")
     return values
 
 
-def _why_needed(press: str, argument: str) -> str:
+def _why_needed(name: str, row: Row, argument: str) -> str:
     if argument == STATISTICS:
-        return f"FILE.safetensors: lm-eval-kvpress calibrate {press} writes it"
+        return f"FILE.safetensors: lm-eval-kvpress calibrate {row.name if row.wraps is None else name} writes it"
     return "...: without it nothing would be removed"
 
 

@@ -3,37 +3,47 @@
 Tensors are in the checkpoint's own basis: the order of a head's dims as its weights have it. `models` may present the
 model in another one and says so by ``head_order``. Knows files of safetensors. Does not know how statistics are taken.
 
-Letters: L layers, H query heads, K key-value heads, D head_dim.
+Letters: L layers, H query heads, K key-value heads, D head_dim, E hidden size, P whole percents from 1 to 99, M hidden
+units of a surrogate.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.presses import published
 
 STATISTICS = "statistics"
 """The argument that names the file."""
 
-HUB, PUBLISHED = "hub:", "model.safetensors"
-"""``statistics=hub:NAME`` is a repository of the hub, or a folder, that holds this file, as kvpress publishes it."""
+HUB = "hub:"
+"""``statistics=hub:NAME`` is a repository of the hub, or a folder, with the files that a method's authors published."""
 
 TENSORS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
     {
         "qfilter": {"q_filters": "LKD"},
         "expected_attention_stats": {"query_mean": "LHD", "query_cov": "LHDD"},
+        "duo_attention": {"full_attention_heads": "LK", "sink_size": "", "recent_size": ""},
+        "kvzap": {"weight": "LKE", "bias": "LK"},
+        "lukv": {"budget_curve": "PLK"},
     }
 )
 """Press -> the tensors of its file, by the names that kvpress's published files have, and their shapes."""
+
+MLP: Mapping[str, str] = types.MappingProxyType(
+    {"hidden_weight": "LME", "hidden_bias": "LM", "weight": "LKM", "bias": "LK"}
+)
+"""The tensors of a published surrogate of ``kvzap`` with a hidden layer."""
+
+NUM_PERCENTS = 99
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +75,7 @@ def read_statistics(press: str, file: str) -> Statistics:
     Raises:
         UsageError: in one line, if there is no such file, or it is not this press's.
     """
-    path = _published(file.removeprefix(HUB)) if file.startswith(HUB) else Path(file).expanduser()
+    path = published.find(press, file.removeprefix(HUB)) if file.startswith(HUB) else Path(file).expanduser()
     try:
         about = path.stat()
         return _read(press, file, path, about.st_mtime_ns, about.st_size)
@@ -77,26 +87,28 @@ def read_statistics(press: str, file: str) -> Statistics:
         ) from error
 
 
-def _published(name: str) -> Path:
-    try:
-        found = cached_file(name, PUBLISHED)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"statistics={HUB}{name}: no {PUBLISHED} is found there ({reason})") from error
-    return Path(str(found))
-
-
 @functools.lru_cache(maxsize=8)
 def _read(press: str, file: str, path: Path, modified_ns: int, num_bytes: int) -> Statistics:
+    if file.startswith(HUB):
+        tensors, sha256 = published.read(press, path)
+        return Statistics(press, file, sha256, {}, _named(press, file, tensors))
     with safe_open(path, framework="pt") as content:
         metadata = dict(content.metadata() or {})
-        if not file.startswith(HUB):
-            _check_press(press, file, metadata.get("press"))
-        if missing := sorted(TENSORS[press].keys() - set(content.keys())):
-            raise UsageError(f"statistics={file} has no tensor {missing[0]}, which press={press} reads")
-        tensors = {name: content.get_tensor(name) for name in TENSORS[press]}
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Statistics(press, file, sha256, {} if file.startswith(HUB) else metadata, tensors)
+        _check_press(press, file, metadata.get("press"))
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no mapping
+    return Statistics(press, file, published.sha256_of([path]), metadata, _named(press, file, tensors))
+
+
+def layout_of(press: str, tensors: Container[str]) -> Mapping[str, str]:
+    """The names and shapes of a press's tensors: of the kind that a file with these holds."""
+    return MLP if press == "kvzap" and "hidden_weight" in tensors else TENSORS[press]
+
+
+def _named(press: str, file: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    layout = layout_of(press, tensors)
+    if missing := sorted(layout.keys() - tensors.keys()):
+        raise UsageError(f"statistics={file} has no tensor {missing[0]}, which press={press} reads")
+    return {name: tensors[name] for name in layout}
 
 
 def _check_press(press: str, file: str, made_for: str | None) -> None:
@@ -105,12 +117,15 @@ def _check_press(press: str, file: str, made_for: str | None) -> None:
             f"statistics={file} does not say of which weights it is: lm-eval-kvpress calibrate {press} writes a file "
             f"that does; {HUB}NAME reads what kvpress published"
         )
-    if made_for != press:
+    if made_for.partition(":")[0] != press:
         raise UsageError(f"statistics={file} are those of press={made_for}: calibrate {press}")
 
 
-def tensors_for(press: str, file: str, model: Any) -> dict[str, Any]:
+def tensors_for(press: str, file: str, model: Any, *, in_float32: bool = False) -> dict[str, Any]:
     """Read a press's tensors as a presented model needs them: in the order of its heads' dims, where it computes.
+
+    Args:
+        in_float32: whether they are in float32, whatever the model computes in.
 
     Raises:
         UsageError: in one line, also if they are those of a model of another shape.
@@ -121,9 +136,12 @@ def tensors_for(press: str, file: str, model: Any) -> dict[str, Any]:
         "H": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "D": config.head_dim,
+        "E": config.hidden_size,
+        "P": NUM_PERCENTS,
+        "M": statistics.tensors["hidden_bias"].shape[-1] if "hidden_bias" in statistics.tensors else 0,
     }
     found = {}
-    for name, letters in TENSORS[press].items():
+    for name, letters in layout_of(press, statistics.tensors).items():
         tensor, expected = statistics.tensors[name], tuple(sizes[letter] for letter in letters)
         if tuple(tensor.shape) != expected:
             raise UsageError(
@@ -133,5 +151,5 @@ def tensors_for(press: str, file: str, model: Any) -> dict[str, Any]:
         for dim, letter in enumerate(letters):
             if letter == "D" and order is not None:
                 tensor = tensor.index_select(dim, order.to(tensor.device))
-        found[name] = tensor.to(model.device, dtype=model.dtype)
+        found[name] = tensor.to(model.device).float() if in_float32 else tensor.to(model.device, dtype=model.dtype)
     return found

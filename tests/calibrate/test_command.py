@@ -84,7 +84,9 @@ def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, chec
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["snapkv"], "invalid choice"),
+        (["snapkv"], "no statistics are taken for 'snapkv': name one of qfilter"),
+        (["lukv:criticalkv:snapkv"], "no curve is made for its scores"),
+        (["lukv:lukv"], "cannot wrap"),
         (["qfilter", "--model_args", "press=knorm"], "without a press"),
         (["qfilter", "-o", "x.pt"], "must end in .safetensors"),
         (["qfilter", "-o", "no/such/folder/x.safetensors"], "there is no folder"),
@@ -98,6 +100,28 @@ def test_bad_commands_end_before_anything_is_loaded(
     with pytest.raises(SystemExit):
         cli.main(["calibrate", *changed, *given])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("press", "arguments"),
+    [
+        ("duo_attention", {"sink_size": 4, "recent_size": 8}),
+        ("kvzap", {}),
+        ("lukv:knorm", {}),
+    ],
+)
+def test_other_presses_get_their_statistics_too(
+    press: str, arguments: dict[str, int], checkpoint_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "statistics.safetensors"
+    options = ["--model_args", f"pretrained={checkpoint_dir}", "--data", str(data), "-o", str(file)]
+    assert cli.main(["calibrate", press, *options, "--window", "100", "--num_tokens", "300"]) == 0
+    lm = KVPress(str(checkpoint_dir), press=press, statistics=str(file), max_length=128, **arguments)
+    assert lm.describe()["press"]["statistics"]["press"] == press
+    assert answers(lm) != answers(KVPress(str(checkpoint_dir), max_length=128))
+    if press == "lukv:knorm":
+        with pytest.raises(UsageError, match="are those of press=lukv:knorm, not lukv:keydiff"):
+            KVPress(str(checkpoint_dir), press="lukv:keydiff", statistics=str(file))
 
 
 def test_too_little_text_is_refused_and_nothing_is_written(

@@ -22,6 +22,8 @@ from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, score
 from lm_eval_kvpress.models import partial_rope
 from lm_eval_kvpress.models.architectures import ARCHITECTURES, present
+from lm_eval_kvpress.presses.kvcompose import ReplayedKVComposePress, UnstructuredKVComposePress
+from lm_eval_kvpress.presses.kvgrad import ReplayedKVgradPress
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
 from lm_eval_kvpress.presses.spec import PressSpec
@@ -34,6 +36,9 @@ LENGTH = 97
 
 REPLAYS: dict[type, type[kvpress.BasePress]] = {
     ReplayedKVzipPress: kvpress.KVzipPress,
+    ReplayedKVgradPress: kvpress.KVgradPress,
+    ReplayedKVComposePress: kvpress.KVComposePress,
+    UnstructuredKVComposePress: kvpress.KVComposePress,
 }
 
 

@@ -187,6 +187,9 @@ def test_who_may_read_what_an_attention_returns() -> None:
     assert {name.partition(":")[0] for name in readers if "observed_attention" not in name} == {
         "per_layer",
         "kvzip",
+        "kvgrad",
+        "kvcompose",
+        "kvcompose_unstructured",
         "dms",
         "composed",
     }

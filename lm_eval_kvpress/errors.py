@@ -7,6 +7,7 @@ for everything else. Imports nothing of ours: a task may raise it without loadin
 from __future__ import annotations
 
 import errno
+import sqlite3
 
 NO_ROOM = "make room there, and run the same command again"
 NO_RIGHT = "choose a place that you may read and write"
@@ -17,6 +18,13 @@ OF_THE_DISK = {
     errno.EIO: "look after the disk, then run the same command again",
 }
 """Errors of the operating system that only the user can mend, and how."""
+OF_A_DATABASE = {
+    "database or disk is full": NO_ROOM,
+    "attempt to write a readonly database": NO_RIGHT,
+    "unable to open database file": NO_RIGHT,
+    "disk I/O error": OF_THE_DISK[errno.EIO],
+}
+"""The same as SQLite says it. Its codes are known from Python 3.11 on; its words are those of all versions."""
 
 
 class UsageError(ValueError):
@@ -26,7 +34,8 @@ class UsageError(ValueError):
 def one_line(error: BaseException) -> str | None:
     """The line that a command ends on; None for a defect, which keeps its traceback.
 
-    An `OSError` of the disk may come from any library: lm-eval's files, a hub's cache, temporary files.
+    An `OSError` of the disk may come from any library: lm-eval's files, a hub's cache, temporary files. An error of
+    SQLite comes from lm-eval's ``--use_cache``; a sweep names its own database itself.
     """
     if isinstance(error, UsageError):
         return str(error)
@@ -35,4 +44,6 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror}: {OF_THE_DISK[error.errno]}"
+    if isinstance(error, sqlite3.OperationalError) and str(error) in OF_A_DATABASE:
+        return f"--use_cache: {error}: {OF_A_DATABASE[str(error)]}"
     return None

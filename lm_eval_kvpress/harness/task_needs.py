@@ -18,6 +18,7 @@ from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.checkpoint import BUILTIN, resolve_pretrained
+from lm_eval_kvpress.presses.values import Range, parse_number
 
 DEFAULT_CHECKPOINTS = {"pythia-kvpress": "EleutherAI/pythia-2.8b"}
 """Our models that need no ``pretrained`` -> what they load."""
@@ -105,11 +106,13 @@ def _has_punkt() -> bool:
 def _check_lengths(pretrained: str, arguments: Mapping[str, Any], lengths: Any) -> None:
     """Refuse texts that are longer than the model: their beginnings would be cut off, and the needle with them."""
     longest, limit = max(_numbers(lengths), default=0), arguments.get("max_length")
+    if limit is not None:
+        limit = parse_number("max_length", int, limit, Range(low=1))
     if not limit and longest and not arguments.get("allow_extrapolation"):
         limit = _positions(pretrained)
-    if limit and longest > int(limit):
+    if limit and longest > limit:
         raise UsageError(
-            f"{LENGTHS}={lengths}: {pretrained} takes {int(limit)} tokens at most, a text with its answer: give "
+            f"{LENGTHS}={lengths}: {pretrained} takes {limit} tokens at most, a text with its answer: give "
             "shorter lengths, or a model of more positions"
         )
 

@@ -56,6 +56,13 @@ def test_texts_longer_than_the_model_are_refused(checkpoint_dir: Path, lengths: 
         prepared("kvpress", beyond | {"max_length": 100}, {"max_seq_lengths": lengths}, ["babilong_qa1"])
 
 
+@pytest.mark.parametrize("wrong", ["abc", 0, 0.5, True, [4096]])
+def test_a_max_length_that_is_no_number_is_one_line(wrong: Any) -> None:
+    """This is read before the model looks at its arguments."""
+    with pytest.raises(UsageError, match="^max_length=.* must be "):
+        prepared("kvpress", {"pretrained": "builtin", "max_length": wrong}, {}, ["gsm8k"])
+
+
 @pytest.mark.parametrize("lengths", [[64, 512], "0k", None])
 def test_texts_that_fit_are_not(checkpoint_dir: Path, lengths: Any) -> None:
     prepared("kvpress", {"pretrained": str(checkpoint_dir)}, {"max_seq_lengths": lengths}, ["babilong_qa1"])

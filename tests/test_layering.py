@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrate": {"presses", "models", "harness"},
     "verify": {"presses", "cache", "models", "records", "engine", "harness", "recall"},
     "sweep": {"presses", "cache", "models", "records", "engine", "harness"},
+    "api": {"presses", "records", "engine", "harness", "sweep", "report"},
     "recall": set(),
     "errors": set(),
     "files": set(),
@@ -41,18 +42,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"presses", "harness", "verify", "sweep", "calibrate", "report"},
     "__main__": {"cli"},
     "_startup": {"harness"},
+    "__init__": {"api", "harness", "report"},  # looked up where it is asked for
 }
 
 # Library, or a part of one -> the only packages or files that import it.
 OWNERS = {
     "kvpress": {"presses", "calibrate.queries"},
-    "lm_eval": {"harness", "sweep", "verify", "calibrate", "cli"},
+    "lm_eval": {"harness", "sweep", "verify", "calibrate", "cli", "api"},
     "triton": {"models.fast"},
     "lm_eval_kvpress.models.fast": {"models.fast", "models.architectures"},
     "transformers.models": {"models", "cache.stream_layer", "cache.window_layer"},
     "itables": {"report"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
+    "pandas": {"report", "api"},
     "plotly": {"report"},
     "prometheus_client": {"records.prometheus"},
     "ray": {"sweep.launchers.ray_actors"},
@@ -127,7 +130,7 @@ def test_a_file_names_what_it_imports_of_ours(name: str) -> None:
 
 
 def test_every_package_has_a_line() -> None:
-    assert {name.partition(".")[0] for name in FILES} - {"__init__"} == set(MAY_IMPORT)
+    assert {name.partition(".")[0] for name in FILES} == set(MAY_IMPORT)
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:

@@ -64,6 +64,11 @@ class Runner:
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
         self._full_side = full_side
 
+    def compress(self, contexts: Sequence[Context]) -> CompressedBatch:
+        """Prefill contexts under the press, as `Compressor.compress` does."""
+        with self._autocast():
+            return self.compressor.compress(contexts)
+
     def score_groups(self, groups: Sequence[batching.ContextGroup], ids: Mapping[int, RequestId]) -> list[Scored]:
         """Score all continuations of each context, which is prefilled once.
 
@@ -76,8 +81,7 @@ class Runner:
         contexts, turns = [group.context for group in groups], turns_of(groups)
         full = self._over_full_cache(contexts, turns)
         self.meter.start()
-        with self._autocast():
-            batch = self.compressor.compress(contexts)
+        batch = self.compress(contexts)
         predictions, scores = self._score(batch.cache, turns)
         shares = []
         for group, branches, record in zip(groups, scores, batch.records, strict=True):
@@ -106,8 +110,7 @@ class Runner:
         records: Sequence[ContextRecord | None] = [None] * len(windows)
         pressed = [False] * len(windows)
         if is_pressed:
-            with self._autocast():
-                batch = self.compressor.compress(contexts)
+            batch = self.compress(contexts)
             cache, records, pressed = batch.cache, batch.records, batch.pressed
         else:  # the whole context is fed with the targets: one plain forward, in which no press can act
             cache = self.model.empty_cache(len(windows))

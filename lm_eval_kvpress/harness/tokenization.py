@@ -120,6 +120,23 @@ def _offsets(lm: HFLM, text: str, tokens: Sequence[int]) -> list[tuple[int, int]
     return []
 
 
+def text_of_each(lm: HFLM, text: str, tokens: Sequence[int]) -> list[str]:
+    """The part of a text that each of its tokens is; joined they are the text, wherever the tokenizer knows places.
+
+    A character of several tokens is the part of the first of them. Tokens that the text does not hold, such as BOS,
+    have their own names.
+    """
+    offsets = _offsets(lm, text, tokens)
+    if not offsets:
+        return [lm.tokenizer.decode([token]) for token in tokens]
+    parts, done = list[str](), 0
+    for token, (_, end) in zip(tokens, offsets, strict=True):
+        is_special = token in lm.tokenizer.all_special_ids
+        parts.append(lm.tokenizer.decode([token]) if is_special else text[done:end])
+        done = max(done, end)
+    return parts
+
+
 def _cut_by_tokens(lm: HFLM, text: str, tokens: Sequence[int], place: int) -> Cut:
     """Cut where the tokens begin to differ from those of the text before the place, which is never too late."""
     before = [lm.tokenizer.encode(text[:place], **special) if place else [] for special in _special_tokens(lm)]

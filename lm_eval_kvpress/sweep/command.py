@@ -30,14 +30,22 @@ def main(argv: Sequence[str]) -> int:
     settings = _settings(typed)
     if settings.launcher == "submitit" and part != "all":
         raise UsageError("launcher=submitit submits every shard and the merge: leave --shard and --merge to it")
-    _leave_processes_of_a_launcher()
-    cells = cells_of(settings)
     try:
-        _run(settings, cells, part)
+        run_sweep(settings, part)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {settings.output_path}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def run_sweep(settings: SweepSettings, part: Shard | Literal["all", "merge"] = "all") -> None:
+    """Run a sweep, or a part of it, resumably.
+
+    Raises:
+        UsageError: for settings that do not fit each other, the model or the folder.
+    """
+    _leave_processes_of_a_launcher()
+    _run(settings, cells_of(settings), part)
 
 
 def _run(settings: SweepSettings, cells: Sequence[Cell], part: Shard | Literal["all", "merge"]) -> None:

@@ -54,7 +54,8 @@ def test_the_own_task_runs_and_its_results_fit_the_schema(tmp_path: Path) -> Non
 def test_the_program_of_the_python_api_runs(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", first_program(DOCS / "api.md")], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "'name': 'snapkv'" in done.stdout
+    assert "snapkv, compression_ratio=0.75 kept 25% of" in done.stdout and "Score(continuation=' The'" in done.stdout
+    assert (tmp_path / "kept.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_press_of_the_guide_keeps_the_newest_and_is_scored_as_a_dense_forward(

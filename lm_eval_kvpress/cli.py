@@ -43,7 +43,9 @@ COMMANDS = {
     "report": Command(
         "lm_eval_kvpress.report.command:main", "compare results: a leaderboard as a page, a text, or data"
     ),
-    "presses": Command("lm_eval_kvpress.presses.command:main", "list the presses: name, arguments, needs, paper"),
+    "presses": Command(
+        "lm_eval_kvpress.presses.command:main", "list the presses, or show one: arguments, needs, paper"
+    ),
     "builtin": Command("lm_eval_kvpress.cli:builtin", "print the folder of the built-in checkpoint"),
 }
 
@@ -53,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_output()
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     if args.command not in COMMANDS:
         hint = near(args.command, COMMANDS)
         parser.error(f"unknown command {args.command!r}; {hint}commands: {', '.join(COMMANDS)}")
@@ -111,6 +116,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="one of the commands below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     return parser

@@ -13,7 +13,9 @@ from repository import ROOT
 from lm_eval_kvpress import __version__, cli
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presses", "--help"], ["no-such-command"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], ["presses"], ["presses", "snapkv"], ["no-such-command"]]
+)
 def test_help_loads_neither_torch_nor_lm_eval(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom lm_eval_kvpress.cli import main\n"
@@ -40,14 +42,21 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(cli.COMMANDS) <= set(listed)
 
 
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    alone = capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert alone.out == capsys.readouterr().out and alone.err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND"),
         (["pressses"], "did you mean 'presses'?"),
         (["zzz"], f"commands: {', '.join(cli.COMMANDS)}"),
         (["--no-such-option", "run"], "--no-such-option"),
-        (["presses", "knorm"], "unrecognized arguments: knorm"),
+        (["presses", "knorm", "tova"], "unrecognized arguments: tova"),
     ],
 )
 def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,10 @@ is whole or absent, and print a table. None of these knows what the package is a
 
 # Package -> the packages of ours that it may import, inside functions as well.
 MAY_IMPORT: dict[str, set[str]] = {
-    "presses": set(),
+    "press_list": set(),
+    "presses": {"press_list"},
     "cache": set(),
-    "report": {"bootstrap"},
+    "report": {"bootstrap", "press_list"},
     "models": {"cache"},
     "records": {"bootstrap"},
     "bootstrap": set(),
@@ -68,6 +69,7 @@ NEVER = {
     "cache": {"transformers.modeling_utils", "transformers.AutoModel", "transformers.PreTrainedModel"},
     "report": {"torch", "lm_eval", "transformers", "kvpress"},
     "recall": {"torch", "lm_eval", "transformers", "kvpress", "numpy"},
+    "press_list": {"torch", "lm_eval", "transformers", "kvpress", "numpy"},
     "verify.dense_reference": {PACKAGE.name},
     "verify.press_formulas": {PACKAGE.name},
 }

@@ -1,36 +1,16 @@
-"""The list of presses: what ``lm-eval-kvpress presses`` and docs/presses.md show of each."""
+"""The list of presses, made of the catalog: what ``lm-eval-kvpress presses`` and docs/presses.md show of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lm_eval_kvpress.press_list import PressInfo
 from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RATIO, arguments_of
 from lm_eval_kvpress.presses.catalog import REQUIRED, ROWS, Row
 from lm_eval_kvpress.presses.decoding import DECODING_PRESSES, DEFAULT_INTERVAL
 from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING, ParsedName, why_not_wrapped
 from lm_eval_kvpress.presses.statistics import STATISTICS
 from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
-
-
-@dataclass(frozen=True)
-class PressInfo:
-    """One line of the list of presses.
-
-    Attributes:
-        name: as typed; ``PRESS`` stands for what a wrapper wraps.
-        arguments: name to default, ``required`` where it has none.
-        needs: what it needs or cannot do; for an unsupported press, why it is not supported.
-        paper: where the method is described.
-        supported: whether `parse_press` takes it.
-    """
-
-    name: str
-    arguments: Mapping[str, Any]
-    needs: str
-    paper: str
-    supported: bool
 
 
 def list_presses() -> list[PressInfo]:

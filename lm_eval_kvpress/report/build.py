@@ -8,13 +8,15 @@ from pathlib import Path
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.report.cell import BUDGETS, Press
+from lm_eval_kvpress.report.change_columns import ANSWERS
 from lm_eval_kvpress.report.column import Column
 from lm_eval_kvpress.report.columns import table_columns
 from lm_eval_kvpress.report.contents import Entry, Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.facts import model_facts
 from lm_eval_kvpress.report.loss_curves import Curve, LossFolders
 from lm_eval_kvpress.report.marks import Mark, row_marks
 from lm_eval_kvpress.report.notices import shared_arguments, table_notices
-from lm_eval_kvpress.report.ranking import column_key, rank_tables
+from lm_eval_kvpress.report.ranking import column_key, rank_tables, with_columns
 from lm_eval_kvpress.report.result_files import read_results
 from lm_eval_kvpress.report.rows import Row
 from lm_eval_kvpress.report.tables import Table, build_tables
@@ -23,7 +25,12 @@ TITLE = "KV-cache compression"
 
 
 def build_report(
-    places: Sequence[Path], *, sort: Sequence[str] = (), title: str = TITLE, all_metrics: bool = False
+    places: Sequence[Path],
+    *,
+    sort: Sequence[str] = (),
+    title: str = TITLE,
+    all_metrics: bool = False,
+    columns: Sequence[str] = (),
 ) -> Report:
     """The report of all results below the places.
 
@@ -32,6 +39,8 @@ def build_report(
         sort: columns to rank by, the most important first; ``-column`` puts the worst first.
         title: of the page.
         all_metrics: whether tables for people show every metric, not only the leading one of each task.
+        columns: those of tables for people, in order, behind the press; chosen by `all_metrics` and what runs say if
+            empty.
 
     Raises:
         UsageError: for files that cannot be read and columns that do not exist.
@@ -41,6 +50,8 @@ def build_report(
     contents = [
         _table_contents(number, table, tables, losses, all_metrics) for number, table in enumerate(tables, start=1)
     ]
+    if columns:
+        contents = with_columns(contents, columns)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     return Report(title, date, __version__, rank_tables(contents, sort), column_key(sort[0]) if sort else "")
 
@@ -55,6 +66,7 @@ def _table_contents(
         setting=table.setting,
         heading=_heading(number, table, tables),
         protocol=_protocol(table),
+        facts=model_facts(table),
         documents=_documents(table),
         num_documents=dict(table.documents),
         notices=table_notices(table, curves),
@@ -73,9 +85,10 @@ def _is_shown(column: Column, table: Table, *, all_metrics: bool) -> bool:
 
     What became of answers stands beside fidelity, which asks the same.
     """
-    if not (column.is_main or all_metrics or (column.metric is None and any(cell.fidelities for cell in table.cells))):
+    beside_fidelity = column.group == ANSWERS and any(cell.fidelities for cell in table.cells)
+    if not (column.is_main or all_metrics or beside_fidelity):
         return False
-    return column.metric is not None or any(column.value(row) is not None for row in table.rows)
+    return any(column.value(row) is not None for row in table.rows)
 
 
 def _row_contents(row: Row, columns: Sequence[Column], marks: tuple[Mark, ...], curves: tuple[Curve, ...]) -> ReportRow:

@@ -188,6 +188,7 @@ class Cell:
         num_batches: how many batches were timed; None for stock lm-eval.
         parity: whether ratio 0 gave stock lm-eval's answers; None where that was not checked.
         identity: what ran, to find its losses by position; None for stock lm-eval.
+        num_parameters: of the model.
     """
 
     file: Path
@@ -209,6 +210,7 @@ class Cell:
     versions: Pairs
     identity: Identity | None = None
     groups: tuple[Group, ...] = ()
+    num_parameters: float | None = None
 
     def task(self, name: str) -> Task | None:
         return next((task for task in self.tasks if task.name == name), None)

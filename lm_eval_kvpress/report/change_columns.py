@@ -11,6 +11,7 @@ from lm_eval_kvpress.report.fidelity import Bounds
 from lm_eval_kvpress.report.formatting import Kind, Value
 from lm_eval_kvpress.report.rows import Row
 
+ANSWERS = "Answers"
 Count = Callable[[Changes], int]
 
 
@@ -23,7 +24,7 @@ def _share(key: str, title: str, part: Count, whole: Count, text: str, *, higher
         total = whole(row.changes)
         return share_interval(part(row.changes), total) if total > 1 else None
 
-    return Column(key, title, "Answers", Kind.SHARE, value, text, higher_is_better, is_main=False, bounds=bounds)
+    return Column(key, title, ANSWERS, Kind.SHARE, value, text, higher_is_better, is_main=False, bounds=bounds)
 
 
 def _mean(key: str, title: str, part: Count, whole: Count, text: str, better: bool | None) -> Column:
@@ -31,7 +32,7 @@ def _mean(key: str, title: str, part: Count, whole: Count, text: str, better: bo
         total = whole(row.changes)
         return part(row.changes) / total if total else None
 
-    return Column(key, title, "Answers", Kind.METRIC, value, text, better, is_main=False)
+    return Column(key, title, ANSWERS, Kind.METRIC, value, text, better, is_main=False)
 
 
 CHANGES = (

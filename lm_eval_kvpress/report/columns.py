@@ -5,6 +5,8 @@ Shares are fractions here and in data files. Bytes are per context, because sums
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lm_eval_kvpress.report.cell import Cell
 from lm_eval_kvpress.report.change_columns import CHANGES
 from lm_eval_kvpress.report.column import Column, of_cell
@@ -16,13 +18,25 @@ from lm_eval_kvpress.report.tables import Table
 
 
 def table_columns(table: Table) -> list[Column]:
-    """The columns of a table in order, with every metric."""
+    """The columns of a table in order, with every metric: what was run, what came of it, and what it cost."""
     output = _OUTPUT if any(cell.tokens_per_text is not None for cell in table.cells) else ()
     fidelity = FIDELITY if any(cell.fidelities for cell in table.cells) else ()
-    packed = _PACKED if any(cell.press.packed_as for cell in table.cells) else ()
     metrics = [_metric_column(key, table) for key in table.metrics]
     changes = [column for column in CHANGES if any(column.value(row) is not None for row in table.rows)]
-    return [*_CACHE, *packed, *fidelity, *metrics, *changes, *output, *_SPEED, *_TRUST]
+    return [*_RUN, *metrics, *fidelity, *_sizes(table), *changes, *output, *_SPEED, *_TRUST]
+
+
+def _sizes(table: Table) -> list[Column]:
+    """How large the cache is. People see one: the kept share, the share of bytes where entries are packed, or the bytes
+    where no press says a share, as in streams."""
+    hidden = replace(_KEPT, is_main=False)
+    if any(cell.press.packed_as for cell in table.cells):
+        return [_CACHE_SIZE, hidden, _BITS, *_BYTES]
+    pressed = [cell for cell in table.cells if not cell.press.is_none]
+    if pressed and all(cell.kept_share is None for cell in pressed):
+        allocated, *others = _BYTES
+        return [replace(allocated, is_main=True), hidden, *others]
+    return [_KEPT, *_BYTES]
 
 
 # ------------------------------------------------------------------------------------------------------ the columns
@@ -60,7 +74,7 @@ def _metric_kind(key: MetricKey, table: Table) -> Kind:
     return Kind.SHARE if are_shares else Kind.METRIC
 
 
-_CACHE = (
+_RUN = (
     Column(
         "press", "Press", "Cache", Kind.TEXT, lambda row: row.press, "What compressed the cache, and its arguments."
     ),
@@ -72,14 +86,16 @@ _CACHE = (
         of_cell(lambda cell: cell.press.removed_asked),
         "The fraction that compression_ratio asked to remove.",
     ),
-    Column(
-        "kept_share",
-        "Kept",
-        "Cache",
-        Kind.SHARE,
-        of_cell(lambda cell: cell.kept_share),
-        "Measured: entries that could still be attended.",
-    ),
+)
+_KEPT = Column(
+    "kept_share",
+    "Kept",
+    "Cache",
+    Kind.SHARE,
+    of_cell(lambda cell: cell.kept_share),
+    "Measured: entries that could still be attended.",
+)
+_BYTES = (
     Column(
         "kv_bytes_allocated",
         "KV allocated",
@@ -88,6 +104,7 @@ _CACHE = (
         of_cell(lambda cell: cell.bytes_allocated),
         "Bytes of keys and values that stay allocated, mean per context; of a stream, the most at once.",
         False,
+        is_main=False,
     ),
     Column(
         "kv_bytes_effective",
@@ -97,27 +114,27 @@ _CACHE = (
         of_cell(lambda cell: cell.bytes_effective),
         "Bytes of the entries that can be attended, mean per context. Less than allocated under a masking press.",
         False,
+        is_main=False,
     ),
 )
-_PACKED = (
-    Column(
-        "cache_size",
-        "Cache size",
-        "Cache",
-        Kind.SHARE,
-        of_cell(lambda cell: cell.cache_size),
-        "Bytes of keys and values that are held, scales included, of those of the full cache.",
-        False,
-    ),
-    Column(
-        "bits_per_number",
-        "Bits",
-        "Cache",
-        Kind.RATE,
-        of_cell(lambda cell: cell.bits_per_number),
-        "Bits that a stored number of keys and values takes, scales and filled-up blocks included.",
-        False,
-    ),
+_CACHE_SIZE = Column(
+    "cache_size",
+    "Cache size",
+    "Cache",
+    Kind.SHARE,
+    of_cell(lambda cell: cell.cache_size),
+    "Bytes of keys and values that are held, scales included, of those of the full cache.",
+    False,
+)
+_BITS = Column(
+    "bits_per_number",
+    "Bits",
+    "Cache",
+    Kind.RATE,
+    of_cell(lambda cell: cell.bits_per_number),
+    "Bits that a stored number of keys and values takes, scales and filled-up blocks included.",
+    False,
+    is_main=False,
 )
 _OUTPUT = (
     Column(

@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     outputs = [_output_file(name) for name in args.output or ()]
     figures = None if args.figures is None else _figures_folder(args.figures)
     conditions = [parse_condition(text) for text in args.fail_if or ()]
-    report = build_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics)
+    columns = [name.strip() for name in (args.columns or "").split(",") if name.strip()]
+    report = build_report(places, sort=args.sort or [], title=args.title, all_metrics=args.all_metrics, columns=columns)
     for output in outputs:
         _write(report, output)
     if figures is not None:
@@ -113,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", action="append", metavar="FILE", help="; ".join(WRITERS))
     parser.add_argument(
         "--sort", action="append", metavar="COLUMN", help="rank by a column, best first; --sort=-COLUMN: worst first"
+    )
+    parser.add_argument(
+        "--columns", metavar="NAMES", help="of Markdown, LaTeX and what the page opens with: press,kept_share,..."
     )
     parser.add_argument("--figures", metavar="DIR", help="folder for PNG and SVG figures")
     parser.add_argument(

@@ -100,7 +100,7 @@ class ReportTable:
 
     Attributes:
         number: from 1.
-        heading, protocol, documents: what all rows share, in words.
+        heading, protocol, facts, documents: what all rows share, in words.
         num_documents: by task.
         shared_arguments: of presses, in one line, which the names in rows leave out; one of the notices.
         columns: with every metric.
@@ -112,6 +112,7 @@ class ReportTable:
     setting: Setting
     heading: str
     protocol: str
+    facts: str
     documents: str
     num_documents: Mapping[str, int | None]
     notices: Sequence[str]
@@ -128,6 +129,16 @@ class ReportTable:
     def mark_numbers(self, row: ReportRow) -> list[int]:
         """The numbers of the row's marks among those of the table, from 1."""
         return [self.marks.index(mark) + 1 for mark in row.marks]
+
+    @property
+    def filled_columns(self) -> list[Column]:
+        """Columns of which some run says something, those of `shown_columns` among them."""
+        shown = {column.key for column in self.shown_columns}
+        return [
+            column
+            for column in self.columns
+            if column.key in shown or any(row.entries[column.key].value is not None for row in self.rows)
+        ]
 
     @property
     def metric_columns(self) -> list[Column]:

@@ -3,20 +3,42 @@
 Where a run of the table packs its entries, there is a figure over the cache size, on which eviction and quantization
 stand together.
 
-Bars are the 95 % interval of the difference to the baseline, around the figure; those of fidelity are its own. Hollow
-points are rows that the report marks as not to be trusted.
+Colours and markers are those of the page (`palette`). Bars are the 95 % interval of the difference to the baseline,
+around the figure; those of fidelity are its own. Hollow points are rows that the report marks as not to be trusted.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.palette import Style, styles
+
+Styles = Mapping[str, Style]
+DASHES = ("-", "--", ":", "-.")
+
+
+class Looks:
+    """How each line of a figure looks: the colour and marker of its press, and dashes that tell its lines apart.
+
+    Args:
+        by_press: the styles of the report.
+    """
+
+    def __init__(self, by_press: Styles) -> None:
+        self._by_press, self._num_drawn = by_press, Counter[str]()
+
+    def next(self, press: str) -> dict[str, Any]:
+        """Of the next line of a press."""
+        style, number = self._by_press[press], self._num_drawn[press]
+        self._num_drawn[press] += 1
+        dashes = DASHES[number % len(DASHES)]
+        return {"color": style.color or "black", "marker": style.marker, "linestyle": dashes}
 
 
 @dataclass(frozen=True)
@@ -66,26 +88,28 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
         raise UsageError("figures need matplotlib: pip install 'lm-eval-kvpress[report]'") from error
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
+    by_press = styles(report)
     return [
         file
         for table in report.tables
         if len(table.rows) > 1
-        for file in _table_figures(table, folder, f"table{table.number}")
+        for file in _table_figures(table, by_press, folder, f"table{table.number}")
     ]
 
 
-def _table_figures(table: ReportTable, folder: Path, name: str) -> Iterator[Path]:
+def _table_figures(table: ReportTable, by_press: Styles, folder: Path, name: str) -> Iterator[Path]:
     for column in table.plotted_columns:
         if column.is_main:
             for axis in AXES:
-                yield from _metric_figure(table, column.key, axis, folder / f"{name}_{_safe(column.key)}_{axis.name}")
+                stem = folder / f"{name}_{_safe(column.key)}_{axis.name}"
+                yield from _metric_figure(table, by_press, column.key, axis, stem)
     if any(row.cell is not None and row.cell.kl_places for row in table.rows):
-        yield from _place_figure(table, folder / f"{name}_kl_place")
+        yield from _place_figure(table, by_press, folder / f"{name}_kl_place")
     for task in dict.fromkeys(curve.task for row in table.rows for curve in row.curves):
-        yield from _position_figure(table, task, folder / f"{name}_{_safe(task)}_position")
+        yield from _position_figure(table, by_press, task, folder / f"{name}_{_safe(task)}_position")
 
 
-def _metric_figure(table: ReportTable, metric: str, axis: Axis, stem: Path) -> list[Path]:
+def _metric_figure(table: ReportTable, by_press: Styles, metric: str, axis: Axis, stem: Path) -> list[Path]:
     """A metric over an axis, a line per press."""
     from matplotlib import pyplot
 
@@ -93,35 +117,41 @@ def _metric_figure(table: ReportTable, metric: str, axis: Axis, stem: Path) -> l
     if sum(map(len, lines.values())) < 2:  # streams have no kept share
         return []
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
+    looks = Looks(by_press)
     for name, points in lines.items():
         if points:
-            _draw_line(axes, name, sorted(points, key=lambda point: (point.x, point.y)))
+            _draw_line(
+                axes, name, sorted(points, key=lambda point: (point.x, point.y)), looks.next(points[0].row.press)
+            )
     return _save(figure, axes, stem, axis.label, metric)
 
 
-def _position_figure(table: ReportTable, task: str, stem: Path) -> list[Path]:
+def _position_figure(table: ReportTable, by_press: Styles, task: str, stem: Path) -> list[Path]:
     """Perplexity over the position, a line per run."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
+    looks = Looks(by_press)
     for row in table.rows:
         for curve in row.curves:
             if curve.task == task:
                 name = _plain(f"{row.press} {row.own_arguments}".strip())
-                axes.plot(curve.ends, curve.perplexities, "k-" if row.is_baseline else "-", label=name)
+                axes.plot(curve.ends, curve.perplexities, label=name, **looks.next(row.press), markersize=3)
     axes.set_xscale("log", base=2)
     return _save(figure, axes, stem, "position in tokens", f"{task} perplexity")
 
 
-def _place_figure(table: ReportTable, stem: Path) -> list[Path]:
+def _place_figure(table: ReportTable, by_press: Styles, stem: Path) -> list[Path]:
     """KL from the full cache over the place after the context, a line per run."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 3.4), layout="constrained")
+    looks = Looks(by_press)
     for row in table.rows:
         if row.cell is not None and not row.is_baseline and (places := row.cell.kl_places):
             name = _plain(" ".join(filter(None, (row.press, row.own_arguments, row.amount))))
-            axes.plot([place.last for place in places], [place.kl_mean for place in places], "o-", ms=3, label=name)
+            lasts, means = [place.last for place in places], [place.kl_mean for place in places]
+            axes.plot(lasts, means, label=name, **looks.next(row.press), markersize=3)
     axes.set_xscale("log", base=2)
     return _save(figure, axes, stem, "tokens after the context", "KL from the full cache in nats")
 
@@ -155,15 +185,14 @@ def _bar(row: ReportRow, metric: str) -> tuple[float, float]:
     return max(0.0, difference.value - low), max(0.0, high - difference.value)
 
 
-def _draw_line(axes: Any, name: str, points: Sequence[Point]) -> None:
+def _draw_line(axes: Any, name: str, points: Sequence[Point], look: Mapping[str, Any]) -> None:
     xs, ys = [point.x for point in points], [point.y for point in points]
     bars = list(zip(*(point.bar for point in points), strict=True))
-    style = "k*" if points[0].row.is_baseline else "o-"
-    drawn = axes.errorbar(xs, ys, yerr=bars, fmt=style, label=name, markersize=5, elinewidth=0.7)
+    axes.errorbar(xs, ys, yerr=bars, label=name, **look, markersize=5, elinewidth=0.7)
     void = [(point.x, point.y) for point in points if point.row.is_void]
     if void:
-        color = drawn[0].get_color()
-        axes.plot(*zip(*void, strict=True), "o", markersize=5, color=color, markerfacecolor="white", zorder=5)
+        hollow = {**look, "linestyle": "none", "markerfacecolor": "white"}
+        axes.plot(*zip(*void, strict=True), **hollow, markersize=5, zorder=5)
 
 
 def _save(figure: Any, axes: Any, stem: Path, xlabel: str, ylabel: str) -> list[Path]:

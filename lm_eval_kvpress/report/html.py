@@ -10,14 +10,18 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.press_list import infos_of
 from lm_eval_kvpress.report.column import Column
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.data_files import as_csv
 from lm_eval_kvpress.report.loss_curves import Curve
+from lm_eval_kvpress.report.palette import as_data, styles
 from lm_eval_kvpress.report.templates import render_html
 
 # The plots: name in the script, title, horizontal axis.
@@ -29,6 +33,7 @@ PLOTS = (
     ("position", "Perplexity over the position in the stream", "position in tokens"),
     ("place", "KL from the full cache over the place after the context", "tokens after the context"),
 )
+SCRIPTS = ("plots.js", "page.js")
 UNSAFE = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -51,11 +56,20 @@ def html(report: Report) -> str:
         plots=PLOTS,
         presses=list(dict.fromkeys(row.press for table in report.tables for row in table.rows)),
         style=(assets / "page.css").read_text(encoding="utf-8"),
-        script=(assets / "page.js").read_text(encoding="utf-8"),
+        script="\n".join((assets / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        styles=safe_json(as_data(styles(report))),
+        csv=base64.b64encode(as_csv(report).encode()).decode(),
+        linked=linked,
         plotly=get_plotlyjs(),
         datatables=base64.b64encode(datatables.read_bytes()).decode(),
         points=safe_json([_plot_data(table, report.opens_with) for table in report.tables]),
     )
+
+
+def linked(press: str) -> list[tuple[str, str]]:
+    """The parts of a press's name, each with the address of its paper, which is empty for signs and unknown names."""
+    papers = {info.own_name: info.paper for info in infos_of(press)}
+    return [(part, papers.get(part, "")) for part in re.split(r"([:+])", press)]
 
 
 def safe_json(value: Any) -> str:

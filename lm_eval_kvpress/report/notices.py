@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lm_eval_kvpress.press_list import is_default
 from lm_eval_kvpress.report.formatting import first_names
 from lm_eval_kvpress.report.loss_curves import Curve
 from lm_eval_kvpress.report.rows import joined
@@ -42,9 +43,11 @@ def _protocol(table: Table) -> Iterator[str]:
 
 
 def shared_arguments(table: Table) -> str:
-    """What the names of presses in the table leave out, as one line; empty if nothing."""
-    shared = {row.press: row.shared_arguments for row in table.rows if row.shared_arguments}
-    listed = "; ".join(f"{press} ({joined(pairs)})" for press, pairs in shared.items())
+    """What the names of presses in the table leave out and is no default, as one line; empty if nothing."""
+    shared = {
+        row.press: [pair for pair in row.shared_arguments if not is_default(row.press, *pair)] for row in table.rows
+    }
+    listed = "; ".join(f"{press} ({joined(pairs)})" for press, pairs in shared.items() if pairs)
     return f"Arguments that all rows of a press share: {listed}." if listed else ""
 
 

@@ -73,6 +73,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
         identity=identity(facts, arguments.get("revision")) if facts else None,
         groups=tuple(groups(content, tasks)),
+        num_parameters=number(config.get("model_num_parameters")),
     )
 
 

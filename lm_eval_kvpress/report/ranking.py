@@ -1,4 +1,4 @@
-"""Ranks the rows of tables by their columns (``--sort``)."""
+"""Ranks the rows of tables by their columns (``--sort``), and chooses columns (``--columns``)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ def rank_tables(tables: Sequence[ReportTable], keys: Sequence[str]) -> list[Repo
         check_column(f"--sort {key}", column_key(key), known)
         ranked = [replace(table, rows=_ranked(table, key)) for table in ranked]
     return ranked
+
+
+def with_columns(tables: Sequence[ReportTable], keys: Sequence[str]) -> list[ReportTable]:
+    """The tables with these columns for people, in this order, the press before them.
+
+    Args:
+        keys: of columns; a table leaves out those that it has not.
+
+    Raises:
+        UsageError: if no table has such a column.
+    """
+    known = sorted({column.key for table in tables for column in table.columns})
+    for key in keys:
+        check_column(f"--columns {key}", key, known)
+    wanted = list(dict.fromkeys(["press", *keys]))
+    chosen = []
+    for table in tables:
+        by_key = {column.key: column for column in table.columns}
+        shown = [by_key[key] for key in wanted if key in by_key]
+        rest = [column for column in table.columns if column.key not in wanted]
+        chosen.append(replace(table, shown_columns=shown, columns=[*shown, *rest]))
+    return chosen
 
 
 def check_column(what: str, name: str, known: Sequence[str]) -> None:

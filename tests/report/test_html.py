@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import column, headings, opened, wait
 from report_files import NUM_DOCUMENTS, predict_only, with_fidelity, write_results, write_stream
 from repository import ROOT
 
 from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.html import html, safe_json
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = ROOT / "build" / "screenshots"
 EVIL = "<script>alert(1)</script>"
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("browser")]  # one browser for all
@@ -42,71 +40,31 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1400"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def browser(chromium: Any, page: Path) -> Iterator[Any]:
     with opened(chromium, page):
         yield chromium
 
 
-@contextmanager
-def opened(driver: Any, page: Path) -> Iterator[None]:
-    """The page, loaded anew; afterwards, that there was no console error and that nothing outside was asked for."""
-    driver.get(page.as_uri())
-    _wait(driver, "return document.documentElement.dataset.ready === 'true'")
-    yield
-    assert driver.get_log("browser") == []
-    asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
-    assert urls and all(url.startswith(("file:", "data:", "blob:")) for url in urls), urls
-
-
-def _wait(driver: Any, script: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(driver, 20).until(lambda one: one.execute_script(script))
-
-
-def _column(driver: Any, number: int) -> list[str]:
-    return [row.text.split("\n")[0] for row in driver.find_elements("css selector", f"tbody td:nth-child({number})")]
-
-
 def test_sorting_by_pointer_and_by_keyboard_keeps_the_baseline_on_top_and_the_missing_last(browser: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
-    heads = browser.find_elements("css selector", "thead th")
-    number = next(index for index, head in enumerate(heads, start=1) if "acc" in head.text)
-    heads[number - 1].click()
-    _wait(browser, "return document.querySelector('th[aria-sort=descending]') !== null")
+    heads, number = browser.find_elements("css selector", "thead th"), headings(browser).index("acc") + 1
+    wait(browser, "return document.querySelector('th[aria-sort=descending]') !== null")
     figures = ["0.750", "0.600", "0.450", "0.300", "0.200"]
-    rest = _column(browser, number)[6:]
-    assert sorted(rest) == ["-", "NaN"] and _column(browser, number) == ["1.000", *figures, *rest], "best first"
+    rest = column(browser, number)[6:]
+    assert sorted(rest) == ["-", "NaN"] and column(browser, number) == ["1.000", *figures, *rest], "best first"
     control = heads[number - 1].find_element("css selector", "[tabindex='0'], button")
     browser.execute_script("arguments[0].focus()", control)
     ActionChains(browser).send_keys(Keys.ENTER).perform()
-    _wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
-    assert _column(browser, number) == ["1.000", *reversed(figures), *rest], "what is missing is last both ways"
+    wait(browser, "return document.querySelector('th[aria-sort=ascending]') !== null")
+    assert column(browser, number) == ["1.000", *reversed(figures), *rest], "what is missing is last both ways"
 
 
 def test_filter_by_press_hides_its_rows_and_never_the_baseline(browser: Any) -> None:
     browser.find_element("css selector", "[data-press='snapkv'].press").click()
-    presses = _column(browser, 1)
+    presses = column(browser, 1)
     assert presses[0].startswith("none") and not any(name.startswith("snapkv") for name in presses)
     assert len(presses) == 6
 
@@ -118,7 +76,7 @@ def test_pointing_at_a_run_names_its_press(browser: Any) -> None:
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
     points = plot.find_elements("css selector", ".scatterlayer .points path")
     ActionChains(browser).move_to_element(points[0]).perform()
-    _wait(browser, "return document.querySelector('.hoverlayer .hovertext') !== null")
+    wait(browser, "return document.querySelector('.hoverlayer .hovertext') !== null")
     assert "kept" in plot.find_element("css selector", ".hovertext").text
 
 
@@ -144,7 +102,7 @@ def test_paper_is_light_and_the_screen_stays_dark(browser: Any) -> None:
 
 def test_a_name_that_is_a_script_is_shown_as_text(browser: Any) -> None:
     assert EVIL in browser.find_element("css selector", "h2").text
-    assert any(name.startswith(EVIL) for name in _column(browser, 1))
+    assert any(name.startswith(EVIL) for name in column(browser, 1))
 
 
 def _traces(driver: Any, plot: str) -> list[dict[str, Any]]:
@@ -228,12 +186,12 @@ def test_a_table_without_any_figure_has_its_rows_and_no_plot(chromium: Any, tmp_
 def test_500_rows_are_shown_sorted_and_searched(chromium: Any, many_results: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(html(build_report([many_results])), encoding="utf-8")
-    script = "return [...document.querySelectorAll('tbody tr')].map(row => row.cells[5].firstChild.data)"
     with opened(chromium, file):
-        heads = chromium.find_elements("css selector", "thead th")
-        next(head for head in heads if "acc" in head.text).click()
-        _wait(chromium, "return document.querySelector('th[aria-sort=descending]') !== null")
+        place = headings(chromium).index("acc")
+        cell = f"row.cells[{place}].firstChild.data"
+        script = f"return [...document.querySelectorAll('tbody tr')].map(row => {cell})"
+        wait(chromium, "return document.querySelector('th[aria-sort=descending]') !== null")
         figures = [float(text) for text in chromium.execute_script(script)]
         assert len(figures) == 500 and figures[1:] == sorted(figures[1:], reverse=True)
         chromium.find_element("css selector", ".dt-search input").send_keys("press77")
-        _wait(chromium, "return document.querySelectorAll('tbody tr').length === 1")
+        wait(chromium, "return document.querySelectorAll('tbody tr').length === 1")

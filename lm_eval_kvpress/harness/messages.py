@@ -1,4 +1,6 @@
-"""What a run logs when it ends: how much the press kept of each task's contexts, and where it acted on nothing.
+"""What a run logs when it ends: how much the press kept, what was measured on that, and where it acted on nothing.
+
+A line per task, or over all tasks where those would be more than a screen should hold (MMLU alone has 57).
 
 Knows settings and sums. Does not know models, requests or lm-eval.
 """
@@ -17,11 +19,42 @@ logger = logging.getLogger("lm_eval_kvpress")
 Message = tuple[int, str]  # a level of `logging` and the text
 
 
+MAX_LINES = 4
+"""Lines about tasks; with that of the records a run ends in five of ours."""
+NUM_NAMED = 3
+
+
 def log_kept_shares(settings: Settings, totals: Mapping[str, TaskTotals]) -> None:
     """Log what the press did to each task; a warning where it did less than its name promises."""
-    for task, of_task in totals.items():
-        for level, text in _messages(settings, of_task):
-            logger.log(level, "%s: %s", task, text)
+    lines = [(level, f"{task}: {text}") for task, part in totals.items() for level, text in _messages(settings, part)]
+    for level, text in lines if len(lines) <= MAX_LINES else _over_all(settings, totals):
+        logger.log(level, "%s", text)
+
+
+def _over_all(settings: Settings, totals: Mapping[str, TaskTotals]) -> list[Message]:
+    """The lines of all tasks together, and which tasks the press left alone."""
+    merged = TaskTotals()
+    for of_task in totals.values():
+        merged.merge(of_task)
+    label = f"{len(totals)} tasks" if len(totals) > 1 else next(iter(totals))
+    lines = [(level, f"{label}: {text}") for level, text in _messages(settings, merged)]
+    idle = [task for task, of_task in totals.items() if _is_idle(settings, of_task)]
+    if 0 < len(idle) < len(totals):
+        named = ", ".join(idle[:NUM_NAMED]) + (", ..." if len(idle) > NUM_NAMED else "")
+        lines.append((logging.WARNING, f"press={settings.press_name} compressed nothing in {len(idle)} tasks: {named}"))
+    if len(lines) > MAX_LINES:
+        rest = f"{len(lines) - MAX_LINES + 1} more lines stand in the results, under config.kvpress"
+        lines = [*lines[: MAX_LINES - 1], (logging.WARNING, rest)]
+    return lines
+
+
+def _is_idle(settings: Settings, totals: TaskTotals) -> bool:
+    """Whether the press compressed nothing of a task."""
+    return any(text.startswith(_nothing(settings)) for _, text in _on_prefill(settings, totals))
+
+
+def _nothing(settings: Settings) -> str:
+    return f"press={settings.press_name} compressed nothing"
 
 
 def log_records(settings: Settings, facts: RankFacts) -> None:
@@ -50,7 +83,7 @@ def _on_prefill(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
             logging.INFO,
             f"press={press} kept {100 * pressed['kept_share']:.1f} % of {pressed['num_tokens']} tokens in "
             f"{pressed['num_contexts']} contexts (layers {lowest:.1f} to {highest:.1f} %); "
-            f"{totals.unpressed.num_contexts} contexts were left uncompressed",
+            f"{totals.unpressed.num_contexts} contexts were left uncompressed; {_measured(totals)}",
         )
     elif settings.rolling == "stream" and totals.num_tokens_pressed:
         yield (
@@ -62,7 +95,14 @@ def _on_prefill(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
         figures = (
             "uncompressed ones" if settings.quantization is None else f"ones of kv_quant={settings.kv_quant} alone"
         )
-        yield logging.WARNING, f"press={press} compressed nothing; its figures are the {figures}"
+        yield logging.WARNING, f"{_nothing(settings)}; its figures are the {figures}"
+
+
+def _measured(totals: TaskTotals) -> str:
+    """What was measured over compressed caches."""
+    parts = {"tokens were scored": totals.num_tokens_pressed, "texts were generated": totals.num_texts}
+    found = " and ".join(f"{count:,} {what}" for what, count in parts.items() if count)
+    return f"{found or 'nothing was scored'} over what was kept"
 
 
 def _on_packing(settings: Settings, totals: TaskTotals) -> Iterator[Message]:

@@ -5,13 +5,17 @@ Each cell ends as a standard lm-eval results file with its samples, as the run o
 
 from __future__ import annotations
 
+import functools
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 
+from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.results import log_to_wandb, write_results
@@ -47,6 +51,11 @@ def evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run
         say(problem or f"{run.cell.name} is logged to Weights & Biases")
     write_results(tracker, results, samples)
     run.store.finish()
+
+
+def environment_asked_once() -> AbstractContextManager[None]:
+    """A context in which lm-eval, which asks pip for the installed packages with every result, asks once."""
+    return lend(collect_env, get_pretty_env_info=functools.cache(collect_env.get_pretty_env_info))
 
 
 def ask(model: SweepModel, settings: SweepSettings, tasks: TaskManager) -> dict[str, Any]:

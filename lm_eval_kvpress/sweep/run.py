@@ -22,7 +22,7 @@ from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.statistics import hashes_of_statistics
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.cells import Cell, presses_of
-from lm_eval_kvpress.sweep.evaluation import ask, evaluate, say
+from lm_eval_kvpress.sweep.evaluation import ask, environment_asked_once, evaluate, say
 from lm_eval_kvpress.sweep.launchers.launch import in_main_memory, launch, of_driver
 from lm_eval_kvpress.sweep.model import SweepModel, load_model
 from lm_eval_kvpress.sweep.settings import SweepSettings
@@ -63,6 +63,7 @@ def run_cells(
     store.begin(tasks, checkpoint)
     with ExitStack() as opened:
         opened.enter_context(_says_what_is_complete(cells, store))
+        opened.enter_context(environment_asked_once())
         workers: Workers
         if of_shards is None:
             workers = launch(settings, model, checkpoint)

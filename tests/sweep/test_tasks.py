@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.loggers.utils import add_env_info
+from lm_eval.tasks import TaskManager
 from sweep_runs import manager
+from torch.utils import collect_env
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.sweep import tasks as sweep_tasks
+from lm_eval_kvpress.sweep.cells import cells_of
+from lm_eval_kvpress.sweep.evaluation import environment_asked_once
 from lm_eval_kvpress.sweep.settings import parse_settings
 from lm_eval_kvpress.sweep.tasks import task_hashes
 
@@ -92,3 +98,39 @@ def test_documents_that_are_not_there_are_refused(samples: dict[str, list[int]],
         hashes(tmp_path / "a", samples=samples)
     chosen = hashes(tmp_path / "b", samples={"hashed": [0, 1]})
     assert chosen["documents"] == hashes(tmp_path / "c", limit=2)["documents"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "include_path", "with_defaults"),
+    [
+        ("kvpress_recall,kvpress_demo", None, [False]),
+        ("kvpress_recall", ".", [True]),
+        ("arc_easy", None, [False, True]),
+    ],
+)
+def test_lm_evals_own_tasks_are_indexed_only_where_they_are_asked_for(
+    tasks: str, include_path: str | None, with_defaults: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[bool]()
+
+    def made(include_path: list[str], metadata: object, include_defaults: bool = True) -> TaskManager:
+        asked.append(include_defaults)
+        return TaskManager(include_path=include_path, metadata=metadata, include_defaults=False)
+
+    monkeypatch.setattr(sweep_tasks, "TaskManager", made)
+    given = {"tasks": tasks, "presses": "none", "output_path": "o", "include_path": include_path}
+    settings = parse_settings(given)
+    found = sweep_tasks.task_manager(settings, cells_of(settings)[0])
+    assert asked == with_defaults and "kvpress_recall" in found.all_tasks
+
+
+def test_the_environment_is_asked_once_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: asked.append("once") or "packages")
+    with environment_asked_once():
+        results = [dict[str, Any](), dict[str, Any]()]
+        for one in results:
+            add_env_info(one)
+    assert asked == ["once"] and [one["pretty_env_info"] for one in results] == ["packages"] * 2
+    add_env_info({})
+    assert asked == ["once", "once"]

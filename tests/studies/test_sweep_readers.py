@@ -89,9 +89,23 @@ def test_the_demo_prints_what_was_kept_and_measured(tmp_path: Path) -> None:
     none, snapkv = read_cells(tmp_path, demo.SETTINGS)
     assert demo.row(none) == ["none", "100 %", "45.58", "78 %", "13 %", "20"]
     assert demo.row(snapkv)[:2] == ["snapkv", "50.0 %"]
-    assert demo.agreement(snapkv, [none, snapkv]).startswith("The stock command and the sweep agree on snapkv")
+    assert demo.agreement(45.584, [none, snapkv]).startswith("lm-eval alone and the sweep agree on snapkv")
     assert kept_share(none) is None and notes(snapkv) == {"a note": 0.75}
-    assert "snapkv: a note (in 75% of its contexts)" in demo.legend([none, snapkv])
+    assert demo.noted([none, snapkv]) == ["snapkv: a note (in 75% of its contexts)"]
+
+
+def test_the_demo_reads_the_bars_of_a_sweep() -> None:
+    line = "loglikelihood (press=adakv:snapkv):  43%|####  | 104/240 [00:01<00:02, rolling=1]"
+    assert demo.PROGRESS.findall(line) == [("loglikelihood", "43")]
+
+
+def test_the_demo_says_what_to_look_at_and_holds_lm_eval_to_the_sweep(tmp_path: Path) -> None:
+    tasks = {"kvpress_story": {"pressed_token_perplexity": 45.5}, "kvpress_recall": {"acc": 0.75}}
+    for press in ("snapkv", "random"):
+        write_cell(tmp_path, press, 0.5, {**tasks, "kvpress_recall_gen": {"exact_match": 0.5}})
+    cells = read_cells(tmp_path, demo.SETTINGS)
+    assert demo.agreement(45.6, cells).startswith("lm-eval alone and the sweep DISAGREE on snapkv")
+    assert "snapkv answers 75% and random" in demo.advice(cells)
 
 
 def test_a_figure_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # Every target makes its own .venv first; on a fresh machine `make demo` or `make test` is the only command.
-.PHONY: demo test test-rest test-slow lint check docs clean
+.PHONY: demo test test-rest test-slow lint check docs matrix clean
 
 # On a shared machine, threads that spin at each other's barriers are several times slower than threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed
 
 check: lint test test-rest
 
+# Every combination of versions in noxfile.py, one after the other: gigabytes of downloads, and minutes for each.
+matrix: $(VENV)/.matrix-installed
+	$(BIN)/nox
+
 # Strict: a broken link or anchor, or a page outside the navigation, ends the build. The site is in build/site.
 docs: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -49,6 +53,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt lm_eval_kvpress/_startup.pth
 
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(VENV)/.matrix-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check "nox[uv]>=2025.2"
 	touch $@
 
 clean:

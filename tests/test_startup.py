@@ -186,6 +186,30 @@ def test_an_lm_eval_that_scans_entry_points_itself_is_left_alone(lm_eval: Path) 
     ]
 
 
+SCANNING_MANAGER = """
+from importlib.metadata import entry_points
+
+class TaskManager:
+    def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
+        found = [entry.load()() for entry in entry_points(group="lm_eval.tasks")]
+        self.paths = [*found, *(include_path or [])]
+"""
+
+
+def test_an_lm_eval_that_scans_entry_points_for_tasks_finds_ours_once(lm_eval: Path) -> None:
+    (lm_eval / "lm_eval" / "tasks" / "manager.py").write_text(SCANNING_MANAGER)
+    metadata = lm_eval / "lm_eval_kvpress-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lm-eval-kvpress\nVersion: 0\n")
+    declared = "[lm_eval.tasks]\nkvpress = lm_eval_kvpress.harness.plugin:tasks_path\n"
+    (metadata / "entry_points.txt").write_text(declared)
+    code = (
+        "import lm_eval_kvpress._startup, lm_eval.tasks.manager as m\n"
+        "print(*m.TaskManager().paths, len(m.TaskManager(include_path=['x']).paths))"
+    )
+    assert output(code, lm_eval) == f"{ROOT / 'tasks'} 2"
+
+
 @pytest.mark.parametrize(
     "registry",
     ["", "model_registry = None", "class R(dict): pass\nmodel_registry = R()"],

@@ -14,6 +14,7 @@ import functools
 import inspect
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from lm_eval_kvpress.harness import task_needs
@@ -21,6 +22,7 @@ from lm_eval_kvpress.harness.argument_names import check_names
 from lm_eval_kvpress.harness.command_line import refuse_closed_output, show_usage_errors_in_one_line
 
 TaskPath = str | PathLike[str]
+TASKS_GROUP = "lm_eval.tasks"
 
 # The same pairs as the entry points `lm_eval.models` in pyproject.toml; a test compares them.
 MODELS = {
@@ -69,12 +71,13 @@ def include_tasks() -> None:
         TypeError: if `TaskManager` takes other arguments than in 0.4.13. Both are raised here rather than in somebody's
             `TaskManager(...)`.
     """
-    from lm_eval.tasks.manager import TaskManager
+    from lm_eval.tasks import manager
 
+    TaskManager = manager.TaskManager
     init = TaskManager.__init__
     if hasattr(init, "includes_kvpress"):
         return
-    ours = tasks_path()
+    ours, is_found_without_us = tasks_path(), _scans_entry_points(manager)
     signature = inspect.signature(init)
     if not {"include_path", "include_defaults"} <= signature.parameters.keys():
         raise TypeError(f"TaskManager{signature} has no include_path or no include_defaults")
@@ -85,12 +88,21 @@ def include_tasks() -> None:
         call.apply_defaults()
         if call.arguments.get("metadata"):
             call.arguments["metadata"] = _with_tokenizer(call.arguments["metadata"])
-        if call.arguments["include_defaults"]:
+        if call.arguments["include_defaults"] and not is_found_without_us:
             call.arguments["include_path"] = _with(ours, call.arguments["include_path"])
         init(*call.args, **call.kwargs)
 
     init_with_our_tasks.includes_kvpress = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init_with_our_tasks
+
+
+def _scans_entry_points(manager: ModuleType) -> bool:
+    """Whether this lm-eval looks for tasks among entry points itself, so that ours would be found twice."""
+    try:
+        source = inspect.getsource(manager)
+    except OSError:
+        return False
+    return "entry_points" in source and f'"{TASKS_GROUP}"' in source.replace("'", '"')
 
 
 def _with_tokenizer(metadata: Any) -> Any:

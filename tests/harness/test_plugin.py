@@ -46,6 +46,8 @@ def test_names_equal_the_declared_entry_points() -> None:
     tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml: Python 3.11 and later")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["lm_eval.models"] == plugin.MODELS
+    (function,) = project["entry-points"][plugin.TASKS_GROUP].values()
+    assert function == f"{plugin.__name__}:{plugin.tasks_path.__name__}"
 
 
 def test_models_may_be_registered_any_number_of_times() -> None:

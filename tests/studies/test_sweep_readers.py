@@ -87,7 +87,7 @@ def test_the_demo_prints_what_was_kept_and_measured(tmp_path: Path) -> None:
     write_cell(tmp_path, "snapkv", 0.5, tasks, notes={"a note": 3})
     write_cell(tmp_path, "none", 0.0, tasks)
     none, snapkv = read_cells(tmp_path, demo.SETTINGS)
-    assert demo.row(none) == ["none", "100 %", "45.58", "78 %", "13 %", "20"]
+    assert demo.row(none) == ["none", "100 %", "45.58", "78 %", "13 %"]
     assert demo.row(snapkv)[:2] == ["snapkv", "50.0 %"]
     assert demo.agreement(45.584, [none, snapkv]).startswith("lm-eval alone and the sweep agree on snapkv")
     assert kept_share(none) is None and notes(snapkv) == {"a note": 0.75}

@@ -60,7 +60,7 @@ OWNERS = {
     "plotly": {"report"},
     "prometheus_client": {"records.prometheus"},
     "ray": {"sweep.launchers.ray_actors"},
-    "submitit": {"sweep.launchers.slurm_jobs"},
+    "submitit": {"sweep.launchers.slurm_jobs", "sweep.launchers.slurm_part"},
 }
 
 # Package or file -> what it must not import, of ours or of others.

@@ -1,17 +1,13 @@
 """A sweep as jobs of Slurm: an array of shards, and the merge after them, submitted by submitit (extra ``slurm``).
 
 ``cluster=local`` runs the same jobs as processes of this machine and waits for them. Knows submitit. Does not know what
-a shard does: each job is a command of ours.
+a shard does: each job is a command of ours (`slurm_part`).
 
 Source: https://github.com/facebookincubator/submitit/blob/main/docs/structure.md
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +15,9 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
-from submitit.helpers import Checkpointable
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.sweep.launchers.slurm_part import Part
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.store import SHARDS
 
@@ -32,26 +28,6 @@ A_WEEK_MIN = 7 * 24 * 60
 
 ALIKE_EVERYWHERE = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "name")
 """Parameters of submitit that mean the same on every cluster; Slurm's own have a prefix."""
-
-
-class Part(Checkpointable):
-    """A shard or the merge, as a command that goes on where it stopped if Slurm ends and requeues its job.
-
-    Args:
-        settings: of the sweep, as ``--config`` takes them.
-    """
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = settings
-
-    def __call__(self, arguments: Sequence[str]) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            json.dump(self._settings, file)  # JSON is YAML
-            file.flush()
-            sweep = [sys.executable, "-m", "lm_eval_kvpress", "sweep", "--config", file.name]
-            status = subprocess.run([*sweep, *arguments]).returncode
-        if status:
-            raise RuntimeError(f"the sweep ended with exit status {status}: its message is above")
 
 
 def submit(settings: SweepSettings) -> list[str]:

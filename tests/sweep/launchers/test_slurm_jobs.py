@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def test_an_array_and_a_merge_after_it_are_submitted(slurm: Path, tmp_path: Path
 
 
 def test_each_job_has_the_settings_and_a_worker_for_each_of_its_gpus(tmp_path: Path, monkeypatch: Any) -> None:
-    from lm_eval_kvpress.sweep.launchers import slurm_jobs
+    from lm_eval_kvpress.sweep.launchers import slurm_jobs, slurm_part
 
     commands = list[list[str]]()
 
@@ -57,7 +59,7 @@ def test_each_job_has_the_settings_and_a_worker_for_each_of_its_gpus(tmp_path: P
         commands.append(command[command.index("--config") + 2 :])
         return Done()
 
-    monkeypatch.setattr(slurm_jobs.subprocess, "run", note)
+    monkeypatch.setattr(slurm_part.subprocess, "run", note)
     settings = parse_settings(
         {**GIVEN, "workers": 2, "fidelity": True, "slurm": "gpus_per_node=8", "output_path": str(tmp_path / "out")}
     )
@@ -79,3 +81,12 @@ def test_what_submitit_does_not_take_is_one_line(options: str, says: str, slurm:
     with pytest.raises(UsageError, match=says):
         submit(parse_settings({**GIVEN, "slurm": options, "output_path": str(tmp_path / "out")}))
     assert not list(slurm.glob("*.sh"))
+
+
+def test_the_process_that_waits_for_a_shard_imports_no_model() -> None:
+    """submitit starts it on every node, before the command itself."""
+    code = (
+        "import sys, lm_eval_kvpress.sweep.launchers.slurm_part; print(sorted({'torch', 'lm_eval'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "[]\n"

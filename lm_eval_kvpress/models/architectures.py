@@ -54,6 +54,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By ``config.model_type``."""
 
+NOT_EXACT: dict[str, str] = {
+    "gemma3_text": "five of its six layers see a window of the newest tokens, which the masks over a compressed cache "
+    "do not know, and kvpress rotates queries by one set of frequencies where it has two",
+}
+"""Architectures that would run and give wrong figures, and why (docs/experiments/gemma3_windows.md)."""
+
 
 def check_config(config: PretrainedConfig, positions: Positions) -> None:
     """Refuse a config whose model cannot be presented, or not at the positions of a run, before weights are read.
@@ -97,6 +103,8 @@ def present(model: PreTrainedModel, *, fast: bool = True, for_good: bool = True)
 
 
 def _architecture(config: PretrainedConfig) -> Architecture:
+    if config.model_type in NOT_EXACT:
+        raise UsageError(f"architecture '{config.model_type}' is refused: {NOT_EXACT[config.model_type]}")
     if config.model_type not in ARCHITECTURES:
         raise UsageError(
             f"architecture '{config.model_type}' cannot be presented to kvpress, only {', '.join(ARCHITECTURES)} can"

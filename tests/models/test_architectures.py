@@ -15,13 +15,15 @@ from conftest import WordTokenizer
 from kvpress.presses import kvzip_press
 from press_cases import PRESSES, run, spec_for, tokens
 from small_models import TWINS, pressable, tiny, twin
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.prefill import prefill
 from lm_eval_kvpress.engine.scoring import Pack, score
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models import partial_rope
-from lm_eval_kvpress.models.architectures import ARCHITECTURES, present
+from lm_eval_kvpress.models.architectures import ARCHITECTURES, check_config, present
+from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.presses.kvcompose import ReplayedKVComposePress, UnstructuredKVComposePress
 from lm_eval_kvpress.presses.kvgrad import ReplayedKVgradPress
 from lm_eval_kvpress.presses.parse import parse_press
@@ -157,3 +159,9 @@ def test_a_presented_model_computes_what_it_did_and_nothing_is_left_on_it(archit
     with held.presented():
         torch.testing.assert_close(model(ids).logits, before, atol=2e-5, rtol=0)
     assert [set(attention.__dict__) for attention in held.attentions] == own
+
+
+def test_an_architecture_that_could_not_be_exact_is_refused_with_the_reason() -> None:
+    with pytest.raises(UsageError, match="'gemma3_text' is refused: .*window of the newest tokens") as caught:
+        check_config(AutoConfig.for_model("gemma3_text"), Positions(512))
+    assert "\n" not in str(caught.value)

@@ -72,13 +72,30 @@ def test_kvzip_hides_what_a_replay_attends_to_least(
         assert torch.equal(hidden_group.flatten(), expected)
 
 
+@pytest.mark.parametrize("press", ["kvzip", "kvgrad", "kvcompose", "kvcompose_unstructured"])
 def test_a_replay_beyond_the_trained_positions_is_refused_in_one_line(
-    make_pressable: Callable[..., PressableModel],
+    make_pressable: Callable[..., PressableModel], press: str
 ) -> None:
     model = make_pressable(max_positions=128)
-    prefill(model, tokens(1, 40), parse_press("kvzip").build(40))
-    with pytest.raises(UsageError, match="takes .* positions, and the model was trained on 128: lower max_length"):
-        prefill(model, tokens(1, 80), parse_press("kvzip").build(80))
+    prefill(model, tokens(1, 40), parse_press(press).build(40))
+    says = f"press={press.partition('_')[0]} replays .* positions, and the model was trained on 128: lower max_length"
+    with pytest.raises(UsageError, match=says) as caught:
+        prefill(model, tokens(1, 80), parse_press(press).build(80))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("press", ["kvgrad", "kvcompose", "kvcompose_unstructured"])
+def test_a_replay_leaves_the_model_as_it_was(make_pressable: Callable[..., PressableModel], press: str) -> None:
+    model = make_pressable()
+    before = [(parameter.requires_grad, parameter.grad, parameter.clone()) for parameter in model.model.parameters()]
+    attention = model.model.config._attn_implementation
+    cache = prefill(model, tokens(1, 40), parse_press(press, {"compression_ratio": 0.4}).build(40))
+    assert model.model.config._attn_implementation == attention
+    assert all(layer.keys.shape[2] <= 40 and not layer.keys.requires_grad for layer in cache.layers)
+    assert sum(cache.kept()[0]) == pytest.approx(0.6 * 40 * 3, abs=1)
+    for parameter, (requires_grad, grad, weights) in zip(model.model.parameters(), before, strict=True):
+        assert parameter.requires_grad == requires_grad and parameter.grad is grad
+        assert torch.equal(parameter, weights)
 
 
 def test_the_time_of_a_replay_is_booked_as_press(

@@ -26,6 +26,28 @@ def test_help_loads_neither_torch_nor_lm_eval(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run --model kvpress --model_args pres=snapkv --tasks x", "did you mean 'press'?"),
+        ("run --model kvpress --model_args press=snpkv --tasks x", "did you mean 'snapkv'?"),
+        ("sweep --presses none,snpkv --tasks x --output_path y", "did you mean 'snapkv'?"),
+        ("verify --model_args pretraned=builtin", "did you mean 'pretrained'?"),
+        ("presses snpkv", "did you mean 'snapkv'?"),
+    ],
+)
+def test_what_is_misspelt_is_told_before_anything_heavy_is_imported(command: str, message: str) -> None:
+    code = (
+        "import sys\nfrom lm_eval_kvpress.cli import main\n"
+        f"assert main({command.split()!r}) == 2\n"
+        "loaded = {'torch', 'transformers', 'kvpress', 'lm_eval'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_module_and_version() -> None:
     command = [sys.executable, "-m", "lm_eval_kvpress", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

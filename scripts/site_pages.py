@@ -29,6 +29,7 @@ WITHOUT_SIDEBARS = {"leaderboard.md"}
 """Pages of wide tables."""
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]*drawings/[^)\s]+\.svg)\)$", re.MULTILINE)
 NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:%|KiB|MiB|GiB|GB|ms|s)(?!\w))")
+LINK_IN_HTML = re.compile(r'href="([^":#]+\.md)(#[^"]*)?"')
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -57,8 +58,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep a number and its unit on one line."""
+    """Keep a number and its unit on one line; let a notebook's links, which are HTML by now, lead to pages."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return LINK_IN_HTML.sub(lambda match: _linked_page(match, page.file, files), html)
     return NUMBER_AND_UNIT.sub("\u00a0", html)
+
+
+def _linked_page(match: re.Match[str], notebook: File, files: Files) -> str:
+    """The link to another page as the site has it."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(notebook.src_uri), match[1]))
+    found = files.get_file_from_path(path)
+    if found is None:
+        raise PluginError(f"docs/{notebook.src_uri}: there is no {match[1]}")
+    return f'href="{found.url_relative_to(notebook)}{match[2] or ""}"'
 
 
 def _drawn(match: re.Match[str], source: str) -> str:

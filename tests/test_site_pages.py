@@ -7,9 +7,12 @@ from repository import ROOT
 
 pytest.importorskip("mkdocs", reason="the documentation site's tools are not installed: make docs")
 
+from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+from mkdocs.structure.pages import Page  # noqa: E402
 
-from scripts.site_pages import OUTSIDE_DOCS, link_on_site  # noqa: E402
+from scripts.site_pages import OUTSIDE_DOCS, link_on_site, on_page_content  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,17 @@ def test_a_link_to_no_file_ends_the_build() -> None:
 
 def test_pages_from_outside_exist() -> None:
     assert [source for source in OUTSIDE_DOCS if not (ROOT / source).is_file()] == []
+
+
+def test_links_of_a_notebook_lead_to_pages_and_one_to_no_page_ends_the_build() -> None:
+    config = MkDocsConfig()
+    config.load_dict({"site_name": "x", "docs_dir": str(ROOT / "docs"), "site_dir": "/nowhere"})
+    names = ("guides/notebook.ipynb", "api.md", "guides/own_task.md")
+    notebook, *others = (File(name, str(ROOT / "docs"), "/nowhere", use_directory_urls=True) for name in names)
+    notebook.__dict__["url"] = "guides/notebook/"
+    page, files = Page("x", notebook, config), Files([notebook, *others])
+    html = '<a href="../api.md#errors">a</a> <a href="own_task.md">b</a> <a href="https://x/y.md">c</a>'
+    linked = '<a href="../../api/#errors">a</a> <a href="../own_task/">b</a> <a href="https://x/y.md">c</a>'
+    assert on_page_content(html, page, config, files) == linked
+    with pytest.raises(PluginError, match=r"notebook.ipynb: there is no none.md"):
+        on_page_content('<a href="none.md">', page, config, files)

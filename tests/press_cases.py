@@ -82,6 +82,7 @@ PRESSES: dict[str, tuple[dict[str, Any], Kept | None]] = {
     "kvzap": ({"statistics": statistics_file("kvzap", LLAMA)}, exact),
     "duo_attention": ({"statistics": statistics_file("duo_attention", NEOX)}, None),
     "lukv:snapkv": ({"statistics": statistics_file("lukv", NEOX), "window_size": 8}, None),
+    "rkv": ({}, exact),
     "kvzip": ({"chunk_size": 40}, None),
     "kvgrad": ({"chunk_size": 40}, None),
     "kvcompose": ({}, None),

@@ -42,8 +42,9 @@ RANGES: Mapping[str, Range] = types.MappingProxyType(
         **dict.fromkeys(("beta", "n_future_positions", "sketch_dimension"), _POSITIVE),
         "lag_size": Range(low=2),  # a partition of one token has no range to compare with
         "kernel_size": Range(low=1, is_odd=True),  # the pooling pads by half a kernel: an even one adds a score
-        **dict.fromkeys(("alpha_safeguard", "first_stage_ratio", "similarity_threshold"), _FRACTION),
         "head_compression_ratio": _FRACTION,
+        **dict.fromkeys(("alpha_safeguard", "first_stage_ratio", "similarity_threshold", "mix_lambda"), _FRACTION),
+        "redundancy_threshold": Range(low=-1, high=1),
         "merge_fraction": Range(low=0, high=1, excludes_low=True),
         **dict.fromkeys(("key_channel_compression_ratio", "lazy_threshold"), _BELOW_ONE),
     }

@@ -33,6 +33,7 @@ from lm_eval_kvpress.presses.kvgrad import ReplayedKVgradPress
 from lm_eval_kvpress.presses.notes import Notes
 from lm_eval_kvpress.presses.per_layer import PerLayerPress
 from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
+from lm_eval_kvpress.presses.rkv import RKVPress
 
 REQUIRED = "required"
 """In place of a default: the argument has none, or one with which the press would do nothing."""
@@ -129,7 +130,7 @@ def _check_simlayerkv(arguments: Mapping[str, Any]) -> str:
 _NO_CRITICAL: Mapping[str, str] = {
     "criticalkv": "the weighting by the output projection would be applied twice",
     **dict.fromkeys(
-        ("knorm", "keydiff", "leverage", "noncausal", "compactor", "qfilter", "kvzap"),
+        ("knorm", "keydiff", "leverage", "noncausal", "compactor", "qfilter", "kvzap", "rkv"),
         "it multiplies scores, which must not be negative: wrap snapkv, tova or expected_attention",
     ),
 }
@@ -204,6 +205,7 @@ _ROWS = (
         defaults={"statistics": REQUIRED},
         hidden=("sample_seq_len", "num_samples", "dataset_name", "stats_folder"),
     ),
+    Row("rkv", RKVPress, "https://arxiv.org/abs/2505.24133", Reads.QUERIES, ("window_size",)),
     Row(
         "kvzap",
         CalibratedKVzapPress,

@@ -31,6 +31,7 @@ from lm_eval_kvpress.report.kept_tokens import KeptTokens
 OF_CALLS = (
     *("query_tokens", "query_aware", "question_pattern", "question_field", "short_context"),
     *("kv_quant", "kv_group", "kv_residual", "kv_layout", "kv_scales", "target_size", "compression_interval"),
+    *("target_compression_ratio", "merge_budget", "decode_scoring"),
 )
 """Settings that a call may have, beside the press and its arguments."""
 
@@ -91,7 +92,7 @@ class LoadedModel:
             UsageError: for a press or an argument that does not exist, or a press that rewrites what it keeps.
         """
         with self._session(press, {**arguments, "kv_quant": "none"}) as session:
-            session.settings.check_likelihoods()
+            session.settings.check_likelihoods(0, "contexts")
             parts = self._split(context, session)
             model = self.lm.press_model
             with model.in_use(), copied_entries(model.attentions) as full:
@@ -167,7 +168,7 @@ class LoadedModel:
         model, at_load = self.lm.model, self.lm.model.config._attn_implementation
         session = self.lm.open_session(settings)
         self.lm.use(session)
-        needed = settings.press.attn_implementation or at_load
+        needed = settings.attn_implementation or at_load
         try:
             if needed != at_load:
                 model.set_attn_implementation(needed)

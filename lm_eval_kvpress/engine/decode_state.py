@@ -47,6 +47,7 @@ class DecodeState:
         ]
         self.biases: list[torch.Tensor | None] = [None] * len(self.masks)
         self.positions = torch.tensor(cache.next_position, device=model.device)
+        self._first_positions = cache.next_position
         self._placeholder = placeholder_mask(model)
 
     def with_cache(self, cache: CompressedCache, num_new: int) -> DecodeState:
@@ -82,9 +83,32 @@ class DecodeState:
         self.positions = self.positions + 1
         return self.forward(tokens[:, None], positions)
 
+    def feed_known(self, tokens: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
+        """Feed several known tokens per row at once, ``(B, Q)``; return their hidden states, ``(B, Q, E)``.
+
+        Args:
+            last_positions: ``(B,)``, of each row's last real token; what is fed behind it is padding.
+        """
+        width = tokens.shape[1]
+        earlier = torch.ones(width, width, dtype=torch.bool, device=self.model.device).tril()
+        for index, (mask, layer) in enumerate(zip(self.masks, self.layers, strict=True)):
+            dtype, device = layer.dtype, layer.device
+            own = torch.zeros(width, width, dtype=dtype, device=device).masked_fill(
+                ~earlier.to(device), torch.finfo(dtype).min
+            )
+            cached = own.new_zeros(1, 1, 1, layer.length) if mask is None else mask[..., : layer.length]
+            shape = (*cached.shape[:2], width, -1)
+            self.biases[index] = torch.cat([cached.expand(shape), own.expand(*cached.shape[:2], -1, -1)], dim=-1)
+        positions = self.positions[:, None] + torch.arange(width, device=self.model.device)
+        self.positions = torch.minimum(self.positions + width, last_positions + 1)
+        return self._hidden_states(tokens, torch.minimum(positions, last_positions[:, None]))
+
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run ``(B, Q)`` tokens under `biases`; return the last hidden state, ``(B, E)``."""
-        hidden = self.model.hidden_states(
+        return self._hidden_states(tokens, positions)[:, -1]
+
+    def _hidden_states(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model.hidden_states(
             tokens,
             position_ids=positions,
             past_key_values=self.reader,
@@ -92,13 +116,19 @@ class DecodeState:
             cache_position=positions[0],  # else transformers counts it; with a mask of 4 dimensions nothing reads it
             use_cache=True,
         )
-        return hidden[:, -1]
 
     def as_cache(self) -> CompressedCache:
-        """The entries cached so far. Its tensors are views of the buffers."""
+        """The entries cached so far, with the tokens fed among those seen. Its tensors are views of the buffers."""
         layers = [LayerKV(layer.keys, layer.values, self._hidden(index)) for index, layer in enumerate(self.layers)]
-        return CompressedCache(tuple(layers), self._num_seen, tuple(self.positions.tolist()))
+        positions = tuple(self.positions.tolist())
+        num_fed = [next - first for next, first in zip(positions, self._first_positions, strict=True)]
+        num_seen = tuple(before + fed for before, fed in zip(self._num_seen, num_fed, strict=True))
+        return CompressedCache(tuple(layers), num_seen, positions)
 
     def _hidden(self, index: int) -> torch.Tensor | None:
+        """``(B, 1 or H, T)``, as `LayerKV` has it; masks have a row for each query head where heads differ."""
         mask = self.masks[index]
-        return None if mask is None else mask[:, :, 0, : self.layers[index].length] < 0
+        if mask is None:
+            return None
+        hidden = mask[:, :, 0, : self.layers[index].length] < 0
+        return hidden if hidden.shape[1] == 1 else hidden[:, :: hidden.shape[1] // self.model.num_key_value_heads]

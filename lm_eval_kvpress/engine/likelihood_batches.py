@@ -43,6 +43,11 @@ class LikelihoodBatches:
         self.requests: Sequence[int] = list(ids)
         self.longest = max((len(group.context) for group in groups), default=0)
 
+    @property
+    def longest_scored(self) -> int:
+        """Tokens of the longest continuation."""
+        return max((len(one) for group in self._groups for one in group.continuations), default=0)
+
     def segments(self) -> Iterator[list[int]]:
         yield list(range(len(self._groups)))
 
@@ -88,3 +93,6 @@ class LikelihoodBatches:
             for member, branch in zip(group.members, outcome.branches, strict=True):
                 id, pressed = self._ids[member], outcome.pressed
                 totals[id.task].add_scores(branch.logprobs, pressed=pressed, fidelity=branch.fidelity, doc_id=id.doc_id)
+                if (held := branch.held) is not None:
+                    after = len(branch.logprobs) - held.num_before
+                    totals[id.task].add_held(held.num_compressions, held.max_entries, after)

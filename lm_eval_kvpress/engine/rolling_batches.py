@@ -35,6 +35,11 @@ class RollingBatches:
         self.requests: Sequence[int] = range(len(documents))
         self.longest = max((sum(len(window.targets) for window in windows) for windows in documents), default=0)
 
+    @property
+    def longest_scored(self) -> int:
+        """Tokens that are scored of the longest window of which the context is compressed."""
+        return max((len(window.targets) for _, window in self._items if window.pressed), default=0)
+
     def segments(self) -> Iterator[list[int]]:
         for _, segment in itertools.groupby(range(len(self._items)), key=lambda item: self._items[item][1].pressed):
             yield list(segment)
@@ -79,6 +84,9 @@ class RollingBatches:
                 of_task.add_context(outcome.context)
             (branch,) = outcome.branches
             of_task.add_scores(branch.logprobs, pressed=outcome.pressed, fidelity=branch.fidelity, doc_id=id.doc_id)
+            if (held := branch.held) is not None:
+                after = len(branch.logprobs) - held.num_before
+                of_task.add_held(held.num_compressions, held.max_entries, after)
 
 
 def _rolling_score(scored: Sequence[Scored]) -> RollingScore:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
@@ -17,16 +19,17 @@ from lm_eval_kvpress.engine import batching, memory
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
-from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
+from lm_eval_kvpress.engine.decode_scoring import predict_while_compressing
 from lm_eval_kvpress.engine.decoding import LogitsNotFiniteError, decode
 from lm_eval_kvpress.engine.fidelity import FullDocuments, FullSide
 from lm_eval_kvpress.engine.not_finite import check_finite, not_finite
 from lm_eval_kvpress.engine.outcomes import Document, Generated, GenerationSettings, Prompt, Scored, Streamed
 from lm_eval_kvpress.engine.sampling import sampler_for
-from lm_eval_kvpress.engine.scoring import BranchScore, Pack, Predictions, predict
+from lm_eval_kvpress.engine.scoring import BranchScore, Held, Pack, Predictions, predict
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import ChunkLosses, DocumentStream, stream
-from lm_eval_kvpress.engine.turns import Turn, turns_of
+from lm_eval_kvpress.engine.turns import Turn, single_turns_of, turns_of
 from lm_eval_kvpress.engine.windows import Window
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.decoding import DecodingSpec
@@ -45,6 +48,7 @@ class Runner:
         clock, meter: of this press's run.
         autocast: makes the context in which forwards run.
         decoding: the press that acts while tokens are produced, if there is one.
+        decode_scoring: whether it acts on continuations that are scored as well, one by one.
         graphs: captures decoding steps of the model; shared by all of its runners.
         full_side: predicts over the full cache as well, so that scores get their `Fidelity`.
     """
@@ -59,10 +63,11 @@ class Runner:
         decoding: DecodingSpec | None = None,
         graphs: GraphRecorder | None = None,
         full_side: FullSide | None = None,
+        decode_scoring: bool = False,
     ) -> None:
         self.model, self.compressor, self.clock, self.meter = model, compressor, clock, meter
         self._autocast, self._decoding, self._graphs = autocast, decoding, graphs or GraphRecorder(model)
-        self._full_side = full_side
+        self._full_side, self._scores_while_compressing = full_side, decode_scoring and decoding is not None
 
     def compress(self, contexts: Sequence[Context]) -> CompressedBatch:
         """Prefill contexts under the press, as `Compressor.compress` does."""
@@ -78,7 +83,8 @@ class Runner:
         Raises:
             UsageError: for a log-likelihood that is not finite.
         """
-        contexts, turns = [group.context for group in groups], turns_of(groups)
+        contexts = [group.context for group in groups]
+        turns = single_turns_of(groups) if self._scores_while_compressing else turns_of(groups)
         full = self._over_full_cache(contexts, turns)
         self.meter.start()
         batch = self.compress(contexts)
@@ -132,7 +138,7 @@ class Runner:
         """
         full = self._texts_over_full_cache(prompts, settings)
         self.meter.start()
-        keeper, start = self._keeper(), time.perf_counter()
+        keeper, start = self._keeper([prompt.seed for prompt in prompts]), time.perf_counter()
         with self._autocast():
             batch = self.compressor.compress([prompt.context for prompt in prompts])
             with self.clock.phase("decode") as produced:
@@ -240,17 +246,9 @@ class Runner:
             raise failure
         return [one.outcome() for one in streams]
 
-    def _keeper(self) -> BudgetKeeper | None:
-        decoding = self._decoding
-        if decoding is None:
-            return None
-
-        def press_for(num_entries: int) -> Any:
-            return decoding.press.build(num_entries)
-
-        return BudgetKeeper(
-            self.model, DecodingPlan(decoding.interval, decoding.target_size, decoding.interval, press_for)
-        )
+    def _keeper(self, seeds: Sequence[int]) -> BudgetKeeper | None:
+        """What compresses a batch while it is decoded, whose rows draw random numbers from these seeds."""
+        return None if self._decoding is None else BudgetKeeper(self.model, self._decoding, seeds)
 
     def _over_full_cache(self, contexts: Sequence[Context], turns: Sequence[Turn]) -> list[Predictions] | None:
         """What the full cache predicts, where fidelity is measured: before the batch's clock runs."""
@@ -288,12 +286,20 @@ class Runner:
         predictions, scores = list[Predictions](), [list[BranchScore]() for _ in cache.num_seen]
         for turn in turns:
             with self._autocast(), self.clock.phase("score", num_tokens=turn.num_tokens):
-                found = predict(self.model, turn.select(cache), turn.packs)
-                for row, branches in zip(turn.rows, found.scores(self.model), strict=True):
-                    scores[row] += branches
+                found, keeper = self._predicted(turn.select(cache), turn)
+                for place, (row, branches) in enumerate(zip(turn.rows, found.scores(self.model), strict=True)):
+                    scores[row] += branches if keeper is None else [_held(branches[0], keeper, place)]
             if self._full_side is not None:
                 predictions.append(found)
         return predictions, scores
+
+    def _predicted(self, cache: CompressedCache, turn: Turn) -> tuple[Predictions, BudgetKeeper | None]:
+        """The predictions of a turn over its rows, and what compressed these meanwhile, if anything did."""
+        if not self._scores_while_compressing:
+            return predict(self.model, cache, turn.packs), None
+        keeper = self._keeper([zlib.crc32(repr(pack).encode()) for pack in turn.packs])
+        assert keeper is not None
+        return predict_while_compressing(self.model, cache, turn.packs, keeper), keeper
 
     def _compared(
         self,
@@ -309,6 +315,12 @@ class Runner:
 
     def _check_finite(self, logprobs: Sequence[float], what: str, *, num_before: int = 0) -> None:
         check_finite(logprobs, what, self.model, self.compressor.press.name, num_before=num_before)
+
+
+def _held(branch: BranchScore, keeper: BudgetKeeper, row: int) -> BranchScore:
+    """The score with what the decoding press did to its row."""
+    num_tokens = len(branch.logprobs)
+    return replace(branch, held=Held(*keeper.counts(row, num_tokens), keeper.num_before(row, num_tokens)))
 
 
 def _scored(

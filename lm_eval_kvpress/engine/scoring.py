@@ -40,6 +40,21 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a decoding press did to the cache of one continuation before its last token.
+
+    Attributes:
+        num_compressions: how often it evicted entries.
+        max_entries: the most entries per layer that it found when it did.
+        num_before: tokens that were predicted before the first time.
+    """
+
+    num_compressions: int
+    max_entries: int
+    num_before: int
+
+
+@dataclass(frozen=True)
 class BranchScore:
     """One scored continuation.
 
@@ -47,11 +62,13 @@ class BranchScore:
         logprobs: the log-probability of each token in nats.
         is_greedy: whether every token is the most likely one.
         fidelity: how far each token's prediction is from that over the full cache, where that is measured.
+        held: what a decoding press did while it was scored, where one acted.
     """
 
     logprobs: tuple[float, ...]
     is_greedy: bool
     fidelity: Fidelity | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +84,13 @@ class Predictions:
     hidden: torch.Tensor
     sources: torch.Tensor
     layout: Layout
+
+    @classmethod
+    def of(cls, layout: Layout, hidden: torch.Tensor) -> Predictions:
+        """Those of the hidden states ``(B, Q, E)`` of a layout's columns, behind which the prefill's may stand."""
+        places, sources = torch.unique(layout.rows * hidden.shape[1] + layout.sources, return_inverse=True)
+        predicting = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]  # (P, E)
+        return cls(predicting, sources, layout)
 
     def scores(self, model: PressableModel) -> list[list[BranchScore]]:
         """One list per pack with one `BranchScore` per branch, in order."""
@@ -100,9 +124,7 @@ def predict(model: PressableModel, cache: CompressedCache, packs: Sequence[Pack]
         hidden = _forward(model, reading_cache(cache), cache, layout)
     if any(not pack.query for pack in packs) and layout.tokens.shape[1]:
         hidden = torch.cat([hidden, prefill_hidden(cache)[:, None]], dim=1)
-    places, sources = torch.unique(layout.rows * hidden.shape[1] + layout.sources, return_inverse=True)
-    predicting = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]  # (P, E)
-    return Predictions(predicting, sources, layout)
+    return Predictions.of(layout, hidden)
 
 
 @dataclass(frozen=True, eq=False)

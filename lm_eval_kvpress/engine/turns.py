@@ -38,6 +38,16 @@ class Turn:
         return cache if len(self.rows) == len(cache.num_seen) else cache.select(self.rows)
 
 
+def single_turns_of(groups: Sequence[batching.ContextGroup]) -> list[Turn]:
+    """One continuation per context and forward, until all have been scored."""
+    turns = []
+    for turn in range(max(len(group.continuations) for group in groups)):
+        rows = [row for row, group in enumerate(groups) if turn < len(group.continuations)]
+        packs = [Pack(groups[row].context.held_back, (groups[row].continuations[turn],)) for row in rows]
+        turns.append(Turn(tuple(rows), tuple(packs)))
+    return turns
+
+
 def turns_of(groups: Sequence[batching.ContextGroup]) -> list[Turn]:
     """One pack per context and forward, until all continuations have been scored."""
     packs = [list(batching.packs([len(c) for c in group.continuations], PACK_TOKENS)) for group in groups]

@@ -18,10 +18,9 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.argument_names import LOADING_ARGUMENTS
 from lm_eval_kvpress.harness.settings import POSITIVE, Settings
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
-from lm_eval_kvpress.presses.decoding import parse_decoding, split_arguments, split_name
+from lm_eval_kvpress.presses.decoding import DecodingSizes, parse_decoding, split_arguments, split_name
 from lm_eval_kvpress.presses.names import NONE, listed_names, resolve_alias
 from lm_eval_kvpress.presses.parse import parse_press, press_argument_names
-from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.streaming import for_stream
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.presses.values import ANY_NUMBER, Range, parse_number, parse_value
@@ -63,6 +62,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     own = {name: parse_setting(name, rest.pop(name)) for name in ARGUMENTS if name in rest}
     settings = _with_stream(Settings(press, **own), press_arguments, decoding)
     settings = _with_decoding(settings, decoding, decoding_arguments)
+    settings.check_decode_scoring()
     settings.check_question()
     settings.check_quantization()
     _refuse_unused_sizes(settings, own)
@@ -72,7 +72,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
         )
     _refuse_unknown(rest, press_argument_names(prefill), prefill)
     _check_hflm_arguments(rest)
-    rest["attn_implementation"] = _attn_implementation(settings.press, rest.get("attn_implementation"))
+    rest["attn_implementation"] = _attn_implementation(settings, rest.get("attn_implementation"))
     return settings, rest
 
 
@@ -155,13 +155,18 @@ def _with_stream(settings: Settings, press_arguments: Mapping[str, Any], decodin
 
 def _with_decoding(settings: Settings, name: str | None, arguments: Mapping[str, Any]) -> Settings:
     """Adds the press that acts while text is generated, if one is named."""
-    size, interval = settings.target_size, settings.compression_interval
     if name is None:
-        for key, value in (("target_size", size), ("compression_interval", interval)):
-            if value is not None:
+        for key in ("target_size", "compression_interval", "target_compression_ratio", "merge_budget"):
+            if getattr(settings, key) is not None:
                 raise UsageError(f"{key} belongs to press=decoding:PRESS or prefill_decoding:PREFILL+PRESS")
         return settings
-    return replace(settings, decoding=parse_decoding(settings.press, name, arguments, size, interval))
+    sizes = DecodingSizes(
+        settings.target_size,
+        settings.compression_interval,
+        settings.target_compression_ratio,
+        settings.merge_budget,
+    )
+    return replace(settings, decoding=parse_decoding(settings.press, name, arguments, sizes))
 
 
 # ------------------------------------------------------------------------------------------- what HFLM will be given
@@ -203,14 +208,16 @@ def _check_hflm_arguments(rest: dict[str, Any]) -> None:
         raise UsageError("softmax_dtype: log-probabilities are always computed in float32 here; leave it out")
 
 
-def _attn_implementation(press: PressSpec, asked: str | None) -> str:
-    """The attention implementation that the press needs, or the one asked for if it can be served."""
-    needed = press.attn_implementation
+def _attn_implementation(settings: Settings, asked: str | None) -> str:
+    """The attention implementation that the presses need, or the one asked for if it can be served."""
+    needed = settings.attn_implementation
     if asked not in (None, "sdpa", "eager"):
         raise UsageError(
             f"attn_implementation={asked} takes no mask per layer, which compressed caches of different lengths need: "
             "use sdpa or eager"
         )
     if needed and asked and asked != needed:
-        raise UsageError(f"press={press.name} needs attn_implementation={needed}, not {asked}: leave the argument out")
+        raise UsageError(
+            f"press={settings.press_name} needs attn_implementation={needed}, not {asked}: leave the argument out"
+        )
     return asked or needed or "sdpa"

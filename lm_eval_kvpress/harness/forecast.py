@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lm_eval_kvpress.engine.generation_batches import GenerationBatches
+from lm_eval_kvpress.engine.likelihood_batches import LikelihoodBatches
 from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.engine.rolling_batches import RollingBatches
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.stream_settings import stream_plan
 
@@ -31,6 +33,8 @@ def idle_presses(settings: Settings, max_length: int, requests: RequestBatches[A
             yield from _on_streams(settings, longest)
         elif settings.rolling == "prefix":
             yield from _on_documents(settings, settings.rolling_window(max_length)[0], longest)
+    if isinstance(requests, LikelihoodBatches | RollingBatches) and longest:
+        yield from _on_scored(settings, requests.longest_scored)
     if isinstance(requests, GenerationBatches) and longest:
         yield from _on_texts(settings, longest, requests.max_new_tokens)
 
@@ -77,6 +81,15 @@ def _on_streams(settings: Settings, longest: int) -> Iterator[str]:
         )
 
 
+def _on_scored(settings: Settings, longest: int) -> Iterator[str]:
+    decoding = settings.decoding
+    if decoding is not None and settings.decode_scoring and longest <= decoding.interval:
+        yield (
+            f"press={settings.press_name} acts after {decoding.interval} scored tokens and a continuation has at most "
+            f"{longest}: it will not act while scoring; lower compression_interval"
+        )
+
+
 def _on_texts(settings: Settings, longest: int, max_new_tokens: int) -> Iterator[str]:
     decoding = settings.decoding
     if decoding is None:
@@ -86,7 +99,7 @@ def _on_texts(settings: Settings, longest: int, max_new_tokens: int) -> Iterator
             f"press={settings.press_name} acts after {decoding.interval} new tokens and a text has at most "
             f"{max_new_tokens}: it will not act while decoding; lower compression_interval or raise max_gen_toks"
         )
-    elif longest + max_new_tokens <= decoding.target_size:
+    elif decoding.target_size is not None and longest + max_new_tokens <= decoding.target_size:
         yield (
             f"press={settings.press_name} keeps {decoding.target_size} entries while decoding and a prompt with its "
             f"text has at most {longest + max_new_tokens}: it will not act while decoding; lower target_size"

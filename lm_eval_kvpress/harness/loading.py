@@ -89,11 +89,12 @@ class CheckedHFLM(HFLM):
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
         self._check_config(model.config)
-        press, has = self._settings_at_load.press, model.config._attn_implementation
-        if press.attn_implementation and has != press.attn_implementation:
+        settings, has = self._settings_at_load, model.config._attn_implementation
+        needed = settings.attn_implementation
+        if needed and has != needed:
             raise UsageError(
-                f"press={press.name} needs {press.attn_implementation} attention and the loaded model has {has}: call "
-                f"model.set_attn_implementation('{press.attn_implementation}') first, or pass the model's name"
+                f"press={settings.press_name} needs {needed} attention and the loaded model has {has}: call "
+                f"model.set_attn_implementation('{needed}') first, or pass the model's name"
             )
 
     def _check_config(self, config: PretrainedConfig) -> None:

@@ -91,7 +91,7 @@ def _on_prefill(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
             f"press={press} held every layer to {settings.stream_budget} entries; {totals.num_tokens_pressed} of "
             f"{totals.num_tokens} tokens were scored after an eviction",
         )
-    elif not totals.num_texts_compressed and (settings.decoding is not None or not settings.press.is_none):
+    elif not totals.num_decode_compressions and (settings.decoding is not None or not settings.press.is_none):
         figures = (
             "uncompressed ones" if settings.quantization is None else f"ones of kv_quant={settings.kv_quant} alone"
         )
@@ -131,16 +131,26 @@ def _on_short_contexts(settings: Settings, totals: TaskTotals) -> Iterator[Messa
 def _on_decoding(settings: Settings, totals: TaskTotals) -> Iterator[Message]:
     press, decoding = settings.press_name, settings.decoding
     assert decoding is not None
+    size = (
+        f"{decoding.target_size} entries a layer"
+        if decoding.share_evicted is None
+        else f"{100 * (1 - decoding.share_evicted):g} % of the tokens seen"
+    )
+    if totals.num_continuations_compressed:
+        yield (
+            logging.INFO,
+            f"press={press} compressed {totals.num_continuations_compressed} continuations while they were scored, to "
+            f"{size}; {totals.num_tokens_after_eviction} of {totals.num_tokens} tokens were scored afterwards",
+        )
     if totals.num_texts_compressed:
         yield (
             logging.INFO,
             f"press={press} compressed {totals.num_texts_compressed} of {totals.num_texts} texts while decoding, "
-            f"{totals.num_decode_compressions} times, to {decoding.target_size} entries a layer of at most "
-            f"{totals.max_decode_entries}",
+            f"{totals.num_decode_compressions} times, to {size} of at most {totals.max_decode_entries}",
         )
     elif totals.pressed.num_contexts and totals.num_texts:
         yield (
             logging.WARNING,
-            f"press={press} compressed none of {totals.num_texts} texts while decoding (to {decoding.target_size} "
-            f"entries every {decoding.interval} tokens); its figures are those of its press of the prefill",
+            f"press={press} compressed none of {totals.num_texts} texts while decoding (to {size} every "
+            f"{decoding.interval} tokens); its figures are those of its press of the prefill",
         )

@@ -103,8 +103,8 @@ class KVPress(CheckedHFLM):
         if self._parity is not None:
             logger.info("parity: %s", self._parity.in_words())
         self.use(self.open_session(settings, recorders))
-        if settings.press.attn_implementation:
-            logger.info("press=%s runs on %s attention", settings.press.name, self.model.config._attn_implementation)
+        if settings.attn_implementation:
+            logger.info("press=%s runs on %s attention", settings.press_name, self.model.config._attn_implementation)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> KVPress:
@@ -210,10 +210,11 @@ class KVPress(CheckedHFLM):
 
     @answer_padding
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self.session.settings.check_likelihoods()
         if self.enable_thinking:
             raise UsageError("enable_thinking=True generates text; loglikelihood tasks cannot use it")
-        return self._answer([likelihood_batches(self, self.session, requests)], disable_tqdm, requests)
+        batches = likelihood_batches(self, self.session, requests)
+        self.session.settings.check_likelihoods(batches.longest_scored, "continuations")
+        return self._answer([batches], disable_tqdm, requests)
 
     def _loglikelihood_tokens(
         self,
@@ -228,12 +229,13 @@ class KVPress(CheckedHFLM):
 
     @answer_padding
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        self.session.settings.check_likelihoods()
         self.session.settings.check_has_questions("documents of loglikelihood_rolling")
         if self.session.settings.rolling == "stream":
             batches = stream_batches(self, self.session, requests, self._loss_files())
             return self._answer([batches], disable_tqdm, requests)
-        return self._answer([rolling_batches(self, self.session, requests)], disable_tqdm, requests)
+        windows = rolling_batches(self, self.session, requests)
+        self.session.settings.check_likelihoods(windows.longest_scored, "scored parts of documents")
+        return self._answer([windows], disable_tqdm, requests)
 
     @answer_padding
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -35,7 +35,7 @@ def asked(settings: Settings, max_length: int) -> dict[str, Any]:
             "short_context": settings.short_context,
             **{name: getattr(settings, name) for name in of_streams},
             "max_length": max_length,
-            "press_acts_on_rolling": settings.rolling != "one_pass" and not settings.press.is_none,
+            "press_acts_on_rolling": settings.acts_on_rolling,
         },
     }
 

@@ -127,7 +127,9 @@ def new_session(
         quantization=settings.quantization,
     )
     meter = Meter(clock, run_record.labels(settings, max_length, name, model), recorders)
-    runner = Runner(model, compressor, clock, meter, autocast, settings.decoding, graphs, full_side)
+    runner = Runner(
+        model, compressor, clock, meter, autocast, settings.decoding, graphs, full_side, settings.decode_scoring
+    )
     return Session(settings, runner, max_length)
 
 

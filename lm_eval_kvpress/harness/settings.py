@@ -55,7 +55,11 @@ class Settings:
         metrics_port: port on 127.0.0.1 that serves the figures to Prometheus while the run lasts.
         target_size, compression_interval: with ``press=decoding:PRESS`` or ``prefill_decoding:PREFILL+PRESS``, entries
             that every layer keeps while text is generated, and tokens produced between two compressions.
-        decoding: the press that acts while text is generated, made of these two; None without one.
+        target_compression_ratio: with ``press=compression_ratio_decoding:PRESS``, the share of all tokens seen that is
+            evicted, in place of ``target_size``.
+        merge_budget: with ``press=cam:PRESS``, kept entries among which an evicted value is shared out.
+        decode_scoring: whether that press acts on continuations that are scored as well, as if they were generated.
+        decoding: the press that acts while text is generated, made of these four; None without one.
         kv_quant: how the kept entries of a context are stored: ``none`` in the dtype of the model, or as integers.
         kv_group: numbers that share a scale.
         kv_residual: newest entries of a context that stay in the dtype of the model.
@@ -85,6 +89,11 @@ class Settings:
     metrics_port: int | None = field(default=None, metadata={"range": Range(low=1, high=65_535)})
     target_size: int | None = field(default=None, metadata=POSITIVE)
     compression_interval: int | None = field(default=None, metadata=POSITIVE)
+    target_compression_ratio: float | None = field(
+        default=None, metadata={"range": Range(low=0, high=1, excludes_high=True)}
+    )
+    merge_budget: int | None = field(default=None, metadata=POSITIVE)
+    decode_scoring: bool = False
     decoding: DecodingSpec | None = None
     kv_quant: Literal["none", "int8", "int4", "int2"] = "none"
     kv_group: int = field(default=64, metadata={"range": Range(low=8)})
@@ -105,8 +114,8 @@ class Settings:
         if self.decoding is None:
             return self.press.name
         if self.press.is_none:
-            return f"decoding:{self.decoding.press.name}"
-        return f"prefill_decoding:{self.press.name}+{self.decoding.press.name}"
+            return self.decoding.full_name
+        return f"prefill_decoding:{self.press.name}+{self.decoding.name}"
 
     @property
     def all_presses(self) -> tuple[PressSpec, ...]:
@@ -119,7 +128,26 @@ class Settings:
         if self.decoding is None:
             return facts
         decoding = {f"decoding.{key}": value for key, value in self.decoding.describe().items()}
-        return {**facts, "name": self.press_name, "arguments": {**facts["arguments"], **decoding}}
+        statistics = self.decoding.press.statistics
+        read = {} if statistics is None else {"decoding_statistics": statistics.describe()}
+        scoring = {"decode_scoring": True} if self.decode_scoring else {}
+        return {**facts, "name": self.press_name, "arguments": {**facts["arguments"], **decoding, **scoring}, **read}
+
+    @property
+    def acts_on_rolling(self) -> bool:
+        """Whether a press can act on documents of ``loglikelihood_rolling``."""
+        return self.rolling != "one_pass" and not (self.press.is_none and not self.decode_scoring)
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether one prefill, by the attention that most presses run on, serves this press beside others."""
+        return self.press.shares_prefill and self.attn_implementation != "eager" and self.rolling != "stream"
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention implementation that its presses need, or None if any will do."""
+        of_decoding = None if self.decoding is None else self.decoding.attn_implementation
+        return self.press.attn_implementation or of_decoding
 
     def rolling_window(self, max_length: int) -> tuple[int, int]:
         """``(context, score)`` tokens per window of the ``prefix`` protocol.
@@ -218,16 +246,44 @@ class Settings:
                 "the order of their scores: use kv_residual=0, or press=none"
             )
 
-    def check_likelihoods(self) -> None:
-        """Refuse to score under a press that acts only while text is generated: nothing would be compressed.
+    def check_decode_scoring(self) -> None:
+        """Refuse to compress while scoring without a press that does, or under a protocol in which none can.
+
+        Raises:
+            UsageError: in one line.
+        """
+        if self.decode_scoring and self.decoding is None:
+            raise UsageError(
+                f"decode_scoring=true lets a decoding press act on what is scored, and press={self.press_name} is "
+                "none: use press=decoding:PRESS,target_size=N, or leave decode_scoring out"
+            )
+        if self.decode_scoring and self.rolling == "one_pass":
+            raise UsageError(
+                "rolling=one_pass scores a document in one forward, in which no press can act: leave rolling or "
+                "decode_scoring out"
+            )
+
+    def check_likelihoods(self, num_tokens: int, what: str) -> None:
+        """Refuse to score under a press that acts only while text is generated, if nothing would be compressed.
+
+        Args:
+            num_tokens: of the longest continuation.
+            what: is scored, in the plural.
 
         Raises:
             UsageError: naming what to choose instead.
         """
-        if self.decoding is not None and self.press.is_none:
+        if self.decoding is None or not self.press.is_none:
+            return
+        if not self.decode_scoring:
             raise UsageError(
                 f"press={self.press_name} acts while text is generated and cannot change a log-likelihood: choose "
-                "tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS"
+                "tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS, or pass decode_scoring=true"
+            )
+        if num_tokens <= self.decoding.interval:
+            raise UsageError(
+                f"press={self.press_name} acts after {self.decoding.interval} tokens and the longest of the {what} has "
+                f"{num_tokens}: no score would change; lower compression_interval, or choose tasks with longer ones"
             )
 
     def check_stream(self, positions: int) -> None:

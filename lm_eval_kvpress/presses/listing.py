@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lm_eval_kvpress.press_list import PressInfo
 from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RATIO, arguments_of
+from lm_eval_kvpress.presses.cam import DEFAULT_MERGE_BUDGET
 from lm_eval_kvpress.presses.catalog import REQUIRED, ROWS, Row
-from lm_eval_kvpress.presses.decoding import DECODING_PRESSES, DEFAULT_INTERVAL
-from lm_eval_kvpress.presses.names import DECODING, NONE, PREFILL_DECODING, ParsedName, why_not_wrapped
+from lm_eval_kvpress.presses.decodable import ALL_HEADS, DECODING_PRESSES
+from lm_eval_kvpress.presses.decoding import DEFAULT_DECODING_RATIO, DEFAULT_INTERVAL
+from lm_eval_kvpress.presses.names import (
+    ACT_WHILE_DECODING,
+    CAM,
+    DECODING,
+    NONE,
+    PREFILL_DECODING,
+    RATIO_DECODING,
+    ParsedName,
+    why_not_wrapped,
+)
 from lm_eval_kvpress.presses.statistics import STATISTICS
 from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 
@@ -16,19 +28,28 @@ from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 def list_presses() -> list[PressInfo]:
     """List every press of kvpress: those that run here, then those that do not, with the reason."""
     none = PressInfo(NONE, {}, "", "", True)
-    decoding = [_decoding_info(f"{DECODING}:PRESS"), _decoding_info(f"{PREFILL_DECODING}:PREFILL+PRESS")]
     unsupported = [
         PressInfo(name, {}, press.reason, press.paper, False)
         for name, press in UNSUPPORTED.items()
-        if name not in (DECODING, PREFILL_DECODING)
+        if name not in ACT_WHILE_DECODING
     ]
-    return [none, *map(_info, ROWS.values()), *decoding, *unsupported]
+    return [none, *map(_info, ROWS.values()), *_decoding_infos(), *unsupported]
 
 
-def _decoding_info(name: str) -> PressInfo:
-    arguments = {"target_size": REQUIRED, "compression_interval": DEFAULT_INTERVAL}
-    needs = f"acts while text is generated; PRESS is one of {', '.join(DECODING_PRESSES)}"
-    return PressInfo(name, arguments, needs, "", True)
+def _decoding_infos() -> Iterator[PressInfo]:
+    budget, ratio = {"target_size": REQUIRED}, {"target_compression_ratio": DEFAULT_DECODING_RATIO}
+    alone = f"PRESS is one of {', '.join(DECODING_PRESSES)}"
+    wrapped = f"adakv or criticalkv may wrap them, but adakv not {', '.join(ALL_HEADS)}"
+    like = f"PRESS as of {DECODING}:PRESS"
+    for name, sizes, needs in (
+        (f"{DECODING}:PRESS", budget, f"{alone}; {wrapped}"),
+        (f"{RATIO_DECODING}:PRESS", ratio, f"{like}, but not lagkv"),
+        (f"{CAM}:PRESS", {**budget, "merge_budget": DEFAULT_MERGE_BUDGET}, f"eager attention; {like}, but not adakv"),
+        (f"{PREFILL_DECODING}:PREFILL+PRESS", budget, f"{like}, or {RATIO_DECODING}:PRESS or {CAM}:PRESS"),
+    ):
+        arguments = {**sizes, "compression_interval": DEFAULT_INTERVAL}
+        paper = UNSUPPORTED[name.partition(":")[0]].paper
+        yield PressInfo(name, arguments, f"acts while text is generated; {needs}", paper, True)
 
 
 def _info(row: Row) -> PressInfo:

@@ -20,6 +20,8 @@ from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 
 NONE = "none"
 DECODING, PREFILL_DECODING = "decoding", "prefill_decoding"
+RATIO_DECODING, CAM = "compression_ratio_decoding", "cam"
+ACT_WHILE_DECODING = (DECODING, RATIO_DECODING, CAM, PREFILL_DECODING)
 """Names that start so have a press that acts while text is generated (`presses.decoding`)."""
 
 MOST_PARTS = 16
@@ -108,13 +110,13 @@ def _row(name: str) -> Row:
             raise UsageError(f"press={name} is not supported: {unsupported.reason}")
     if name == NONE:
         raise UsageError("press=none removes nothing and cannot be wrapped or composed")
-    listed = ", ".join([NONE, *ROWS, DECODING, PREFILL_DECODING])
+    listed = ", ".join([NONE, *ROWS, *ACT_WHILE_DECODING])
     raise UsageError(f"unknown press '{name}': {near(name, listed_names())}known are {listed}")
 
 
 def listed_names() -> list[str]:
     """Every name that a press may begin with."""
-    return [NONE, *ROWS, *ALIASES, DECODING, PREFILL_DECODING]
+    return [NONE, *ROWS, *ALIASES, *ACT_WHILE_DECODING]
 
 
 def why_not_wrapped(row: Row, inner: ParsedName) -> str:

@@ -1,4 +1,7 @@
-"""Presses of kvpress that cannot run here, and why. A press that starts to run moves to `catalog`."""
+"""Presses of kvpress that cannot run here, and why. A press that starts to run moves to `catalog`.
+
+Those that act while text is generated run behind another press (`presses.decoding`); the reason says how.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _TRAINED = (
     "it needs {}, which its authors trained by gradient and published for {}; there is none for other models, and "
     "calibrate trains nothing"
 )
-_DECODES = "it acts while text is generated: decoding:PRESS holds a budget there, as in decoding:knorm"
+_DECODES = "it acts while text is generated and wraps another press: {0}:PRESS, as in {0}:knorm"
 
 UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
     {
@@ -47,19 +50,21 @@ UNSUPPORTED: Mapping[str, Unsupported] = types.MappingProxyType(
         ),
         "cam": Unsupported(
             kvpress.CAMPress,
-            _DECODES,
+            _DECODES.format("cam"),
             "https://openreview.net/forum?id=LCTmppB165",
             ("cam_streaming_llm", "cam_knorm", "cam_adakv_snapkv", "cam_tova"),
         ),
         "decoding": Unsupported(
             kvpress.DecodingPress,
-            _DECODES,
+            _DECODES.format("decoding"),
             variants=(
                 *("decoding_knorm", "decoding_streaming_llm", "decoding_tova", "decoding_qfilter", "decoding_keydiff"),
                 *("decoding_adakv_expected_attention_e2", "decoding_adakv_snapkv"),
             ),
         ),
-        "compression_ratio_decoding": Unsupported(kvpress.CompressionRatioDecodingPress, _DECODES),
+        "compression_ratio_decoding": Unsupported(
+            kvpress.CompressionRatioDecodingPress, _DECODES.format("compression_ratio_decoding")
+        ),
         "prefill_decoding": Unsupported(
             kvpress.PrefillDecodingPress,
             "it names two presses: prefill_decoding:PREFILL+PRESS, as in prefill_decoding:snapkv+knorm",

@@ -122,6 +122,8 @@ class TaskTotals:
             before their end.
         num_decode_compressions, max_decode_entries: how often a decoding press evicted, and the most entries per layer
             that it found.
+        num_continuations_compressed, num_tokens_after_eviction: continuations from whose cache a decoding press evicted
+            entries before their end, and their tokens that were predicted afterwards.
         max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
             scored over, and the most bytes that keys and values of all rows took.
         num_documents_resumed: documents whose losses an earlier run left on disk; not part of the summary, which is
@@ -151,6 +153,8 @@ class TaskTotals:
     num_texts_compressed: int = 0
     num_decode_compressions: int = 0
     max_decode_entries: int = 0
+    num_continuations_compressed: int = 0
+    num_tokens_after_eviction: int = 0
     max_stream_entries: int = 0
     max_stream_bytes: int = 0
     num_documents_resumed: int = 0
@@ -195,6 +199,13 @@ class TaskTotals:
             if fidelity is not None:
                 self.fidelity.add(fidelity, doc_id, first_place)
 
+    def add_held(self, num_compressions: int, max_entries: int, num_tokens_after: int) -> None:
+        """Add what a decoding press did while a continuation was scored, of which so many tokens came afterwards."""
+        self.num_decode_compressions += num_compressions
+        self.max_decode_entries = max(self.max_decode_entries, max_entries)
+        self.num_continuations_compressed += num_compressions > 0
+        self.num_tokens_after_eviction += num_tokens_after
+
     def merge(self, other: TaskTotals) -> None:
         """Add the totals of other requests of the task."""
         for name, value in vars(other).items():
@@ -236,6 +247,8 @@ class TaskTotals:
             "texts_compressed_while_decoding": self.num_texts_compressed,
             "num_decode_compressions": self.num_decode_compressions,
             "max_decode_entries": self.max_decode_entries,
+            "continuations_compressed_while_scored": self.num_continuations_compressed,
+            "tokens_scored_after_eviction": self.num_tokens_after_eviction,
             "max_stream_entries": self.max_stream_entries,
             "max_stream_bytes": self.max_stream_bytes,
             "fidelity": self.fidelity.summary(),

@@ -18,6 +18,10 @@ Pairs = tuple[tuple[str, str], ...]
 Identity = tuple[str, ...]
 
 
+DECODING_ALONE = ("decoding:", "compression_ratio_decoding:", "cam:")
+"""Names of presses that begin so act while text is generated, and leave the prefill alone."""
+
+
 @dataclass(frozen=True)
 class Press:
     """What compressed the cache.
@@ -49,11 +53,11 @@ class Press:
 
     @property
     def acts_on_prefill(self) -> bool:
-        return self.evicts and not self.name.startswith("decoding:")
+        return self.evicts and not self.name.startswith(DECODING_ALONE)
 
     @property
     def acts_on_decoding(self) -> bool:
-        return self.name.startswith(("decoding:", "prefill_decoding:"))
+        return self.name.startswith((*DECODING_ALONE, "prefill_decoding:"))
 
     @property
     def has_stream_budget(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
-from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.engine.scoring import BranchScore, Held
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.fidelity import Fidelity, TextFidelity
 from lm_eval_kvpress.records.totals import ContextRecord
@@ -177,9 +177,15 @@ def _decode(text: str) -> Outcome:
 
 def _plain(branch: BranchScore) -> list[Any]:
     plain = [branch.logprobs, branch.is_greedy]
-    return plain if branch.fidelity is None else [*plain, asdict(branch.fidelity)]
+    parts = [None if part is None else asdict(part) for part in (branch.fidelity, branch.held)]
+    return plain + parts[: 2 if parts[1] else 1 if parts[0] else 0]
 
 
-def _branch(logprobs: list[float], is_greedy: bool, fidelity: dict[str, Any] | None = None) -> BranchScore:
+def _branch(
+    logprobs: list[float],
+    is_greedy: bool,
+    fidelity: dict[str, Any] | None = None,
+    held: dict[str, int] | None = None,
+) -> BranchScore:
     of_tokens = None if fidelity is None else Fidelity(**{name: tuple(fidelity[name]) for name in fidelity})
-    return BranchScore(tuple(logprobs), is_greedy, of_tokens)
+    return BranchScore(tuple(logprobs), is_greedy, of_tokens, None if held is None else Held(**held))

@@ -90,7 +90,7 @@ class SweepModel:
         return settings
 
     def _prefills_of(self, settings: Settings) -> SharedPrefills | None:
-        shares = settings.press.shares_prefill and settings.rolling != "stream"
+        shares = settings.shares_prefill
         return self._shared_prefills if shares else None
 
     def turn_to(self, run: CellRun, peers: Sequence[CellRun], workers: Workers) -> None:
@@ -112,7 +112,7 @@ class SweepModel:
 
     def set_attention(self, session: Session) -> None:
         """Give the model the attention implementation that the session's press needs."""
-        needed = session.settings.press.attn_implementation or self._attention_at_load
+        needed = session.settings.attn_implementation or self._attention_at_load
         if self.lm.model.config._attn_implementation != needed:
             self.lm.model.set_attn_implementation(needed)
 

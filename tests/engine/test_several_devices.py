@@ -14,7 +14,9 @@ import torch
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.cache.stream_layer import StreamLayer
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
-from lm_eval_kvpress.engine.decode_budget import BudgetKeeper, DecodingPlan
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
+from lm_eval_kvpress.presses.decoding import DecodingSizes, DecodingSpec, parse_decoding
+from lm_eval_kvpress.presses.parse import parse_press
 
 FIRST, SECOND = "cpu", "meta"
 BUDGET, CHUNK, DIM = 8, 4, 16
@@ -39,21 +41,25 @@ class Norms:
         cos, _ = rest[-1]["position_embeddings"]
         return keys.norm(dim=-1) + (hidden[..., :DIM] * cos).sum(dim=(1, 2))[:, None, None]
 
+    def post_init_from_model(self, model: Any) -> None: ...
+
 
 def test_mixing_devices_is_seen_here() -> None:
     with pytest.raises(RuntimeError, match="device"):
         torch.ones(2, device=FIRST) + torch.ones(2, device=SECOND)
 
 
-def test_a_decoding_press_compresses_layers_of_another_device() -> None:
+def test_a_decoding_press_compresses_layers_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecodingSpec, "build", lambda *_: Norms())
     model: Any = SimpleNamespace(
         device=torch.device(FIRST),
         attentions=[None],
+        num_key_value_heads=2,
         presented=nullcontext,
         model=SimpleNamespace(base_model=SimpleNamespace(rotary_emb=Rotations())),
     )
-    keeper = BudgetKeeper(model, DecodingPlan(4, BUDGET, 3, lambda num_entries: Norms()))
-    keeper._hidden[0] = torch.randn(2, 3, 32, device=FIRST)
+    keeper = BudgetKeeper(model, parse_decoding(parse_press("none"), "knorm", {}, DecodingSizes(BUDGET, 4)))
+    keeper._watch.hidden[0] = torch.randn(2, 3, 32, device=FIRST)
     cache = CompressedCache((LayerKV(entries(20, rows=2), entries(20, rows=2)),), (20, 20), (24, 24))
     (layer,) = keeper.compress(cache).layers
     assert layer.keys.shape == (2, 2, BUDGET, DIM) and layer.keys.device == torch.device(SECOND)

@@ -7,11 +7,12 @@ from press_cases import PRESSES
 
 from lm_eval_kvpress.presses.catalog import ROWS
 from lm_eval_kvpress.presses.listing import list_presses
+from lm_eval_kvpress.presses.names import ACT_WHILE_DECODING
 from lm_eval_kvpress.presses.unsupported import UNSUPPORTED
 
 
 def test_the_table_covers_every_press_that_is_listed() -> None:
-    heads = {name.partition(":")[0] for name in PRESSES} | {"none", "decoding", "prefill_decoding"}
+    heads = {name.partition(":")[0] for name in PRESSES} | {"none", *ACT_WHILE_DECODING}
     assert {press.name.partition(":")[0] for press in list_presses() if press.supported} == heads
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_kvpress.engine.outcomes import Generated, Scored
-from lm_eval_kvpress.engine.scoring import BranchScore
+from lm_eval_kvpress.engine.scoring import BranchScore, Held
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.records.fidelity import Fidelity
 from lm_eval_kvpress.records.totals import ContextRecord
@@ -29,12 +29,13 @@ def test_outcomes_come_back_from_disk_to_the_last_digit(tmp_path: Path) -> None:
         "a": Scored((BranchScore((-1 / 3, -1e-17), True), BranchScore((-2.0,), False)), True, record),
         "b": Scored((BranchScore((-0.1,), False),), False, None),
         "f": Scored((BranchScore((-0.1,), False, Fidelity((1 / 7,), (False,), (-2e-17,))),), True, record),
+        "g": Scored((BranchScore((-0.1, -3.0), False, held=Held(1, 40, 1)),), True, record),
         "c": Generated((5, 6), record, 2, 99),
     }
     answers.add(outcomes)
     answers.add({"d": outcomes["a"]})
     assert answers.outcomes() == {**outcomes, "d": outcomes["a"]}
-    assert answers.keys() == {"a", "b", "c", "d", "f"} and answers.damage() == ""
+    assert answers.keys() == {"a", "b", "c", "d", "f", "g"} and answers.damage() == ""
     answers.delete()
     assert not list((tmp_path / "cell").iterdir())
 

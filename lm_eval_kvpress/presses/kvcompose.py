@@ -48,7 +48,6 @@ class ReplayedKVComposePress(Replay, kvpress.KVComposePress):
 
     def forget(self) -> None:
         self._reset_state()
-        self._context_ids = self._cache = None
 
 
 @dataclass

@@ -28,6 +28,8 @@ class Replay:
     """The way of a press that replays the context of one row once it is prefilled. Its time is the press's."""
 
     compression_ratio: float
+    _context_ids: Any
+    _cache: Any
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
@@ -41,6 +43,7 @@ class Replay:
             if self.compression_ratio > 0:
                 self.replay(model)
         finally:
+            self._context_ids = self._cache = None
             self.forget()
 
     def _keep(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +59,7 @@ class Replay:
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Let go of the context and its scores."""
+        """Let go of the scores."""
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """What a check is: measurements, each with a limit, and a verdict.
 
-Knows nothing of models, nor of what is checked: see `presentation`, `kept`, `scores`, `fidelity`, `packing`, `answers`.
+Knows nothing of models, nor of what is checked: see `presentation`, `kept`, `scores`,
+`fidelity`, `decoding`, `packing`, `answers`.
 """
 
 from __future__ import annotations

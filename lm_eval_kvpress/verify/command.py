@@ -1,7 +1,7 @@
 """`lm-eval-kvpress verify`: run the checks on a checkpoint, print a line for each, and a verdict.
 
 What a check is stands in `check`, what it is run on in `subject`, the checks themselves in `presentation`, `kept`,
-`scores`, `fidelity`, `packing` and `answers`.
+`scores`, `fidelity`, `decoding`, `packing` and `answers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import make_writable, refuse_special, write_whole
-from lm_eval_kvpress.verify import answers, fidelity, kept, packing, presentation, scores
+from lm_eval_kvpress.verify import answers, decoding, fidelity, kept, packing, presentation, scores
 from lm_eval_kvpress.verify.check import Check
 from lm_eval_kvpress.verify.subject import Subject
 
@@ -31,6 +31,7 @@ CHECKS: Mapping[str, Callable[[Subject], Check]] = {
     "scoring": scores.check_scoring,
     "fidelity": fidelity.check_fidelity,
     "causality": scores.check_causality,
+    "decoding": decoding.check_decoding,
     "packing": packing.check_packing,
     "parity": answers.check_parity,
     "action": scores.check_action,

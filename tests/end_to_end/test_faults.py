@@ -22,11 +22,12 @@ from pytest import MonkeyPatch
 from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed, quantized
-from lm_eval_kvpress.cache.compressed import LayerKV
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine import compression, decoding, fidelity, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import Layout
 from lm_eval_kvpress.harness import loading, requests
@@ -230,6 +231,30 @@ def _(patch: MonkeyPatch) -> None:
         return windows.one_pass_windows(tokens, lm.prefix_token_id, lm.max_length)
 
     patch.setattr(requests, "_windows", one_pass)
+
+
+@fault(
+    "a decoding press never acts on scores",
+    "long answers get the full cache's likelihoods under the press's name",
+    "decoding",
+)
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(BudgetKeeper, "is_due", lambda *_: False)
+
+
+@fault(
+    "a cache compressed while decoding goes on at its own length",
+    "queries of all later tokens are rotated to other places than keys",
+    "decoding",
+)
+def _(patch: MonkeyPatch) -> None:
+    compress = BudgetKeeper.compress
+
+    def then_physical(self: BudgetKeeper, cache: CompressedCache) -> CompressedCache:
+        kept = compress(self, cache)
+        return dataclasses.replace(kept, next_position=(kept.layers[0].num_entries,) * len(kept.num_seen))
+
+    patch.setattr(BudgetKeeper, "compress", then_physical)
 
 
 @fault("decoding goes on at the kept length", "generated text drifts from what scoring says", "causality")

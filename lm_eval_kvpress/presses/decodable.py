@@ -33,6 +33,9 @@ ALL_HEADS = types.MappingProxyType(
 )
 """Presses that cannot score a head which keeps other entries than its neighbours, and why."""
 
+UNDER_CRITICALKV = ("snapkv",)
+"""Presses whose tokens under criticalkv were compared with kvpress's, and are the same; tova's were not."""
+
 _PREFILL = "it needs the hidden states of every cached token, and those of the newest alone are known"
 WHY_NOT: Mapping[str, str] = types.MappingProxyType(
     {
@@ -68,6 +71,11 @@ def check_decodable(spec: PressSpec) -> None:
             )
         if names[0] == "adakv" and name in ALL_HEADS:
             raise UsageError(f"press=decoding:{spec.name}: {ALL_HEADS[name]}; use decoding:{name}, or adakv:snapkv")
+    if "criticalkv" in names and names[-1] not in UNDER_CRITICALKV:
+        raise UsageError(
+            f"press=decoding:{spec.name} has not been shown to keep what kvpress keeps: under criticalkv use "
+            f"{', '.join(UNDER_CRITICALKV)}, or decoding:{names[-1]} without it"
+        )
     if spec.arguments.get("seed") is not None:
         raise UsageError(
             f"decoding.seed={spec.arguments['seed']} would evict the same places of the cache again and again: leave "

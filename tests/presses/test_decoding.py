@@ -103,6 +103,7 @@ def test_other_sizes_are_recorded(name: str, sizes: dict[str, Any], described: d
         ("none", "leverage", {}, "needs the hidden states of every cached token"),
         ("none", "pyramidkv", {}, "its layers take shares of one length"),
         ("none", "merging:knorm", {}, "kvpress decodes with presses that score tokens"),
+        ("none", "criticalkv:tova", {}, "has not been shown to keep what kvpress keeps"),
         ("none", "lagkv", {}, "below the 260 entries"),
         ("none", "expected_attention", {"compression_interval": 4}, "must exceed the n_sink=4"),
         ("none", "random", {"arguments": {"seed": 3}}, "would evict the same places"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 from report_files import write_results
+from sweep_runs import assert_same, command_line, manager, write_tasks
 
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import write_whole
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.sweep import command, run
+from lm_eval_kvpress.sweep.cell_store import CellStore
 
 pytestmark = pytest.mark.end_to_end
 
@@ -75,6 +79,25 @@ def test_a_logged_run_ends_in_one_line_after_complete_lines(checkpoint_dir: Path
     mount(disk, "remount", "size=4m")
     scores(checkpoint_dir, throughput_log=str(log))
     assert len([json.loads(line) for line in log.open()]) == num_lines + 2 * len(DOCUMENTS)
+
+
+def test_a_sweep_over_workers_keeps_what_they_answered_and_goes_on(
+    checkpoint_dir: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is that of the process that asks; its workers end with the sweep."""
+    monkeypatch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
+    (tmp_path / "tasks").mkdir()
+    places, few = (checkpoint_dir, write_tasks(tmp_path / "tasks")), {"presses": "none,knorm", "ratios": "0.5"}
+    assert command.main(command_line(*places, tmp_path / "whole", **few)) == 0
+    mount(disk, "remount", "size=64k")
+    with pytest.raises(UsageError, match=rf"^{disk}.*(disk is full|No space left).* are finished"):
+        command.main(command_line(*places, disk / "sweep", **few, workers=2))
+    assert not multiprocessing.active_children()
+    answered = sum(len(CellStore(cell).answers.keys()) for cell in disk.glob("sweep/cells/*"))
+    assert answered > 0
+    mount(disk, "remount", "size=4m")
+    assert command.main(command_line(*places, disk / "sweep", **few, workers=2)) == 0
+    assert_same(disk / "sweep", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html", "report.csv", "report.json", "report.tex"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
+from sweep_runs import manager
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.clock import Clock
@@ -99,7 +100,10 @@ def evaluate(checkpoint_dir: Path, log: Path, **arguments: Any) -> tuple[KVPress
     ]
     settings = {"press": "snapkv", "window_size": 8, "batch_size": 2, **arguments}
     lm = KVPress(pretrained=str(checkpoint_dir), device="cpu", throughput_log=str(log), **settings)
-    results = lm_eval.simple_evaluate(model=lm, tasks=tasks, log_samples=True, bootstrap_iters=0)
+    none_listed = manager(log.parent)
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=tasks, task_manager=none_listed, log_samples=True, bootstrap_iters=0
+    )
     return lm, results
 
 

@@ -127,6 +127,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         answers.add(ONE)
 
 
+@pytest.mark.end_to_end  # a process of its own, whose files may not grow
 def test_a_first_batch_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     answers = Answers(tmp_path / "answers.sqlite", tmp_path / "log")
     code = (

@@ -17,8 +17,9 @@ FEW = {"presses": "none,knorm", "ratios": "0.5", "batch_size": 2}
 
 
 def test_two_shards_and_their_merge_equal_one_process(
-    checkpoint_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    checkpoint_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the jobs, as in this process: two threads round otherwise
     (tmp_path / "tasks").mkdir()
     places = (checkpoint_dir, write_tasks(tmp_path / "tasks"))
     assert command.main(command_line(*places, tmp_path / "whole", **FEW)) == 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lm_eval.tasks import TaskManager
+
+from lm_eval_kvpress.sweep import run
 
 PRESSES = "none,knorm,streaming_llm,random,pyramidkv,observed_attention"
 DATA = """
@@ -70,6 +73,15 @@ def dies_once(patch: pytest.MonkeyPatch, owner: type, name: str, *, at: int) -> 
 def manager(folder: str | Path | None) -> TaskManager:
     """Without lm-eval's own thousands of tasks, which take seconds to list."""
     return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@contextmanager
+def only_own_tasks() -> Iterator[None]:
+    """Sweeps list the tasks of their ``--include_path`` alone, and ask pip for no packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
+        yield
 
 
 def command_line(checkpoint_dir: Path, tasks_dir: Path, output: Path, **settings: Any) -> list[str]:

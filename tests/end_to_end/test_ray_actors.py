@@ -14,11 +14,11 @@ import pytest
 import yaml
 from documentation import titled_blocks
 from repository import ROOT
-from sweep_runs import assert_same, command_line, manager, results_of, write_tasks
+from sweep_runs import assert_same, command_line, only_own_tasks, results_of, write_tasks
 
 from lm_eval_kvpress import cli
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.sweep import command, run
+from lm_eval_kvpress.sweep import command
 from lm_eval_kvpress.sweep.workers.jobs import Job
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lm-eval-kvpress[ray]'")
@@ -30,9 +30,7 @@ ACTORS = {"launcher": "ray", "workers": 2, "gpus_per_worker": 0}
 
 @pytest.fixture(scope="module", autouse=True)
 def only_these_tasks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
-        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
+    with only_own_tasks():
         yield
 
 

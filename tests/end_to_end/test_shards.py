@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from repository import ROOT
-from sweep_runs import assert_same, command_line, manager, results_of, write_tasks
+from sweep_runs import assert_same, command_line, only_own_tasks, results_of, write_tasks
 
 from lm_eval_kvpress import cli
-from lm_eval_kvpress.sweep import command, run
+from lm_eval_kvpress.sweep import command
 
 FEW = {"presses": "none,knorm,random,observed_attention", "ratios": "0.5", "batch_size": 2}
 KILLED = """
@@ -47,9 +47,7 @@ def tasks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def only_these_tasks() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
-        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
+    with only_own_tasks():
         yield
 
 

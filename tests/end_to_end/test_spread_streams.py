@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_runs import Killed, assert_same, command_line, dies_once, manager, results_of, write_tasks
+from sweep_runs import Killed, assert_same, command_line, dies_once, only_own_tasks, results_of, write_tasks
 
 from lm_eval_kvpress.records.loss_files import LossFiles
-from lm_eval_kvpress.sweep import command, run
+from lm_eval_kvpress.sweep import command
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.launchers.processes import ProcessPool
 from lm_eval_kvpress.sweep.workers.jobs import Job
@@ -31,9 +31,7 @@ STREAMS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def only_these_tasks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "task_manager", lambda settings, cell: manager(settings.include_path))
-        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
+    with only_own_tasks():
         yield
 
 

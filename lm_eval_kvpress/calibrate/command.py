@@ -43,9 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     num_tokens = sum(map(len, windows))
     if num_tokens <= lm.press_model.head_dim:
         raise UsageError(f"--data {options.data} has {num_tokens} tokens, too few to calibrate on: name more text")
-    started = time.perf_counter()
+    started, on_processors = time.perf_counter(), time.process_time()
     tensors = method_for(options.press)(lm.press_model, windows)
-    seconds = time.perf_counter() - started
+    seconds, processor_seconds = time.perf_counter() - started, time.process_time() - on_processors
     about = {
         "press": resolve_alias(options.press)[0],
         "model": lm.pretrained_name,
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         "window_tokens": str(length),
         "num_skipped": str(NUM_SKIPPED),
         "seconds": f"{seconds:.1f}",
+        "processor_seconds": f"{processor_seconds:.1f}",
         "versions": json.dumps(run_record.versions()),
     }
     write_whole(options.output, safetensors.torch.save(tensors, about), "make room, and run the same command again")

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.replay import ReplayedKVzipPress
 
-RIDGE = 1e-6
-"""Added to the diagonal of the sums of products, as a share of its mean: hidden states after a LayerNorm lie in a
-plane, and least squares alone would leave the weights across it to rounding."""
+ROUNDING = 1e-5
+"""Singular values below this share of the largest are taken for rounding, ``rcond`` of ``numpy.linalg.lstsq``: hidden
+states after a LayerNorm lie in a plane, and across it float32 leaves some 1e-8."""
 FLOOR = 1e-10
 """Scores below it count as this: to the logarithm of what underflowed, rounding alone gives a size."""
 
@@ -89,8 +89,7 @@ class _Sums:
     def solve(self, layer: int) -> torch.Tensor:
         """Weights with the bias behind them, ``(E + 1, K)``, on the CPU."""
         products, targets = (torch.as_tensor(sums[layer]).cpu() for sums in (self._inputs, self._targets))
-        ridge = RIDGE * products.diagonal().mean()
-        solved: torch.Tensor = torch.linalg.solve(
-            products + ridge * torch.eye(len(products), dtype=torch.float64), targets
-        )
+        squares, directions = torch.linalg.eigh(products)  # of the singular values, ascending
+        large = squares > ROUNDING**2 * squares[-1]
+        solved: torch.Tensor = directions[:, large] @ (directions[:, large].T @ targets / squares[large, None])
         return solved

@@ -54,6 +54,7 @@ def test_the_file_says_whose_statistics_it_holds(filters: Path, checkpoint_dir: 
     assert (about["press"], about["model"], about["data"]) == ("qfilter", str(checkpoint_dir), str(data))
     assert (about["num_tokens"], about["num_windows"], about["dtype"]) == ("300", "3", "float32")
     assert json.loads(about["versions"]).keys() >= {"torch", "kvpress"}
+    assert float(about["seconds"]) >= 0 and float(about["processor_seconds"]) >= 0
 
 
 def test_a_run_takes_the_statistics_of_its_weights_and_records_them(filters: Path, checkpoint_dir: Path) -> None:

@@ -12,10 +12,11 @@ from statistics_files import windows
 from transformers import PreTrainedModel
 
 from lm_eval_kvpress.calibrate.methods import NUM_SKIPPED
-from lm_eval_kvpress.calibrate.surrogate import FLOOR, RIDGE, kvzap
+from lm_eval_kvpress.calibrate.surrogate import FLOOR, ROUNDING, kvzap
 from lm_eval_kvpress.harness.tokenization import lend_tokenizer
 from lm_eval_kvpress.models.architectures import present
 
+TOLERANCE = 1e-4
 PROMPT = "\n\nRepeat the previous context exactly.\n"
 
 
@@ -58,10 +59,9 @@ def test_the_surrogate_is_least_squares_on_what_replays_find(make: Callable[...,
             [np.log(np.maximum(scores[layer, :, NUM_SKIPPED:], FLOOR)).T for _, scores in untouched]
         )
         extended = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
-        ridge = RIDGE * np.square(extended).sum() / extended.shape[1]
-        rows = np.concatenate([extended, np.sqrt(ridge) * np.eye(extended.shape[1])])
-        zeros = np.zeros((extended.shape[1], targets.shape[1]))
-        expected = np.linalg.lstsq(rows, np.concatenate([targets, zeros]), rcond=None)[0]
-        predicted = inputs @ found["weight"][layer].double().numpy().T + found["bias"][layer].double().numpy()
-        assert np.abs(predicted - extended @ expected).max() < 2e-3, layer
+        expected = np.linalg.lstsq(extended, targets, rcond=ROUNDING)[0]
+        weights = np.concatenate([found["weight"][layer].numpy(), found["bias"][layer].numpy()[:, None]], axis=1).T
+        difference = np.abs(weights - expected).max()
+        assert difference < TOLERANCE, (layer, difference)
+        predicted = extended @ weights
         assert np.corrcoef(predicted.ravel(), targets.ravel())[0, 1] > 0.5

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import refuse_special
 from lm_eval_kvpress.harness import plugin
+from lm_eval_kvpress.harness.task_seeds import seed_as_lm_eval
 from lm_eval_kvpress.presses.suggest import near
 
 
@@ -73,6 +74,7 @@ def _of_task(name: str) -> list[str]:
     tasks = TaskManager(include_path=str(plugin.tasks_path()))
     if name not in tasks.all_tasks:
         raise UsageError(f"--data {name} is neither a file nor a task of lm-eval; {near(name, tasks.all_tasks)}")
+    seed_as_lm_eval()
     loaded = tasks.load([name])["tasks"]
     return [text for task in loaded.values() for text in _of_documents(task)]
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import datasets
+from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.errors import UsageError, one_line
 from lm_eval_kvpress.files import write_whole
@@ -31,7 +32,7 @@ from lm_eval_kvpress.sweep.shards.record import note_cells, note_workers
 from lm_eval_kvpress.sweep.shards.shard import Shard
 from lm_eval_kvpress.sweep.shards.share import AllAnswered, ShareOnly, stop_after_requests
 from lm_eval_kvpress.sweep.store import SweepStore
-from lm_eval_kvpress.sweep.tasks import check_tasks, task_hashes, task_manager
+from lm_eval_kvpress.sweep.tasks import check_tasks, loads_once, task_hashes, task_manager
 from lm_eval_kvpress.sweep.workers.jobs import Workers
 from lm_eval_kvpress.sweep.workers.worker import Worker
 
@@ -54,13 +55,13 @@ def run_cells(
     _drop_damage(cells, store)
     todo = [cell for cell in cells if not store.cell(cell.folder).is_finished]
     say(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before, in {store.folder}")
-    tasks = _checked_tasks(settings, cells, store)
+    tasks, hashes = _checked_tasks(settings, cells, store)
     if not todo:
         return
     _remind_of_baseline(cells)
     model = _loaded(of_driver(settings) if of_shards is None else in_main_memory(settings))
     checkpoint = _checkpoint(settings, cells, model)
-    store.begin(tasks, checkpoint)
+    store.begin(hashes, checkpoint)
     with ExitStack() as opened:
         opened.enter_context(_says_what_is_complete(cells, store))
         opened.enter_context(environment_asked_once())
@@ -68,12 +69,12 @@ def run_cells(
         if of_shards is None:
             workers = launch(settings, model, checkpoint)
         else:
-            workers, lines = join_shards(store, of_shards, [cell.folder for cell in todo], tasks, checkpoint)
+            workers, lines = join_shards(store, of_shards, [cell.folder for cell in todo], hashes, checkpoint)
             _say_all(lines)
         opened.enter_context(closing(workers))
         runs = opened.enter_context(_opened(model, todo, store, workers))
         for peers in sharing_prefills(runs):
-            _evaluate_all(model, settings, peers, workers)
+            _evaluate_all(model, settings, tasks, peers, workers)
     seconds, num_tokens = _summarize(store, cells, runs, workers, start)
     say(
         f"{len(todo)} cells finished by this call in {seconds:.0f} s, {num_tokens:,} tokens prefilled; "
@@ -96,14 +97,15 @@ def run_shard(
     start = time.perf_counter()
     say(f"shard {shard} of {len(cells)} cells, in {store.folder}")
     _drop_damage(cells, store)
-    tasks = _checked_tasks(settings, cells, store)
+    tasks, hashes = _checked_tasks(settings, cells, store)
     for other in siblings:
-        other.check_tasks(tasks)
+        other.check_tasks(hashes)
     model = _loaded(of_driver(settings))
     checkpoint = _checkpoint(settings, cells, model)
     for other in siblings:
         other.check_checkpoint(checkpoint)
-    store.begin(tasks, checkpoint)
+    store.begin(hashes, checkpoint)
+    stop_after_requests(tasks)
     folders = [cell.folder for cell in cells]
     note_cells(store.folder, folders, are_answered=False)
     with (
@@ -113,7 +115,7 @@ def run_shard(
         facts = those.facts or [Worker(model).facts(presses_of(settings, cells))]
         workers = ShareOnly(those, shard, before_first=lambda: note_workers(store.folder, facts))
         for peers in sharing_prefills(runs):
-            _ask_all(model, settings, peers, workers)
+            _ask_all(model, settings, tasks, peers, workers)
     note_cells(store.folder, folders, are_answered=True)
     seconds, num_tokens = _summarize(store, cells, runs, workers, start)
     say(
@@ -161,14 +163,17 @@ def _summarize(
     return seconds, num_tokens
 
 
-def _checked_tasks(settings: SweepSettings, cells: Sequence[Cell], store: SweepStore) -> dict[str, dict[str, str]]:
+def _checked_tasks(
+    settings: SweepSettings, cells: Sequence[Cell], store: SweepStore
+) -> tuple[TaskManager, dict[str, dict[str, str]]]:
+    """Return the tasks, which all cells share, and what tells whether they have changed since an earlier call."""
     if settings.trust_remote_code:  # as lm-eval's command does, for data sets that are scripts
         datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = True
-    tasks = task_manager(settings, cells[0])
+    tasks = loads_once(task_manager(settings, cells[0]))
     check_tasks(settings, tasks)
     hashes = task_hashes(settings, tasks)
     store.check_tasks(hashes)
-    return hashes
+    return tasks, hashes
 
 
 @contextmanager
@@ -220,9 +225,10 @@ def sharing_prefills(runs: Sequence[CellRun]) -> list[list[CellRun]]:
     return list(groups.values())
 
 
-def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun], workers: Workers) -> None:
+def _evaluate_all(
+    model: SweepModel, settings: SweepSettings, tasks: TaskManager, peers: Sequence[CellRun], workers: Workers
+) -> None:
     """Evaluate the cells of a group one after the other; the first has all of them answered."""
-    tasks = task_manager(settings, peers[0].cell)
     if not peers[0].shares:
         say(f"{peers[0].cell.name} runs on prefills of its own")
     with _messages() as name_cell:
@@ -233,10 +239,10 @@ def _evaluate_all(model: SweepModel, settings: SweepSettings, peers: Sequence[Ce
             say(f"{run.cell.name} is finished")
 
 
-def _ask_all(model: SweepModel, settings: SweepSettings, peers: Sequence[CellRun], workers: Workers) -> None:
+def _ask_all(
+    model: SweepModel, settings: SweepSettings, tasks: TaskManager, peers: Sequence[CellRun], workers: Workers
+) -> None:
     """Have this process's share of the requests answered for all cells of a group; no results come of it."""
-    tasks = task_manager(settings, peers[0].cell)
-    stop_after_requests(tasks)
     with _messages() as name_cell, suppress(AllAnswered):
         name_cell(peers[0].cell.name)
         model.turn_to(peers[0], peers, workers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import plugin, task_needs
+from lm_eval_kvpress.harness.task_seeds import seed_as_lm_eval
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.sweep.cells import Cell
 from lm_eval_kvpress.sweep.settings import SweepSettings
@@ -45,6 +46,24 @@ def task_manager(settings: SweepSettings, cell: Cell) -> TaskManager:
     return TaskManager(include_path=paths, metadata=metadata)
 
 
+def loads_once(tasks: TaskManager) -> TaskManager:
+    """Have a task manager make its tasks at the first call and return the same ones at every later call.
+
+    lm-eval makes them anew for every evaluation. A task that draws its documents may draw others then, whatever the
+    seeds, as RULER's ``ruler_cwe`` does; the cells of a sweep would be compared on different documents.
+    """
+    load, loaded = tasks.load, dict[tuple[str, ...], Any]()
+
+    def load_once(names: Sequence[str]) -> Any:
+        key = tuple(names)
+        if key not in loaded:
+            loaded[key] = load(list(names))
+        return loaded[key]
+
+    tasks.load = load_once
+    return tasks
+
+
 def check_tasks(settings: SweepSettings, tasks: TaskManager) -> None:
     """Refuse unknown tasks before anything is loaded.
 
@@ -63,6 +82,7 @@ def task_hashes(settings: SweepSettings, tasks: TaskManager) -> dict[str, dict[s
     Raises:
         UsageError: for a name that cannot be part of a file's name, or samples that are not there.
     """
+    seed_as_lm_eval(settings.seed)  # else the documents that a task draws would differ from call to call
     loaded = tasks.load(settings.tasks)
     if unknown := sorted((settings.samples or {}).keys() - loaded["tasks"].keys()):
         raise UsageError(f"samples: {near(unknown[0], loaded['tasks'])}the sweep has no task '{unknown[0]}'")

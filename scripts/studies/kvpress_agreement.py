@@ -36,6 +36,7 @@ from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.requests import generation_batches
+from lm_eval_kvpress.harness.task_seeds import seed_as_lm_eval
 from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.tables import markdown_table
 
@@ -76,6 +77,7 @@ class Agreement:
 
 def documents(folder: str, count: int, length: int) -> tuple[Any, list[dict[str, Any]]]:
     """lm-eval's task and its first documents."""
+    seed_as_lm_eval()
     manager = TaskManager(metadata={"tokenizer": folder, "max_seq_lengths": [length]})
     task = manager.load([TASK])["tasks"][TASK]
     return task, [task.test_docs()[index] for index in range(count)]

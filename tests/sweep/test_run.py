@@ -19,7 +19,18 @@ import lm_eval
 import pytest
 from lm_eval.utils import sanitize_list
 from repository import ROOT
-from sweep_runs import DATA, KINDS, PRESSES, Killed, assert_same, command_line, figures, manager, results_of
+from sweep_runs import (
+    DATA,
+    KINDS,
+    PRESSES,
+    Killed,
+    assert_same,
+    command_line,
+    figures,
+    manager,
+    results_of,
+    write_tasks,
+)
 from transformers import AutoTokenizer
 
 from lm_eval_kvpress.errors import UsageError
@@ -40,9 +51,10 @@ def whole(checkpoint_dir: Path, tasks_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_every_cell_equals_the_run_of_that_cell_alone(whole: Path, checkpoint_dir: Path, tasks_dir: Path) -> None:
+    """Of each press one ratio: the first of one, the second of the next."""
     found = results_of(whole)
     assert len(found) == 1 + 5 * 2
-    for name, (results, samples) in found.items():
+    for name, (results, samples) in list(found.items())[::2]:
         arguments = results["config"]["model_args"]
         alone = lm_eval.simple_evaluate(
             model=KVPress(batch_size=4, device="cpu", **arguments),
@@ -137,6 +149,35 @@ def test_streams_are_cells_too_and_keep_their_losses_by_position(
     assert len(list((cell / "stream" / "sweep_rolling").glob("*.csv"))) == 6
 
 
+DRAWN = """
+import random
+
+import datasets
+
+WORDS = "the cold river ran past an old mill where seven grey geese slept".split()
+OWN = random.Random(42)  # of the module: lm-eval's seeds do not reach it
+
+
+def load(**_):
+    texts = [" ".join(OWN.choices(WORDS, k=70)) for _ in range(3)]
+    return {"test": datasets.Dataset.from_list([{"text": text, "choices": [" a", " b"]} for text in texts])}
+"""
+
+
+def test_all_cells_are_asked_the_same_documents_however_a_task_draws_them(checkpoint_dir: Path, tmp_path: Path) -> None:
+    """Two groups of cells: one shares prefills, one does not. RULER's `ruler_cwe` draws as this task does."""
+    tasks = write_tasks(tmp_path)
+    (tasks / "data.py").write_text(DRAWN)
+    settings = {"tasks": "sweep_choice", "presses": "knorm,observed_attention", "ratios": "0.5"}
+    assert command.main(command_line(checkpoint_dir, tasks, tmp_path / "out", **settings)) == 0
+    hashes = {
+        name: [sample["doc_hash"] for sample in samples["sweep_choice"]]
+        for name, (_, samples) in results_of(tmp_path / "out").items()
+    }
+    one, other = hashes.values()
+    assert one == other and len(set(one)) == 3
+
+
 def test_unknown_tasks_are_refused_before_the_model_is_loaded(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +198,8 @@ def test_streams_beyond_the_trained_positions_are_refused(
         command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, **settings))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("seed", range(2))
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_figures(
     whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -220,7 +262,7 @@ def test_damaged_answers_are_named_in_one_line_and_made_again(
     def dying(self: CellStore) -> Path:
         raise Killed
 
-    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, presses="none,knorm", ratios="0.5")
     with monkeypatch.context() as patch:
         patch.setattr(CellStore, "finish", dying)
         with pytest.raises(Killed):
@@ -231,7 +273,7 @@ def test_damaged_answers_are_named_in_one_line_and_made_again(
     assert command.main(arguments) == 0
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "is damaged" in line]
     assert line == f"{file} is damaged (DatabaseError: file is not a database): its answers are made again"
-    assert_same(tmp_path, whole)
+    assert_same(tmp_path, whole, some_cells=True)
     finished = (
         results["config"]["kvpress"]["throughput"]["num_requests"] for results, _ in results_of(tmp_path).values()
     )
@@ -294,7 +336,7 @@ def test_results_that_lm_eval_cannot_write_end_the_sweep_and_its_answers_stay(
     whole: Path, checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """lm-eval's tracker swallows the error, and its results are a part or nothing."""
-    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path)
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, presses="none,knorm,observed_attention", ratios="0.5")
     write_text = Path.write_text
 
     def full(self: Path, text: str, *arguments: Any, **options: Any) -> int:
@@ -305,13 +347,11 @@ def test_results_that_lm_eval_cannot_write_end_the_sweep_and_its_answers_stay(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(
-            UsageError, match=r"cannot be written \(OSError.*No space left .*0 of 11 cells are finished"
-        ):
+        with pytest.raises(UsageError, match=r"cannot be written \(OSError.*No space left .*0 of 3 cells are finished"):
             command.main(arguments)
-    assert not list(tmp_path.glob("cells/*/results")) and len(list(tmp_path.glob("cells/*/answers.sqlite"))) == 9
+    assert not list(tmp_path.glob("cells/*/results")) and len(list(tmp_path.glob("cells/*/answers.sqlite"))) == 2
     assert command.main(arguments) == 0
-    assert_same(tmp_path, whole)
+    assert_same(tmp_path, whole, some_cells=True)
 
 
 def test_prompts_and_documents_are_chosen_as_lm_eval_chooses_them(

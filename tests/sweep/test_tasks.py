@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 from lm_eval.loggers.utils import add_env_info
 from lm_eval.tasks import TaskManager
@@ -73,6 +74,30 @@ def test_documents_beyond_the_limit_change_nothing(tmp_path: Path) -> None:
     before = hashes(tmp_path / "a", limit=2)["documents"]
     assert hashes(tmp_path / "b", data=DATA.replace("five six", "five seven"), limit=2)["documents"] == before
     assert hashes(tmp_path / "c")["documents"] != before
+
+
+DRAWS = """
+import datasets, random
+import numpy as np
+import torch
+
+def load(**_):
+    drawn = [f"{random.random()} {np.random.rand()} {torch.rand(1).item()}" for _ in range(3)]
+    return {"test": datasets.Dataset.from_list([{"text": text} for text in drawn])}
+"""
+
+
+def test_documents_that_a_task_draws_are_those_of_lm_evals_own_command(tmp_path: Path) -> None:
+    """As RULER's are: each process draws anew, and a sweep must go on with what it began."""
+    yaml = YAML.replace("process_docs: !function data.shorten\n", "").replace("fewshot_split: train\n", "")
+    found = [hashes(tmp_path / folder, yaml, DRAWS)["documents"] for folder in ("a", "b")]
+    assert found[0] == found[1]
+    results = lm_eval.simple_evaluate(
+        "dummy", tasks=["hashed"], task_manager=manager(tmp_path / "a"), bootstrap_iters=0
+    )
+    assert results is not None
+    asked = [sample["doc"] for sample in results["samples"]["hashed"]]
+    assert sweep_tasks._hash(enumerate(asked)) == found[0]
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", "x" * 201])

@@ -143,6 +143,15 @@ def fitting(models: dict[str, PressableModel], spec: PressSpec) -> Iterator[tupl
             yield name, model
 
 
+def one_of_each(models: dict[str, PressableModel], spec: PressSpec, turn: int) -> Iterator[tuple[str, PressableModel]]:
+    """A GPTNeoX and a Llama that the press fits: one under sdpa and one under eager attention, by turns."""
+    attentions = ("sdpa", "eager") if turn % 2 == 0 else ("eager", "sdpa")
+    for architecture, attention in zip(("neox", "llama"), attentions, strict=True):
+        name = f"{architecture} {spec.attn_implementation or attention}"
+        if has_statistics_of(spec, models[name]):
+            yield name, models[name]
+
+
 def has_statistics_of(spec: PressSpec, model: PressableModel) -> bool:
     """Whether the press needs none, or has those of a model of this shape."""
     statistics = spec.statistics

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from references import PRESSES, REROTATES, distinct_tokens
+from rotation import in_turn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -122,8 +123,7 @@ def run_as_it_is(step: Callable[[], None]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("record", [run_as_it_is, tape], ids=["static", "recorded"])
-@pytest.mark.parametrize("held", [[0] * 5, [1] * 5, [1, 3, 2, 1, 3]], ids=str)
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [[0] * 5, [1] * 5, [1, 3, 2, 1, 3]]), ids=str)
 def test_tokens_are_those_of_the_growing_cache(model: PressableModel, name: str, held: list[int], record: Any) -> None:
     assert decoded(model, name, held, record=record) == decoded(model, name, held)
 

@@ -19,6 +19,7 @@ from decode_references import (
 )
 from decode_runs import INTERVAL, TARGET, decoded, spec_of
 from references import distinct_tokens
+from rotation import in_turn
 
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -36,8 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], Choose]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("architecture", ["make_pressable", "make_pressable_llama"])
+@pytest.mark.parametrize(("name", "architecture"), in_turn(CASES, ["make_pressable", "make_pressable_llama"]))
 def test_tokens_are_those_of_the_whole_cache_under_a_mask(
     architecture: str, name: str, request: pytest.FixtureRequest
 ) -> None:

@@ -20,6 +20,7 @@ from references import (
     one_by_one_greedy,
     probabilities,
 )
+from rotation import in_turn
 from torch import Tensor
 from transformers import (
     GPTNeoXForCausalLM,
@@ -101,8 +102,7 @@ def decoded(
 # ---------------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("held", [0, 1, 3])
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [0, 1, 3]))
 def test_greedy_tokens_are_those_of_the_references(subject: Subject, name: str, held: int) -> None:
     """A dense forward anew for each token, and kvpress's own token by token loop."""
     subject.skip_refused(name)
@@ -128,8 +128,7 @@ def generated(model: GPTNeoXForCausalLM, context: Sequence[int], **options: Any)
     return model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, len(context) :].tolist()
 
 
-@pytest.mark.parametrize("held", [0, 1, 3, (1, 3, 2, 1, 3)], ids=str)
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [(1, 3, 2, 1, 3), 0, 1, 3]), ids=str)
 def test_a_ragged_batch_equals_batches_of_one(subject: Subject, name: str, held: int | tuple[int, ...]) -> None:
     subject.skip_refused(name)
     holds = [held] * len(CONTEXTS) if isinstance(held, int) else held

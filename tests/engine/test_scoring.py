@@ -26,6 +26,7 @@ from references import (
     largest_difference,
     one_by_one_logprobs,
 )
+from rotation import in_turn
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -168,8 +169,7 @@ def test_the_first_token_sees_the_compressed_cache_only_if_a_token_is_held_back(
 # ---------------------------------------------------------------------------------------------- many at once
 
 
-@pytest.mark.parametrize("held", [1, 3])
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [1, 3]))
 def test_many_tokens_at_once_equal_one_by_one(subject: Subject, name: str, held: int) -> None:
     """Presses that mask are compared with kvpress's own fake keys here."""
     subject.skip_refused(name)
@@ -194,8 +194,7 @@ def test_a_later_token_changes_no_earlier_score(subject: Subject, name: str) -> 
 BRANCHES: tuple[tuple[int, ...], ...] = ((9, 8, 7, 6), (5,), (9, 8, 7, 1), (9,), tuple(range(40, 60)), (5,))
 
 
-@pytest.mark.parametrize("held", [0, 1, 3])
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [0, 1, 3]))
 def test_packed_branches_equal_each_branch_alone(subject: Subject, name: str, held: int) -> None:
     subject.skip_refused(name)
     cache, query = cached(subject.model, CONTEXT, held, name)
@@ -224,8 +223,7 @@ def test_scoring_leaves_the_cache_as_it_was_and_repeats(subject: Subject, name: 
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("held", [0, 1, 3])
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize(("name", "held"), in_turn(PRESSES, [1, 3, 0]))
 def test_a_batch_equals_batches_of_one(subject: Subject, name: str, held: int) -> None:
     """Contexts of different lengths, queries of one length, branches of many."""
     subject.skip_refused(name)

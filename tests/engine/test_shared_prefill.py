@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from press_cases import PRESSES, fitting, spec_for, tokens
+from press_cases import PRESSES, one_of_each, spec_for, tokens
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.prefill import prefill
@@ -35,7 +35,7 @@ def test_every_press_makes_of_a_kept_prefill_what_it_makes_of_its_own(
     spec = spec_for(name)
     if not spec.shares_prefill:
         pytest.skip(f"{name} needs its own forward")
-    for _, model in fitting(models, spec):
+    for _, model in one_of_each(models, spec, len(name)):
         contexts = [tuple(row) for row in torch.cat([tokens(1, 97), tokens(2, 97).flip(1)]).tolist()]
         shared = SharedPrefills(model)
         shared.run([*contexts, contexts[0][:50]])

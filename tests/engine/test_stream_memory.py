@@ -19,7 +19,7 @@ BUDGET, CHUNK = 24, 8
 def test_cache_bytes_are_flat_and_every_token_is_scored(
     make_pressable: Callable[..., PressableModel], num_sinks: int | None
 ) -> None:
-    tokens = torch.randint(1, 211, (3000,), generator=torch.Generator().manual_seed(3)).tolist()
+    tokens = torch.randint(1, 211, (1500,), generator=torch.Generator().manual_seed(3)).tolist()
 
     def press_for(num_entries: int) -> StreamingLLMPress | TOVAPress:
         ratio = 1 - (BUDGET + 0.5) / num_entries
@@ -27,8 +27,8 @@ def test_cache_bytes_are_flat_and_every_token_is_scored(
 
     plan = StreamPlan(BUDGET, CHUNK, num_sinks=num_sinks)
     steps = list(stream(make_pressable("sdpa"), [tokens], 0, plan, press_for))
-    later = [step for step in steps if step.start >= 1000 and step.start + CHUNK < len(tokens)]
-    assert len(later) > 240
+    later = [step for step in steps if step.start >= 500 and step.start + CHUNK < len(tokens)]
+    assert len(later) > 120
     assert len({step.cache_bytes for step in later}) == 1
     assert {step.num_entries for step in later} == {BUDGET}
     assert sum(len(row) for step in steps for row in step.losses) == len(tokens)

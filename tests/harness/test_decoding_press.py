@@ -34,20 +34,13 @@ def model(checkpoint_dir: Path, **arguments: Any) -> KVPress:
     ("press", "arguments"),
     [
         ("decoding:knorm", {}),
-        ("decoding:keydiff", {}),
-        ("decoding:tova", {}),
-        ("decoding:streaming_llm", {"decoding.n_sink": 2}),
         ("decoding:snapkv", {"decoding.window_size": 4}),
-        ("prefill_decoding:snapkv+knorm", {"window_size": 8}),
         ("prefill_decoding:pyramidkv+keydiff", {"window_size": 4, "compression_ratio": 0.3}),
-        ("decoding:rkv", {}),
         ("decoding:random", {}),
         ("decoding:observed_attention", {}),
         ("decoding:adakv:expected_attention", {}),
-        ("cam:tova", {"merge_budget": 4}),
         ("prefill_decoding:snapkv+cam:knorm", {"window_size": 8}),
         ("prefill_decoding:adakv:snapkv+adakv:knorm", {"window_size": 8}),
-        ("prefill_decoding:adakv:snapkv+keydiff", {"window_size": 8}),
     ],
 )
 def test_a_long_generation_holds_the_budget_and_does_not_depend_on_the_batch(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from rotation import in_turn
 
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.presses.streaming import STREAM_PRESSES
@@ -49,8 +50,7 @@ def streamed(
     return [[float(row["loss_nats"]) for row in csv.DictReader(file.open())] for file in files], scores
 
 
-@pytest.mark.parametrize("chunk", [1, 64])
-@pytest.mark.parametrize("press", sorted(STREAM_PRESSES))
+@pytest.mark.parametrize(("press", "chunk"), in_turn(sorted(STREAM_PRESSES), [1, 64]))
 def test_side_by_side_equals_one_by_one(checkpoint_dir: Path, tmp_path: Path, press: str, chunk: int) -> None:
     arguments: dict[str, Any] = {"press": press, "stream_budget": BUDGET[chunk], "stream_chunk": chunk}
     if press == "lagkv":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import kvpress
@@ -14,6 +15,7 @@ from press_cases import (
     RATIOS,
     exact,
     fitting,
+    one_of_each,
     run,
     spec_for,
     takes_ratio,
@@ -34,17 +36,16 @@ from lm_eval_kvpress.presses.spec import ratio_that_keeps
 def test_every_press_keeps_what_its_formula_says(models: dict[str, PressableModel], name: str) -> None:
     arguments, formula = PRESSES[name]
     ratios = RATIOS if takes_ratio(name) else (None,)
-    for ratio in ratios:
+    for turn, (ratio, length) in enumerate(itertools.product(ratios, (47, 100))):
         spec = spec_for(name, **({} if ratio is None else {"compression_ratio": ratio}))
-        for length in (47, 100):
-            for model_name, model in fitting(models, spec):
-                (kept,) = run(model, spec, tokens(1, length)).kept()
-                label = (model_name, ratio, length)
-                if formula is None:
-                    assert all(1 <= count <= length for count in kept), (label, kept)
-                    assert min(kept) < length, (label, "nothing was removed")
-                else:
-                    assert kept == formula(length, ratio or 0.0, spec.arguments), label
+        for model_name, model in one_of_each(models, spec, turn // 2 + turn):
+            (kept,) = run(model, spec, tokens(1, length)).kept()
+            label = (model_name, ratio, length)
+            if formula is None:
+                assert all(1 <= count <= length for count in kept), (label, kept)
+                assert min(kept) < length, (label, "nothing was removed")
+            else:
+                assert kept == formula(length, ratio or 0.0, spec.arguments), label
 
 
 def test_chunkkv_keeps_whole_chunks(models: dict[str, PressableModel]) -> None:
@@ -58,7 +59,7 @@ def test_ratio_zero_builds_a_press_that_keeps_everything(models: dict[str, Press
     spec = spec_for(name, compression_ratio=0)
     assert isinstance(spec.build(60), kvpress.BasePress)
     assert not spec.is_none
-    for _, model in fitting(models, spec):
+    for _, model in one_of_each(models, spec, len(name)):
         assert run(model, spec, tokens(1, 60)).kept() == [[60] * NUM_LAYERS]
 
 
@@ -75,7 +76,7 @@ def test_min_context_is_the_least_on_which_the_press_runs_and_acts(
 ) -> None:
     spec = spec_for(name)
     least = spec.min_context()
-    for model_name, model in fitting(models, spec):
+    for model_name, model in one_of_each(models, spec, len(name)):
         run(model, spec, tokens(1, least))
         if least == 1:
             continue
@@ -168,7 +169,7 @@ def test_every_press_leaves_the_same_cache_where_a_prefill_ends_with_it(
     models: dict[str, PressableModel], name: str
 ) -> None:
     spec, context = spec_for(name), tokens(1, 97)
-    for model_name, model in fitting(models, spec):
+    for model_name, model in one_of_each(models, spec, len(name)):
         caches = []
         for for_cache_only in (False, True):
             torch.manual_seed(7)
@@ -203,7 +204,7 @@ def test_who_may_read_what_an_attention_returns() -> None:
 def test_rows_of_a_batch_do_not_mix_where_the_press_says_so(models: dict[str, PressableModel], name: str) -> None:
     spec = spec_for(name)
     context = tokens(3, 60)
-    for model_name, model in fitting(models, spec):
+    for model_name, model in one_of_each(models, spec, len(name)):
         together = run(model, spec, context)
         for row in range(3):
             alone = run(model, spec, context[row : row + 1])

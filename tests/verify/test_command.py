@@ -47,7 +47,10 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.end_to_end] if name == "batches" else []) for name in CHECKS],
+)
 def test_check_passes_on_a_model_that_is_right(subject: Subject, name: str) -> None:
     check = CHECKS[name](subject)
     failed = [part for part in check.parts if not part.passed]

@@ -39,10 +39,10 @@ def task_manager(settings: SweepSettings, cell: Cell) -> TaskManager:
     paths = [str(plugin.tasks_path()), *([settings.include_path] if settings.include_path else [])]
     metadata = {**settings.model_args, **dict(cell.protocol), **settings.metadata}
     metadata = task_needs.prepared(settings.model, settings.model_args, metadata, settings.tasks)
-    if settings.include_path is None:  # lm-eval's own index takes seconds, and our tasks need none of it
-        ours = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-        if set(settings.tasks) <= set(ours.all_tasks):
-            return ours
+    # lm-eval's own index takes seconds. Tasks of these folders need none of it; a user's group may have members there.
+    included = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if set(settings.tasks) <= set(included.all_subtasks if settings.include_path else included.all_tasks):
+        return included
     return TaskManager(include_path=paths, metadata=metadata)
 
 

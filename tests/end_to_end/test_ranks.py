@@ -37,7 +37,7 @@ from lm_eval_kvpress.harness import plugin
 from lm_eval_kvpress.harness.model import KVPress
 
 lm = KVPress(**json.loads(sys.argv[1]))
-tasks = TaskManager(include_path=str(plugin.tasks_path()))
+tasks = TaskManager(include_path=str(plugin.tasks_path()), include_defaults=False)
 answers = lm_eval.simple_evaluate(lm, tasks=json.loads(sys.argv[2]), limit=int(sys.argv[3]), task_manager=tasks)
 assert (answers is None) == (lm.rank > 0)
 if answers is not None:

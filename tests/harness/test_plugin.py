@@ -113,9 +113,8 @@ def test_a_changed_task_manager_is_refused_before_it_is_used(monkeypatch: pytest
 
 @pytest.mark.end_to_end  # it lists lm-eval's thousands of tasks twice
 def test_our_task_names_are_not_those_of_lm_eval(caplog: pytest.LogCaptureFixture) -> None:
-    """The real index: no task of ours overrides another, with `--include_path tasks` and without."""
+    """The real index: no task of ours overrides another, and `--include_path tasks` enters none twice."""
     with caplog.at_level(logging.WARNING, logger="lm_eval.tasks._index"):
-        without = TaskManager().all_tasks
-        assert TaskManager(include_path=plugin.tasks_path()).all_tasks == without
+        assert "kvpress_recall" in TaskManager(include_path=plugin.tasks_path()).all_tasks
     ours = [record.getMessage() for record in caplog.records if str(plugin.tasks_path()) in record.getMessage()]
     assert ours == []

@@ -129,14 +129,18 @@ def test_documents_that_are_not_there_are_refused(samples: dict[str, list[int]],
     ("tasks", "include_path", "with_defaults"),
     [
         ("kvpress_recall,kvpress_demo", False, [False]),
-        ("kvpress_recall", True, [True]),
+        ("kvpress_recall,own", True, [False]),
         ("arc_easy", False, [False, True]),
+        ("arc_easy", True, [False, True]),
+        ("mixed", True, [False, True]),
     ],
 )
 def test_lm_evals_own_tasks_are_indexed_only_where_they_are_asked_for(
     tasks: str, include_path: bool, with_defaults: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = list[bool]()
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    (tmp_path / "mixed.yaml").write_text("group: mixed\ntask: [own, arc_easy]\n")
 
     def made(include_path: list[str], metadata: object, include_defaults: bool = True) -> TaskManager:
         asked.append(include_defaults)

@@ -14,7 +14,7 @@ CPU_TOKENS = 16_384
 """Tokens per batch on a CPU; larger batches were no faster."""
 
 SHARE_OF_FREE = 0.8
-"""Of free bytes. A batch that is still too large is halved (`batching.in_halves`)."""
+"""Of free bytes. A batch that is still too large is halved, for the rest of the run (`batching.Halving`)."""
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -100,26 +100,50 @@ def batches(requests: Segmented, max_items: int, max_tokens: int | None) -> Iter
         yield from in_batches(segment, max_items, requests.length, max_tokens)
 
 
-def in_halves(run: Callable[[Sequence[int]], Iterable[Outcome]], items: Sequence[int]) -> Iterator[Outcome]:
-    """Runs a batch; if it does not fit into memory, its halves, and theirs. What came before memory ran out stands.
+class Halving:
+    """Runs batches of one kind; where memory runs out, a batch in halves, and later ones no larger than these.
 
-    Raises:
-        UsageError: if a single item does not fit.
+    Attributes:
+        max_tokens: padded tokens of a batch, at most; None until memory has run out.
     """
-    try:
-        yield from run(items)
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
-            raise
-        if len(items) == 1:
-            raise UsageError(
-                "out of memory with a single context: lower max_length, choose a smaller dtype or model, or a device "
-                f"with more memory ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
-            ) from error
-    with suppress(RuntimeError):  # after a broken capture, torch before 2.13 believes that it goes on
-        torch.cuda.empty_cache()
-    middle = (len(items) + 1) // 2
-    logger.warning("out of memory with %d contexts at once; trying %d", len(items), middle)
-    for half in (items[:middle], items[middle:]):
-        yield from in_halves(run, half)
+
+    def __init__(self) -> None:
+        self.max_tokens: int | None = None
+
+    def run(
+        self, run: Callable[[Sequence[int]], Iterable[Outcome]], items: Sequence[int], length: Callable[[int], int]
+    ) -> Iterator[Outcome]:
+        """Run a batch, in parts if it has more tokens than fitted before. What came before memory ran out stands.
+
+        Args:
+            length: tokens of an item.
+
+        Raises:
+            UsageError: if a single item does not fit.
+        """
+        for part in in_batches(items, len(items), length, self.max_tokens):
+            yield from self._run(run, part, length)
+
+    def _run(
+        self, run: Callable[[Sequence[int]], Iterable[Outcome]], items: Sequence[int], length: Callable[[int], int]
+    ) -> Iterator[Outcome]:
+        try:
+            yield from run(items)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            if len(items) == 1:
+                raise UsageError(
+                    "out of memory with a single context: lower max_length, choose a smaller dtype or model, or a "
+                    "device with more memory "
+                    f"({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
+                ) from error
+        with suppress(RuntimeError):  # after a broken capture, torch before 2.13 believes that it goes on
+            torch.cuda.empty_cache()
+        middle = (len(items) + 1) // 2
+        fits = max(1, middle * max(map(length, items)))
+        self.max_tokens = fits if self.max_tokens is None else min(self.max_tokens, fits)
+        logger.warning("out of memory with %d contexts at once; trying %d, also from now on", len(items), middle)
+        for half in (items[:middle], items[middle:]):
+            yield from self.run(run, half, length)

@@ -6,13 +6,14 @@ Knows sessions and the engine's request batches. Does not know lm-eval or text.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from lm_eval_kvpress.cache.quantized import Quantization
-from lm_eval_kvpress.engine.batching import batches, in_halves
+from lm_eval_kvpress.engine.batching import Halving, batches
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.presses.parse import parse_press
@@ -67,6 +68,7 @@ class SessionAnswering:
 
     def __init__(self, session: Session, limits: BatchLimits) -> None:
         self._session, self._limits = session, limits
+        self._halving = defaultdict[str, Halving](Halving)  # by request type, for the rest of the run
 
     def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         for requests in kinds:
@@ -77,8 +79,9 @@ class SessionAnswering:
     def _answers(self, requests: RequestBatches[Any], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         session, meter = self._session, self._session.runner.meter
         run, outcomes = functools.partial(requests.run, session.runner, advance=bar.update), dict[int, Any]()
+        halving = self._halving[requests.request_type]
         for items in batches(requests, *session_limits(self._limits, session, requests)):
-            done = dict(zip(items, in_halves(run, items), strict=True))
+            done = dict(zip(items, halving.run(run, items, requests.length), strict=True))
             outcomes |= done
             bar.set_postfix(meter.live(), refresh=False)
             if not requests.splits_requests:

@@ -62,8 +62,26 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_in_order(fail: Callable[[], 
             fail()
         return [10 * item for item in items]
 
-    assert list(batching.in_halves(run, range(5))) == [0, 10, 20, 30, 40]
+    assert list(batching.Halving().run(run, range(5), lambda item: 7)) == [0, 10, 20, 30, 40]
     assert sizes == [5, 3, 2, 1, 2]
+
+
+@NO_ROOM
+def test_what_did_not_fit_is_not_tried_again(fail: Callable[[], None]) -> None:
+    """Ten tokens fit. Batches of eight items, the longest first: shorter ones may be as many as ten tokens allow."""
+    sizes, lengths = list[int](), [5] * 8 + [2] * 8 + [1] * 8
+    halving = batching.Halving()
+
+    def run(items: Sequence[int]) -> Sequence[int]:
+        sizes.append(len(items))
+        if sum(lengths[item] for item in items) > 10:
+            fail()
+        return items
+
+    batches = [range(start, start + 8) for start in (0, 8, 16)]
+    found = [item for batch in batches for item in halving.run(run, batch, lengths.__getitem__)]
+    assert found == list(range(24)) and halving.max_tokens == 10
+    assert sizes == [8, 4, 2, 2, 2, 2, 5, 3, 8], "three attempts until two fit, and none that fails after them"
 
 
 @NO_ROOM
@@ -73,7 +91,7 @@ def test_a_single_item_that_does_not_fit_is_one_line(fail: Callable[[], None]) -
         return []
 
     with pytest.raises(UsageError, match="^out of memory with a single context.*$"):
-        list(batching.in_halves(run, range(3)))
+        list(batching.Halving().run(run, range(3), lambda item: 7))
 
 
 def test_another_error_is_no_reason_to_try_again() -> None:
@@ -84,5 +102,5 @@ def test_another_error_is_no_reason_to_try_again() -> None:
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        list(batching.in_halves(run, range(4)))
+        list(batching.Halving().run(run, range(4), lambda item: 7))
     assert sizes == [4]

@@ -68,6 +68,26 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(
     assert contexts == 2 * 6, "a batch that failed is booked once, not again for its halves"
 
 
+def test_an_automatic_batch_that_did_not_fit_is_remembered_for_the_rest_of_the_run(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = [Instance("loglikelihood", {}, (text(index, 40), " geese"), 0, ("c", index, 1)) for index in range(24)]
+    expected = ours(checkpoint_dir, press="knorm").loglikelihood(choices, disable_tqdm=True)
+    lm = ours(checkpoint_dir, press="knorm", batch_size="auto", max_batch_size=8)
+    compress, sizes = lm.session.runner.compressor.compress, list[int]()
+
+    def fails_above_two(contexts: Any, **kwargs: Any) -> Any:
+        sizes.append(len(contexts))
+        if len(contexts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return compress(contexts, **kwargs)
+
+    monkeypatch.setattr(lm.session.runner.compressor, "compress", fails_above_two)
+    scores = lm.loglikelihood(choices[:16], disable_tqdm=True) + lm.loglikelihood(choices[16:], disable_tqdm=True)
+    torch.testing.assert_close([s for s, _ in scores], [s for s, _ in expected], atol=1e-4, rtol=0)
+    assert sizes == [8, 4, *[2] * 12], "two attempts failed, in the first batch of the first call"
+
+
 def with_a_broken_head(checkpoint_dir: Path, value: float, **arguments: Any) -> KVPress:
     """Our model with one broken column of its output layer: some logits are NaN or infinite, and others are not."""
     lm = ours(checkpoint_dir, **arguments)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from lm_eval_kvpress import __version__
 from lm_eval_kvpress.engine.batch_size import free_bytes
-from lm_eval_kvpress.engine.batching import in_halves
+from lm_eval_kvpress.engine.batching import Halving
 from lm_eval_kvpress.harness.identity import checkpoint_hashes
 from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.harness.session import Session
@@ -38,6 +39,7 @@ class Worker:
 
     def __init__(self, model: SweepModel) -> None:
         self._model, self._sessions = model, dict[str, Session]()
+        self._halving = defaultdict[str, Halving](Halving)  # by request type, from one job to the next
         self._num_tokens_before = 0
 
     def facts(self, presses: Iterable[PressSpec]) -> WorkerFacts:
@@ -66,7 +68,8 @@ class Worker:
         places = sorted(set[int]().union(*todo.values()))
         self._model.set_attention(self._session(job.todo[0][0]))
         with self._model.lm.press_model.in_use():
-            for answered in in_halves(functools.partial(self._run, job, todo), places):
+            run, halving = functools.partial(self._run, job, todo), self._halving[job.requests.request_type]
+            for answered in halving.run(run, places, job.requests.length):
                 todo[answered.cell.name].difference_update(answered.places)
                 yield answered
 

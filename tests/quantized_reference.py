@@ -28,11 +28,21 @@ def on_grid(numbers: np.ndarray, bits: int, scales: str) -> np.ndarray:
     return points[np.abs(numbers[:, None] - points[None]).argmin(axis=1)]
 
 
+def as_fp8(numbers: np.ndarray) -> np.ndarray:
+    """The nearest E4M3 numbers: three bits after the point, exponents from -6, at most 448."""
+    exponents = np.floor(np.log2(np.maximum(np.abs(numbers), 2.0**-6)))
+    steps = 2.0 ** (np.maximum(exponents, -6) - 3)
+    return np.clip(np.rint(numbers / steps) * steps, -448, 448)
+
+
 def head_entries(
     entries: np.ndarray, name: str, group: int, by_channel: bool, scales: str, residual: int
 ) -> np.ndarray:
     """``(T, D)`` of one row and head, packed and unpacked."""
     found = entries.copy()
+    if name == "fp8":
+        found[: len(entries) - residual] = as_fp8(entries[: len(entries) - residual])
+        return found
     for end in range(len(entries) - residual, 0, -group):
         block = found[max(0, end - group) : end]  # a view
         if by_channel:

@@ -2,9 +2,10 @@
 
 All entries of a context are packed but the newest ``residual``. The first block of a row is filled up at its beginning,
 so that rows of any length end together, as the rows of a ragged batch do (`compressed`). Groups belong to one row: what
-a row reads does not depend on its neighbours. Knows tensors only: no presses, no models, no text.
+a row reads does not depend on its neighbours. An entry is packed once: those that stay when others are evicted keep
+their codes. Knows tensors only: no presses, no models, no text.
 
-Letters in shape comments: B rows, H key-value heads, T cached entries of one layer, G entries of a block, D head_dim.
+Letters in shape comments: B rows, H key-value heads, T cached entries of one layer, E entries of a block, D head_dim.
 """
 
 from __future__ import annotations
@@ -94,6 +95,34 @@ class PackedKV:
         values = _joined([layer.packed_values for layer in packed], rows)
         return PackedKV(keys, values, keys.num_entries - longest, newest, hidden)
 
+    @property
+    def packs_single_entries(self) -> bool:
+        """Whether an entry shares no scale with others, so that one more can be packed, or evicted, at any time."""
+        return self.packed_keys.block_entries == 1
+
+    def packed_but(self, num_newest: int) -> PackedKV:
+        """The same entries, all packed but so many newest ones; blocks are single entries."""
+        rule, newest = self.packed_keys.rule, self.newest
+        end = newest.num_entries - num_newest
+        keys = self.packed_keys.followed_by(quantized.pack(newest.keys[:, :, :end], rule))
+        values = self.packed_values.followed_by(quantized.pack(newest.values[:, :, :end], rule))
+        rest = LayerKV(newest.keys[:, :, end:].clone(), newest.values[:, :, end:].clone())
+        return replace(self, packed_keys=keys, packed_values=values, newest=rest)
+
+    def at(self, columns: torch.Tensor, hidden: torch.Tensor | None) -> PackedKV:
+        """The entries of each head in the given columns, ``(B, H, N)``, all of them packed; blocks are single entries.
+
+        Args:
+            hidden: as `LayerKV` has it, of the entries that stay.
+        """
+        whole = self.packed_but(0)
+        return replace(
+            whole,
+            packed_keys=whole.packed_keys.at(columns),
+            packed_values=whole.packed_values.at(columns),
+            hidden=hidden,
+        )
+
 
 def _joined(blocks: Sequence[Blocks], rows: Sequence[Sequence[int]]) -> Blocks:
     """The blocks of all rows, padded on the left."""
@@ -114,7 +143,7 @@ def pack(cache: CompressedCache, rule: Quantization) -> CompressedCache:
 def _pack_layer(layer: CachedLayer, rule: Quantization) -> PackedKV:
     keys, values, hidden = layer.keys, layer.values, layer.hidden
     num_packed = max(0, layer.num_entries - rule.residual)
-    num_unused = -num_packed % rule.group
+    num_unused = -num_packed % rule.block_entries(keys.shape[3])
     ignored = None if hidden is None and not num_unused else _ignored(layer, num_packed, num_unused)
     parts = [functional.pad(part[:, :, :num_packed], (0, 0, num_unused, 0)) for part in (keys, values)]
     return PackedKV(
@@ -127,7 +156,7 @@ def _pack_layer(layer: CachedLayer, rule: Quantization) -> PackedKV:
 
 
 def _ignored(layer: CachedLayer, num_packed: int, num_unused: int) -> torch.Tensor:
-    """``(B, 1 or H, N * G)``, True for places without an entry and for entries that are hidden."""
+    """``(B, 1 or H, N * E)``, True for places without an entry and for entries that are hidden."""
     hidden = layer.hidden
     if hidden is None:
         hidden = torch.zeros(layer.num_rows, 1, layer.num_entries, dtype=torch.bool, device=layer.device)

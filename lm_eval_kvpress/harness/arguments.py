@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.argument_names import LOADING_ARGUMENTS
+from lm_eval_kvpress.harness.packing import check_packing
 from lm_eval_kvpress.harness.settings import POSITIVE, Settings
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.decoding import DecodingSizes, parse_decoding, split_arguments, split_name
@@ -64,7 +65,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, A
     settings = _with_decoding(settings, decoding, decoding_arguments)
     settings.check_decode_scoring()
     settings.check_question()
-    settings.check_quantization()
+    check_packing(settings)
     _refuse_unused_sizes(settings, own)
     if settings.is_question_known and not settings.question_needed_by and "query_aware" not in own:
         raise UsageError(
@@ -80,7 +81,9 @@ def _refuse_unused_sizes(settings: Settings, own: Mapping[str, Any]) -> None:
     """Refuse how to pack where nothing is packed."""
     unused = sorted(name for name in own if name.startswith("kv_") and name != "kv_quant")
     if settings.quantization is None and unused and "kv_quant" not in own:
-        raise UsageError(f"{unused[0]} belongs to kv_quant, which is not asked for: add kv_quant=int8, int4 or int2")
+        raise UsageError(
+            f"{unused[0]} belongs to kv_quant, which is not asked for: add kv_quant=int8, int4, int2 or fp8"
+        )
 
 
 def ignored_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

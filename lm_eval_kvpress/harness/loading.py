@@ -18,6 +18,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import make_writable
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.launch import meet_the_others, num_processes, rank_in_run
+from lm_eval_kvpress.harness.packing import check_groups
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.harness.whole_weights import WholeWeights, unreadable_in_one_line
 from lm_eval_kvpress.models.architectures import check_config, check_numbers
@@ -190,6 +191,7 @@ def check_settings(settings: Settings, config: PretrainedConfig, max_length: int
     if settings.rolling == "prefix":
         settings.rolling_window(max_length or positions)
     settings.check_stream(positions)
+    check_groups(settings, config)
     check_config(config, positions_of(settings, max_length or positions))
     settings.press.check_layers(config.num_hidden_layers)
 

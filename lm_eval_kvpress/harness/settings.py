@@ -60,7 +60,8 @@ class Settings:
         merge_budget: with ``press=cam:PRESS``, kept entries among which an evicted value is shared out.
         decode_scoring: whether that press acts on continuations that are scored as well, as if they were generated.
         decoding: the press that acts while text is generated, made of these four; None without one.
-        kv_quant: how the kept entries of a context are stored: ``none`` in the dtype of the model, or as integers.
+        kv_quant: how the kept entries of a context are stored: ``none`` in the dtype of the model, as
+            integers, or as floats of 8 bits, which have no groups.
         kv_group: numbers that share a scale.
         kv_residual: newest entries of a context that stay in the dtype of the model.
         kv_layout: ``kivi`` groups keys by channel and values by token, ``token`` both by token.
@@ -95,7 +96,7 @@ class Settings:
     merge_budget: int | None = field(default=None, metadata=POSITIVE)
     decode_scoring: bool = False
     decoding: DecodingSpec | None = None
-    kv_quant: Literal["none", "int8", "int4", "int2"] = "none"
+    kv_quant: Literal["none", "int8", "int4", "int2", "fp8"] = "none"
     kv_group: int = field(default=64, metadata={"range": Range(low=8)})
     kv_residual: int = field(default=0, metadata={"range": Range(low=0)})
     kv_layout: Literal["kivi", "token"] = "kivi"
@@ -218,32 +219,6 @@ class Settings:
             raise UsageError(
                 f"press={self.press_name} scores a context by the question behind it, and {what} have none: choose "
                 "tasks that ask, or take snapkv, whose window is the last tokens"
-            )
-
-    def check_quantization(self) -> None:
-        """Refuse sizes that belong to no quantization, and what cannot be packed.
-
-        Raises:
-            UsageError: in one line.
-        """
-        if self.kv_quant == "none":
-            return
-        if self.kv_group % 8:
-            raise UsageError(f"kv_group={self.kv_group} must be a multiple of 8, so that groups fill whole bytes")
-        if self.rolling == "stream":
-            raise UsageError(
-                f"kv_quant={self.kv_quant} packs contexts once they are prefilled, and rolling=stream moves entries at "
-                "every step: choose rolling=prefix, or leave kv_quant out"
-            )
-        if self.decoding is not None:
-            raise UsageError(
-                f"kv_quant={self.kv_quant} packs entries for good, and press={self.press_name} evicts some while text "
-                "is generated: name the press of the prefill alone, or leave kv_quant out"
-            )
-        if self.kv_residual and not self.press.is_none:
-            raise UsageError(
-                f"kv_residual={self.kv_residual} spares the newest entries, and press={self.press_name} leaves them in "
-                "the order of their scores: use kv_residual=0, or press=none"
             )
 
     def check_decode_scoring(self) -> None:

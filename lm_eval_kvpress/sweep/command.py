@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rolling", help=f"{lists} protocols of perplexity tasks: prefix, one_pass, stream")
     parser.add_argument("--query_tokens", help=f"{lists} numbers of held-back tokens")
     parser.add_argument("--query_aware", help=f"{lists}: true, false (the question is held back as a whole)")
-    parser.add_argument("--kv_quant", help=f"{lists}: none, int8, int4, int2 (how kept entries are stored)")
+    parser.add_argument("--kv_quant", help=f"{lists}: none, int8, int4, int2, fp8 (how kept entries are stored)")
     compares = "compare each scored token with the full cache's prediction"
     parser.add_argument("--fidelity", action="store_const", const=True, help=compares)
     parser.add_argument("--tasks", help=lists)

@@ -21,7 +21,7 @@ COARSER = 2 ** (1 / 8)
 """Compact scales are rounded up to the next eighth of an octave."""
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-MOST_BITS = {"int8": 8.4, "int4": 4.3, "int2": 2.3}
+MOST_BITS = {"int8": 8.4, "int4": 4.3, "int2": 2.3, "fp8": 8.0}
 """Per stored number: its code, and 16 bits per group for scale and zero, 24 beside int8."""
 
 
@@ -32,13 +32,13 @@ def check_packing(subject: Subject) -> Check:
     for press in ("none", "snapkv"):
         lm = subject.under(press)
         full, _ = compress(lm, context)
-        for name in BITS:
+        for name in MOST_BITS:
             packing = subject.under(press, kv_quant=name, kv_group=GROUP)
             cache, query = compress(packing, context)
             pairs = list(zip(full.layers, cache.layers, strict=True))
             errors = [_error_in_steps(one, other, name, subject.rounding) for one, other in pairs]
             parts.append(Part(f"{press}, {name}: largest error in steps", worst(errors), 0.51))
-            bits = worst([_bits_per_number(layer) for layer in cache.layers])
+            bits = worst([_bits_per_number(layer, name) for layer in cache.layers])
             parts.append(Part(f"{press}, {name}: bits per number", bits, MOST_BITS[name]))
             found = branch_logprobs(packing, cache, query, continuation)
             steps = step_logprobs(lm.model, cache, [*query, *continuation])[len(query) - 1 :]
@@ -50,9 +50,9 @@ def check_packing(subject: Subject) -> Check:
     return Check("packing", "kv_quant stores entries within half a step, in few bits, and these are read", tuple(parts))
 
 
-def _bits_per_number(layer: CachedLayer) -> float:
+def _bits_per_number(layer: CachedLayer, name: str) -> float:
     """Over all places of whole blocks."""
-    num_places = -(-layer.num_entries // GROUP) * GROUP
+    num_places = -(-layer.num_entries // GROUP) * GROUP if name in BITS else layer.num_entries
     return 8 * layer.num_bytes / (num_places * layer.entry_bytes / layer.dtype.itemsize)
 
 
@@ -61,9 +61,18 @@ def _error_in_steps(full: CachedLayer, packed: CachedLayer, name: str, rounding:
     largest = []
     for one, other, by_channel in ((full.keys, packed.keys, True), (full.values, packed.values, False)):
         before, after = one[0].double(), other[0].double()  # (G, T, D)
-        steps = _steps(before, BITS[name], by_channel=by_channel)
+        if name in BITS:
+            steps = _steps(before, BITS[name], by_channel=by_channel)
+        else:
+            before = before.clamp(-448, 448)  # the farthest that it stores
+            steps = _steps_of_floats(before)
         largest.append(((after - before).abs() - rounding * before.abs()).div(steps).max().item())
     return worst(largest)
+
+
+def _steps_of_floats(entries: torch.Tensor) -> torch.Tensor:
+    """Between neighbours in E4M3, which has three bits after the point and exponents from -6 on."""
+    return 2 ** (entries.abs().clamp(min=2**-6).log2().floor() - 3)
 
 
 def _steps(entries: torch.Tensor, bits: int, *, by_channel: bool) -> torch.Tensor:

@@ -37,6 +37,28 @@ def test_unpacked_numbers_are_the_references(name: str, by_channel: bool, scales
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("group", "dim"), [(16, 16), (8, 24)])
+def test_entries_with_groups_of_their_own_stay_as_they_are_when_others_leave(group: int, dim: int) -> None:
+    given, rule = entries(7, dim), Quantization("int4", group, layout="token")
+    whole = pack(given[:, :, :5], rule).followed_by(pack(given[:, :, 5:], rule))
+    torch.testing.assert_close(whole.unpack(), stored(given, "int4", by_channel=False, group=group), rtol=0, atol=1e-9)
+    places = torch.tensor([[[0, 3, 6], [1, 2, 5]], [[4, 5, 6], [0, 1, 2]]])
+    kept = whole.at(places)
+    assert kept.num_entries == 3 and kept.num_bytes == whole.num_bytes * 3 // 7
+    for row in range(2):
+        for head in range(2):
+            assert torch.equal(kept.unpack()[row, head], whole.unpack()[row, head, places[row, head]])
+
+
+def test_floats_of_8_bits_are_the_nearest_ones_and_saturate() -> None:
+    given = torch.cat([entries(40, 16), 500 * entries(8, 16), torch.zeros(2, 2, 1, 16)], dim=2)
+    for layout in ("kivi", "token"):
+        found = pack(given, Quantization("fp8", layout=layout), by_channel=layout == "kivi")
+        assert torch.equal(found.unpack(), stored(given, "fp8", by_channel=False))
+        assert found.num_bytes == given.numel() and found.rule.bits_per_number(given.dtype) == 8
+    assert found.unpack().abs().max() == 448
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_come_back_in_their_dtype_and_near_the_references(dtype: torch.dtype) -> None:
     given = entries(64, 64, dtype)
@@ -65,6 +87,8 @@ def test_what_is_not_finite_stays_visible() -> None:
             found = pack(given, Quantization("int4", scales=scales), by_channel=True, ignored=None).unpack()
             assert not found[0, 1, 7, 3].isfinite()
             assert found[1].isfinite().all()
+        found = pack(given, Quantization("fp8")).unpack()
+        assert not found[0, 1, 7, 3].isfinite() and found.isfinite().sum() == given.numel() - 1
 
 
 def test_ignored_entries_move_no_scale() -> None:

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from pytest import MonkeyPatch
 from repository import ROOT
 
-from lm_eval_kvpress.cache import compressed, quantized
+from lm_eval_kvpress.cache import compressed, group_scales
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine import compression, decoding, fidelity, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
@@ -240,6 +240,7 @@ def _(patch: MonkeyPatch) -> None:
 )
 def _(patch: MonkeyPatch) -> None:
     patch.setattr(BudgetKeeper, "is_due", lambda *_: False)
+    patch.setattr(BudgetKeeper, "most_fed", 10_000)  # buffers have room for all tokens then
 
 
 @fault(
@@ -279,12 +280,12 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("codes read without their zero", "keys lose the mean of their channel", "packing")
 def _(patch: MonkeyPatch) -> None:
-    floats = quantized._floats
+    floats = group_scales.floats
 
     def without_zero(scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> Any:
         return floats(scales, torch.zeros_like(zeros), dtype)
 
-    patch.setattr(quantized, "_floats", without_zero)
+    patch.setattr(group_scales, "floats", without_zero)
 
 
 # -------------------------------------------------------------------------------------------------------- fidelity

@@ -48,6 +48,7 @@ RULES = {
     "int4 by token": Quantization("int4", group=16, layout="token"),
     "int4 in floats": Quantization("int4", group=16, scales="float"),
     "int2 and the newest": Quantization("int2", group=8, residual=11),
+    "fp8 and the newest": Quantization("fp8", residual=11),
 }
 NAMED = ["none", "snapkv", "pyramidkv", "key_rerotation:streaming_llm"]
 GREEDY = Sampler(LogitsProcessorList())

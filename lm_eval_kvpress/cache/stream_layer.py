@@ -54,6 +54,11 @@ class StreamLayer(DynamicLayer):
         return self._rotated, self.values
 
     @property
+    def num_entries(self) -> int:
+        """T."""
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
     def seen_keys(self) -> torch.Tensor:
         """The keys as attention just saw them, ``(B, H, T + C, D)``."""
         return self.keys if self._rotated is None else self._rotated
@@ -67,6 +72,9 @@ class StreamLayer(DynamicLayer):
         """Evict all entries but these, ``(B, H, kept)`` in ascending order."""
         places = indices[..., None].expand(-1, -1, -1, self.keys.shape[3])
         self.keys, self.values = self.keys.gather(2, places), self.values.gather(2, places)
+
+    def store(self) -> None:
+        """Put away what attention alone needed, once a step has run and the press has chosen."""
         self._rotated = None
 
     def select(self, rows: torch.Tensor) -> None:

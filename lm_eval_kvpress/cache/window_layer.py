@@ -84,6 +84,11 @@ class WindowLayer(DynamicLayer):
         self._show()
 
     @property
+    def num_entries(self) -> int:
+        """T."""
+        return self._end - self.begin
+
+    @property
     def num_bytes(self) -> int:
         """Allocated bytes of keys and values, places to slide over included."""
         buffers = (self._key_buffer, self._value_buffer)

@@ -82,14 +82,14 @@ class Evictor:
             return
         hidden = self._remember(index, kwargs["hidden_states"])
         self._step[index] += 1
-        if not self.enabled or layer.keys.shape[2] <= self._plan.budget:
-            return
-        kwargs = {**kwargs, "past_key_values": self._cache}
-        states = (hidden, layer.seen_keys, layer.values)
-        if self._plan.row_by_row:
-            layer.keep(self._kept_row_by_row(index, module, states, attentions, kwargs))
-        else:
-            layer.keep(self._kept(module, states, attentions, kwargs))
+        if self.enabled and layer.num_entries > self._plan.budget:
+            kwargs = {**kwargs, "past_key_values": self._cache}
+            states = (hidden, layer.seen_keys, layer.values)
+            if self._plan.row_by_row:
+                layer.keep(self._kept_row_by_row(index, module, states, attentions, kwargs))
+            else:
+                layer.keep(self._kept(module, states, attentions, kwargs))
+        layer.store()
 
     def _remember(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         if index in self._hidden:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.cache.window_layer import window_places
 
 
@@ -19,6 +20,8 @@ class StreamPlan:
             ``budget + chunk`` for a press that takes statistics over them.
         num_sinks: how many first entries the press keeps if all others it keeps are the newest, whatever they hold;
             the cache then does that in place (`cache.window_layer`). None asks the press.
+        quantization: how entries are packed between two steps; None for full precision. The press is asked then, also
+            about what it could do in place.
         row_by_row: whether the press must choose for each document by itself, because it draws random numbers.
     """
 
@@ -28,6 +31,7 @@ class StreamPlan:
     num_hidden: int = 0
     num_sinks: int | None = None
     row_by_row: bool = False
+    quantization: Quantization | None = None
 
     @property
     def first_pressed(self) -> int:

@@ -5,7 +5,8 @@ Token ids in, losses out. Does not know text, lm-eval, or any press by name.
 Before a chunk is scored every layer holds at most ``budget`` entries. With ``rotate`` keys are stored *before* rotation
 and rotated by their place in the cache at every step, so positions stay within ``budget + chunk`` however long the
 document is: StreamingLLM's own rule (https://arxiv.org/abs/2309.17453, section 3.2). Without it keys keep the position
-of their token, as after an ordinary press.
+of their token, as after an ordinary press. If entries are packed, a chunk sees itself in full precision, and what stays
+of it is packed once.
 
 Letters in shape comments: B rows (documents side by side), C tokens of a chunk, T cached entries, H key-value heads,
 D head_dim, E hidden size, V vocabulary.
@@ -22,6 +23,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from lm_eval_kvpress.cache.masks import attention_bias
+from lm_eval_kvpress.cache.packed_stream_layer import PackedStreamLayer
 from lm_eval_kvpress.cache.stream_layer import StreamLayer
 from lm_eval_kvpress.cache.window_layer import WindowLayer, window_places
 from lm_eval_kvpress.engine.online_softmax import rows_at_once
@@ -134,6 +136,8 @@ def _seed(document: Sequence[int]) -> int:
 
 
 def _new_layer(plan: StreamPlan, rotations: _Rotations | None) -> StreamLayer | WindowLayer:
+    if plan.quantization is not None:
+        return PackedStreamLayer(plan.rotate, plan.quantization)
     if plan.num_sinks is None:
         return StreamLayer(plan.rotate)
     return WindowLayer(plan.num_sinks, plan.budget, plan.chunk, None if rotations is None else rotations.in_fp32)
@@ -203,8 +207,8 @@ def _losses(model: PressableModel, hidden: torch.Tensor, targets: Sequence[Seque
 
 
 def _num_entries(cache: Cache) -> int:
-    first = cache.layers[0]
-    return first.keys.shape[2] if first.is_initialized else 0
+    found: int = cache.layers[0].num_entries
+    return found
 
 
 def _num_bytes(cache: Cache) -> int:

@@ -16,6 +16,7 @@ def stream_plan(settings: Settings) -> StreamPlan:
         chunk,
         rotate=settings.stream_positions == "cache",
         num_hidden=budget + chunk if STREAM_PRESSES[press.name] == SEES_CACHE else 0,
-        num_sinks=num_sinks(press),
+        num_sinks=num_sinks(press) if settings.quantization is None else None,
         row_by_row=not press.batches,
+        quantization=settings.quantization,
     )

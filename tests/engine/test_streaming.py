@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import KeyDiffPress, LagKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import KeyDiffPress, KnormPress, LagKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from quantized_reference import stored as as_packed
 from rotation import in_turn
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine import online_softmax
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
 from lm_eval_kvpress.engine.streaming import stream
@@ -36,18 +38,24 @@ def losses(
     chunk: int,
     press_for: Callable[[int], Any],
     rotate: bool = True,
-    num_sinks: int | None = None,
+    **plan: Any,
 ) -> list[list[float]]:
     out: list[list[float]] = [[] for _ in texts]
-    for step in stream(model, texts, 0, StreamPlan(BUDGET, chunk, rotate, num_sinks=num_sinks), press_for):
+    for step in stream(model, texts, 0, StreamPlan(BUDGET, chunk, rotate, **plan), press_for):
         assert step.num_entries <= BUDGET
         for index, row in zip(step.documents, step.losses, strict=True):
             out[index] += row
     return out
 
 
-def reference(model: GPTNeoXForCausalLM, text: list[int]) -> list[float]:
-    """One token at a time on the untouched model, with parallel residual; sinks and the newest tokens stay."""
+def reference(
+    model: GPTNeoXForCausalLM, text: list[int], stored: Callable[[torch.Tensor], torch.Tensor] = lambda part: part
+) -> list[float]:
+    """One token at a time on the untouched model, with parallel residual; sinks and the newest tokens stay.
+
+    Args:
+        stored: what is left of the key and the value of a token, ``(heads, 16)``, once it has been scored.
+    """
     base, caches = model.gpt_neox, [[] for _ in model.gpt_neox.layers]  # type: ignore[var-annotated]
     out = []
     with torch.no_grad():
@@ -64,6 +72,7 @@ def reference(model: GPTNeoXForCausalLM, text: list[int]) -> list[float]:
                 queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
                 weights = torch.softmax((keys[0] @ queries[0, :, -1, :, None])[..., 0] * attention.scaling, dim=-1)
                 mixed = (weights[:, None] @ values)[:, 0].reshape(1, 1, -1)
+                cache[-1] = stored(heads[:, 1]), stored(heads[:, 2])
                 hidden = hidden + attention.dense(mixed) + layer.mlp(layer.post_attention_layernorm(hidden))
                 if len(cache) > BUDGET:
                     del cache[4]
@@ -86,6 +95,57 @@ def test_chunk_one_equals_the_reference_token_by_token(
     found = losses(make_pressable(attn), texts, 1, streaming_llm, num_sinks=num_sinks)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+BY_TOKEN = {
+    "int4": Quantization("int4", group=16, layout="token"),
+    "int2": Quantization("int2", group=8, layout="token", scales="float"),
+    "fp8": Quantization("fp8"),
+}
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_packed_entries_are_rounded_once_as_the_references(
+    make_neox: Callable[..., GPTNeoXForCausalLM], make_pressable: Callable[..., PressableModel], name: str
+) -> None:
+    """In float64, where an entry between two codes falls on the same side; a token is scored before it is packed.
+
+    With full RoPE, under which the dims of a key, and so its groups, have the order of the checkpoint.
+    """
+    (text,), rule = documents(40), BY_TOKEN[name]
+
+    def stored(part: torch.Tensor) -> torch.Tensor:
+        one_entry = part[None, :, None]
+        return as_packed(one_entry, name, by_channel=False, group=rule.group, scales=rule.scales)[0, :, 0]
+
+    model = make_pressable(dtype=torch.float64, rotary_pct=1.0)
+    expected = reference(make_neox(dtype=torch.float64, rotary_pct=1.0), text, stored)
+    (found,) = losses(model, [text], 1, streaming_llm, quantization=rule)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    (plain,) = losses(model, [text], 1, streaming_llm)
+    assert max(abs(one - other) for one, other in zip(found, plain, strict=True)) > 1e-3, "packing must show"
+
+
+@pytest.mark.parametrize(("chunk", "rotate"), [(1, True), (7, False)])
+def test_packed_documents_side_by_side_equal_one_by_one(
+    make_pressable: Callable[..., PressableModel], chunk: int, rotate: bool
+) -> None:
+    model, texts = make_pressable("sdpa", dtype=torch.float64), documents(50, 1, 36)
+    how = {"press_for": lambda _: KnormPress(0.5), "rotate": rotate, "quantization": BY_TOKEN["int4"]}
+    together = losses(model, texts, chunk, **how)
+    for text, found in zip(texts, together, strict=True):
+        torch.testing.assert_close(found, losses(model, [text], chunk, **how)[0], atol=1e-6, rtol=0)
+
+
+def test_bytes_of_a_packed_stream_are_those_of_its_codes_and_scales(
+    make_pressable: Callable[..., PressableModel],
+) -> None:
+    model, texts = make_pressable("sdpa"), documents(70)
+    plan = StreamPlan(BUDGET, 7, quantization=BY_TOKEN["int4"])
+    steps = list(stream(model, texts, 0, plan, streaming_llm))
+    numbers = BUDGET * 2 * 3 * 4 * 16  # keys and values, layers, heads, dims
+    assert [step.cache_bytes for step in steps[3:-1]] == [numbers // 2 + numbers // 16 * 2] * (len(steps) - 4)
+    assert max(step.num_entries for step in steps) == BUDGET
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,18 @@ class MendedRatio(Ratio, Mended):
 
 @torch.inference_mode()
 def by_kvpress(
-    model: PressableModel, press: Any, context: Sequence[int], held: int, num_new: int
+    model: PressableModel,
+    press: Any,
+    context: Sequence[int],
+    held: int,
+    num_new: int,
+    prefilled: Callable[[DynamicCache], None] = lambda cache: None,
 ) -> tuple[list[int], list[Tensor]]:
-    """The new tokens under kvpress's own hook, and the keys of each layer in the end, ``(H, T, D)``."""
+    """The new tokens under kvpress's own hook, and the keys of each layer in the end, ``(H, T, D)``.
+
+    Args:
+        prefilled: changes what the prefill cached.
+    """
     cache, ids = DynamicCache(), list(context)
 
     def append(logits: Tensor) -> None:
@@ -102,6 +111,7 @@ def by_kvpress(
     is_eager = model.model.config._attn_implementation == "eager"
     with model.presented(), press(model.model):
         out = model.model(torch.tensor([ids[: len(ids) - held]]), past_key_values=cache)
+        prefilled(cache)
         place = len(ids) - held
         if held == 0:
             append(out.logits)

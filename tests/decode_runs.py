@@ -11,6 +11,8 @@ from references import PRESSES
 from transformers import LogitsProcessorList
 
 from lm_eval_kvpress.cache.compressed import stack
+from lm_eval_kvpress.cache.packed import pack
+from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine import decoding
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
@@ -39,9 +41,12 @@ def decoded(
     seeds: Sequence[int] = range(99),
     num_new: int = NUM_NEW,
     distinct: bool = True,
+    packing: Quantization | None = None,
 ) -> tuple[list[list[int]], BudgetKeeper]:
     keeper = BudgetKeeper(model, spec, seeds)
     caches = [engine_prefill.prefill(model, torch.tensor([c[: len(c) - held]]), PRESSES[prefill]()) for c in contexts]
+    if packing is not None:
+        caches = [pack(cache, packing) for cache in caches]
     rows = decoding.decode(
         model,
         stack(caches),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache, LayerKV
 from lm_eval_kvpress.cache.packed import PackedKV
 
 ALIGNMENT = 16
@@ -90,6 +90,10 @@ class GrowingLayer(DynamicLayer):
         self._show_written()
         return self.keys, self.values
 
+    def kept(self, hidden: torch.Tensor | None) -> CachedLayer:
+        """What was written so far, as views of the buffers."""
+        return LayerKV(self.keys, self.values, hidden)
+
     def _show_written(self) -> None:
         self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
@@ -128,6 +132,12 @@ class GrowingPackedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
+
+    def kept(self, hidden: torch.Tensor | None) -> CachedLayer:
+        """The packed entries, and what was written so far behind them."""
+        before, new = self._kept.newest, self._new
+        newest = LayerKV(torch.cat([before.keys, new.keys], dim=2), torch.cat([before.values, new.values], dim=2))
+        return dataclasses.replace(self._kept, newest=newest, hidden=hidden)
 
 
 def reading_cache(cache: CompressedCache) -> Cache:

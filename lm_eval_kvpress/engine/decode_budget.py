@@ -53,6 +53,11 @@ class BudgetKeeper:
         """Say how many of the last tokens of the next forwards count, at first one; those before may be padding."""
         self._watch.num_new = num_new
 
+    @property
+    def most_fed(self) -> int:
+        """Tokens that are fed between two compressions, at most (`decode_packing.Keeper`)."""
+        return self._spec.interval
+
     def num_until_due(self, num_forwards: int) -> int:
         """Tokens that may be fed after ``num_forwards`` before a compression is due."""
         return self._spec.interval - num_forwards % self._spec.interval

@@ -64,7 +64,7 @@ class LayerCompressor:
         for places in self._groups(rows, moment):
             for place, row in zip(places, self._compressed(index, places, rows, moment), strict=True):
                 rows[place] = row
-        found, received = layer_of(rows)
+        found, received = layer_of(rows, layer)
         if received is not None:
             self._watch.received[index] = received
         return found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
+from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.cache.layers import growing_cache
 from lm_eval_kvpress.cache.masks import attention_bias, decoding_bias
 from lm_eval_kvpress.models.pressable import PressableModel, placeholder_mask
@@ -118,8 +118,8 @@ class DecodeState:
         )
 
     def as_cache(self) -> CompressedCache:
-        """The entries cached so far, with the tokens fed among those seen. Its tensors are views of the buffers."""
-        layers = [LayerKV(layer.keys, layer.values, self._hidden(index)) for index, layer in enumerate(self.layers)]
+        """The entries cached so far, with the tokens fed among those seen. Its tensors may be views of the buffers."""
+        layers = [layer.kept(self._hidden(index)) for index, layer in enumerate(self.layers)]
         positions = tuple(self.positions.tolist())
         num_fed = [next - first for next, first in zip(positions, self._first_positions, strict=True)]
         num_seen = tuple(before + fed for before, fed in zip(self._num_seen, num_fed, strict=True))

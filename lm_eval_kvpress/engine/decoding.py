@@ -15,6 +15,7 @@ import torch
 from lm_eval_kvpress.cache.compressed import CompressedCache
 from lm_eval_kvpress.engine.cuda_graph import Recorder, Repeated, StaticStep
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
+from lm_eval_kvpress.engine.decode_packing import EntryPacker, Keeper
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.prefill import prefill_hidden
 from lm_eval_kvpress.engine.sampling import Sampler
@@ -99,10 +100,11 @@ class _Steps:
         keeper: BudgetKeeper | None,
     ) -> None:
         self._model, self._cache, self._contexts, self._num_held_back = model, cache, contexts, num_held_back
-        self._max_new_tokens, self._sampler, self._keeper = max_new_tokens, sampler.on(model.device), keeper
-        self._record = record if keeper is None and sampler.is_repeatable else None
+        self._max_new_tokens, self._sampler = max_new_tokens, sampler.on(model.device)
+        self._keeper: Keeper | None = keeper or EntryPacker.of(cache)
+        self._record = record if self._keeper is None and sampler.is_repeatable else None
         self._make_step = model.fast.step_maker() if self._record else None  # before the masks' hooks
-        self._state = DecodeState(model, cache, num_held_back, max_new_tokens)
+        self._state = DecodeState(model, cache, num_held_back, self._num_fed_before_rebuilt(0))
         self._num_prompt, self._ids = max(map(len, contexts)), _ids(contexts, max_new_tokens).to(model.device)
         self._highest = torch.zeros(len(contexts), max_new_tokens, device=model.device)  # logit, per row and step
         self._repeated: Repeated | None = None
@@ -144,7 +146,12 @@ class _Steps:
         num_forwards = step - (max(self._num_held_back) == 0)
         if self._keeper is not None and self._keeper.is_due(num_forwards, step):
             compressed = self._keeper.compress(self._state.as_cache())
-            self._state = self._state.with_cache(compressed, self._max_new_tokens - step)
+            self._state = self._state.with_cache(compressed, self._num_fed_before_rebuilt(step))
+
+    def _num_fed_before_rebuilt(self, step: int) -> int:
+        """Tokens for which the state needs room, from this step on."""
+        rest = self._max_new_tokens - step
+        return rest if self._keeper is None else min(rest, self._keeper.most_fed)
 
     def _write(self, hidden: torch.Tensor, step: int) -> None:
         logits = self._model.logits(hidden).to(self._ids.device)

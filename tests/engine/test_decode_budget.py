@@ -192,6 +192,7 @@ def test_the_budget_is_held_and_changes_the_tokens(
     found, _ = decoded(model, CONTEXTS[:4], spec, 1)
     assert sizes and set(sizes) == {TARGET}
     monkeypatch.setattr(BudgetKeeper, "is_due", lambda *_: False)
+    monkeypatch.setattr(BudgetKeeper, "most_fed", NUM_NEW)
     assert decoded(model, CONTEXTS[:4], spec, 1)[0] != found
 
 

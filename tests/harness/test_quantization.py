@@ -67,6 +67,50 @@ def test_answers_of_packed_caches_are_kept_apart(checkpoint_dir: Path) -> None:
     assert {key for key in one if one[key] != other[key]} == {"quantization"}
 
 
+OF_ENTRIES = {"kv_layout": "token", "kv_group": 16}
+
+
+@pytest.mark.parametrize("packing", [{"kv_quant": "int4", **OF_ENTRIES}, {"kv_quant": "fp8"}], ids=str)
+def test_streams_hold_packed_entries_and_do_not_depend_on_batches(
+    checkpoint_dir: Path, packing: dict[str, Any]
+) -> None:
+    documents = [Instance("loglikelihood_rolling", {}, (text(i, 90 + 9 * i),), 0, ("s", i, 1)) for i in range(3)]
+
+    def streamed(batch_size: int, **arguments: Any) -> tuple[list[float], int]:
+        protocol = {"rolling": "stream", "press": "knorm", "stream_budget": 40, "stream_chunk": 16}
+        model = {"pretrained": str(checkpoint_dir), "device": "cpu", "dtype": "float64"}
+        lm = KVPress(batch_size=batch_size, **model, **protocol, **arguments)
+        found = lm.loglikelihood_rolling(documents, disable_tqdm=True)
+        return found, lm.describe()["tasks"]["s"]["max_stream_bytes"]
+
+    (plain, num_bytes), (one, num_packed), (other, _) = streamed(1), streamed(1, **packing), streamed(3, **packing)
+    assert largest_difference(one, plain) > 1e-3
+    assert largest_difference(one, other) < 1e-6
+    assert num_packed < 0.15 * num_bytes, "after a chunk all that is held is packed"
+
+
+@pytest.mark.parametrize("packing", [{"kv_quant": "int4", **OF_ENTRIES}, {"kv_quant": "fp8"}], ids=str)
+def test_presses_that_act_while_text_is_generated_evict_packed_entries(
+    checkpoint_dir: Path, packing: dict[str, Any]
+) -> None:
+    press = {"press": "prefill_decoding:snapkv+knorm", "window_size": 8, "target_size": 24, "compression_interval": 4}
+    plain, _, _ = answered(checkpoint_dir, **press)
+    scores, texts, record = answered(checkpoint_dir, **packing, **press)
+    others, other_texts, _ = answered(checkpoint_dir, batch_size=4, **packing, **press)
+    assert largest_difference(scores, plain) > 1e-4
+    assert largest_difference(scores, others) < 1e-6 and texts == other_texts
+    assert record["tasks"]["g"]["num_decode_compressions"] == 3
+
+
+def test_groups_of_several_entries_are_refused_where_single_ones_are_evicted(checkpoint_dir: Path) -> None:
+    for protocol in (
+        {"press": "decoding:knorm", "target_size": 24},
+        {"press": "knorm", "rolling": "stream", "stream_budget": 40, "stream_chunk": 16},
+    ):
+        with pytest.raises(UsageError, match="does not divide a head's 16 dims.*use one of 8, 16$"):
+            KVPress(pretrained=str(checkpoint_dir), kv_quant="int4", kv_layout="token", kv_group=64, **protocol)
+
+
 def test_none_is_full_precision_however_it_is_read() -> None:
     for value in (None, "none"):
         assert parse_arguments({"kv_quant": value, "kv_group": 32})[0].quantization is None
@@ -77,13 +121,15 @@ def test_none_is_full_precision_however_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"kv_quant": "int3"}, "choose one of none, int8, int4, int2"),
+        ({"kv_quant": "int3"}, "choose one of none, int8, int4, int2, fp8"),
         ({"kv_quant": "int4", "kv_group": 12}, "multiple of 8"),
         ({"kv_quant": "int4", "kv_group": 0}, "at least 8"),
         ({"kv_quant": "int4", "kv_layout": "channel"}, "choose one of kivi, token"),
         ({"kv_group": 32}, "add kv_quant"),
-        ({"kv_quant": "int4", "rolling": "stream", "press": "knorm", "stream_budget": 64}, "choose rolling=prefix"),
-        ({"kv_quant": "int4", "press": "decoding:knorm", "target_size": 64}, "leave kv_quant out"),
+        ({"kv_quant": "int4", "rolling": "stream", "press": "knorm", "stream_budget": 64}, "add kv_layout=token"),
+        ({"kv_quant": "int4", "press": "decoding:knorm", "target_size": 64}, "add kv_layout=token"),
+        ({"kv_quant": "fp8", "press": "cam:knorm", "target_size": 64, "merge_budget": 4}, "changes values"),
+        ({"kv_quant": "fp8", "press": "decoding:knorm", "target_size": 64, "kv_residual": 8}, "use kv_residual=0"),
         ({"kv_quant": "int4", "press": "knorm", "kv_residual": 8}, "use kv_residual=0"),
     ],
 )

@@ -178,6 +178,12 @@ def stack(caches: Sequence[CompressedCache], rows: Sequence[int] | None = None) 
     Args:
         rows: where each row goes, counted through all caches; in their order by default.
     """
+    return join(list(caches), rows)
+
+
+def join(caches: list[CompressedCache], rows: Sequence[int] | None = None) -> CompressedCache:
+    """As `stack`. Empties the list, so that a layer's parts are free as soon as they are joined, if nothing else holds
+    them: no more than one layer is in memory twice."""
     ends = list(accumulate(len(cache.num_seen) for cache in caches))
     places = list(range(ends[-1]) if rows is None else rows)
     order = sorted(range(len(places)), key=places.__getitem__)
@@ -185,13 +191,17 @@ def stack(caches: Sequence[CompressedCache], rows: Sequence[int] | None = None) 
         return caches[0] if order == places else caches[0].select(order)
     parts = [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     hidden_states = [cache.last_hidden for cache in caches if cache.last_hidden is not None]
+    last_hidden = torch.cat(hidden_states)[order] if len(hidden_states) == len(caches) else None
     num_seen = [number for cache in caches for number in cache.num_seen]
     next_position = [position for cache in caches for position in cache.next_position]
+    by_layer = [list(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+    caches.clear()
+    joined = []
+    for layers in by_layer:
+        joined.append(_stack_layers(layers, parts))
+        layers.clear()
     return CompressedCache(
-        tuple(_stack_layers(layers, parts) for layers in zip(*(cache.layers for cache in caches), strict=True)),
-        tuple(num_seen[row] for row in order),
-        tuple(next_position[row] for row in order),
-        torch.cat(hidden_states)[order] if len(hidden_states) == len(caches) else None,
+        tuple(joined), tuple(num_seen[row] for row in order), tuple(next_position[row] for row in order), last_hidden
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, join
 from lm_eval_kvpress.cache.packed import pack
 from lm_eval_kvpress.cache.quantized import Quantization
 from lm_eval_kvpress.engine.batching import in_batches
@@ -155,20 +155,30 @@ class Compressor:
         latest, all_rows = self._latest, range(len(contexts))
         known = [row for row in all_rows if latest is not None and latest.serves(contexts[row])]  # at most one
         borrowed_sec = self._borrow(contexts, [row for row in all_rows if row not in known])
-        order, caches, records = list[int](), list[CompressedCache](), dict[int, ContextRecord]()
+        num_tokens = 0
+        if self._shared is None:
+            num_tokens = sum(len(contexts[row].compressed) for row in all_rows if row not in known)
+        with self._clock.phase("prefill", num_tokens=num_tokens):
+            order, caches, records = self._parts(contexts, known)
+            cache = join(caches, order)
+        return cache, [records[row] for row in all_rows], borrowed_sec
+
+    def _parts(
+        self, contexts: Sequence[Context], known: Sequence[int]
+    ) -> tuple[list[int], list[CompressedCache], dict[int, ContextRecord]]:
+        """The contexts as parts of one length each, in any order; the known one need not be prefilled."""
+        latest, order, caches = self._latest, list[int](), list[CompressedCache]()
+        records = dict[int, ContextRecord]()
         if known and latest is not None and latest.cache is not None:
             order, caches, records = list(known), [latest.cache], {known[0]: latest.record}
-        todo = [row for row in all_rows if row not in order]
+        todo = [row for row in range(len(contexts)) if row not in order]
         missing = [contexts[row] for row in todo]
-        num_tokens = 0 if self._shared else sum(len(context.compressed) for context in missing)
-        with self._clock.phase("prefill", num_tokens=num_tokens):
-            for places, cache, pressed in self._stored(missing, _for_cache_only(contexts)):
-                rows, press = [todo[place] for place in places], self._press_for(missing[places[0]])
-                records |= zip(rows, context_records(cache, press, pressed), strict=True)
-                order += rows
-                caches.append(cache)
-            cache = stack(caches, order)
-        return cache, [records[row] for row in range(len(contexts))], borrowed_sec
+        for places, cache, pressed in self._stored(missing, _for_cache_only(contexts)):
+            rows, press = [todo[place] for place in places], self._press_for(missing[places[0]])
+            records |= zip(rows, context_records(cache, press, pressed), strict=True)
+            order += rows
+            caches.append(cache)
+        return order, caches, records
 
     @property
     def shares(self) -> bool:

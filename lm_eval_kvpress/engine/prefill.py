@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, stack
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, join
 from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.models.pressable import PressableModel
 
@@ -74,7 +74,7 @@ def prefill_padded(
         for_cache_only: as for `prefill`.
     """
     groups = side_by_side or [range(len(contexts))]
-    return stack([_prefill_padded(model, [contexts[row] for row in group], for_cache_only) for group in groups])
+    return join([_prefill_padded(model, [contexts[row] for row in group], for_cache_only) for group in groups])
 
 
 def _prefill_padded(model: PressableModel, contexts: Sequence[Sequence[int]], for_cache_only: bool) -> CompressedCache:

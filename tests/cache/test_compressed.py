@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from small_caches import DIM, HEADS, layer, one_row
 from torch import Tensor
 
-from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, empty_cache, stack
+from lm_eval_kvpress.cache import compressed
+from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV, empty_cache, join, stack
+
+
+def test_joining_frees_a_layer_once_it_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a batch of many parts is not in memory twice."""
+    caches = [one_row((5, 3, 4), 1), one_row((2, 7, 4), 2)]
+    expected, alive = stack(caches), list[int]()
+    parts = [[weakref.ref(found.keys) for found in layers] for layers in zip(*(c.layers for c in caches), strict=True)]
+    left_padded = compressed.left_padded
+
+    def counted(*given: Any) -> Tensor:
+        alive.append(sum(ref() is not None for layer in parts for ref in layer))
+        return left_padded(*given)
+
+    monkeypatch.setattr(compressed, "left_padded", counted)
+    found = join(caches)
+    assert alive == [6, 6, 4, 4, 2, 2], "keys and values of three layers, two parts each"
+    assert caches == [] and not any(ref() for layer in parts for ref in layer)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
 
 
 def visible_entries(found: LayerKV, row: int, head: int) -> Tensor:

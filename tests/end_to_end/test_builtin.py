@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import lm_eval
+import numpy as np
 import pytest
 from repository import ROOT
 
+from lm_eval_kvpress.bootstrap import paired_intervals
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.recall import recall_documents
 
@@ -60,3 +63,22 @@ def test_recall_tells_what_was_kept(press: str, at_least: float, at_most: float)
         of_document = scores[4 * number : 4 * number + 4]
         right += of_document.index(max(of_document)) == document.answer
     assert at_least <= right / len(documents) <= at_most, f"{right} of {len(documents)}"
+
+
+@pytest.mark.parametrize("press", ["none", "snapkv"])
+def test_int8_changes_recall_by_nothing_that_its_interval_can_see(press: str) -> None:
+    """At a half, snapkv answers some documents wrongly: not all of them are far from another answer."""
+    answers, logprobs = [], []
+    for kv_quant in ("none", "int8"):
+        ratio = {} if press == "none" else {"compression_ratio": 0.5}
+        lm = KVPress(
+            pretrained="builtin", device="cpu", dtype="float32", press=press, batch_size=4, kv_quant=kv_quant, **ratio
+        )
+        samples = lm_eval.simple_evaluate(model=lm, tasks=["kvpress_recall"], limit=8)["samples"]["kvpress_recall"]
+        answers.append([sample["acc"] for sample in samples])
+        logprobs.append([score for sample in samples for score, _ in sample["filtered_resps"]])
+    scores = np.array(answers, dtype=float).T  # (documents, runs)
+    (_, low), (_, high) = paired_intervals(scores, np.ones_like(scores), 0, lambda ratio: ratio)
+    assert low <= 0 <= high and high - low < 0.2, (low, high)
+    moved = np.abs(np.subtract(*logprobs)).max()
+    assert 0 < moved < 0.2, f"int8 moves a choice by {moved} nats"

@@ -3,8 +3,8 @@
 A press prunes each layer's cache as soon as that layer has run. So a prefill holds what is kept of the layers before,
 one layer in full, and the activations of one layer. A shared prefill, and a press that needs the whole cache first,
 hold all of it. Entries that are packed are prefilled a few contexts at a time, and packed before the next ones; parts
-of a batch are copied when they are joined. Decoding copies kept entries into buffers that grow, and leaves packed ones
-where they are.
+of a batch are copied layer by layer when they are joined. Decoding copies kept entries into buffers that grow, and
+leaves packed ones where they are.
 
 Knows shapes and shares. Does not know text, lm-eval or devices.
 """
@@ -20,7 +20,11 @@ from lm_eval_kvpress.cache.quantized import Quantization
 
 ACTIVATIONS_PER_TOKEN = 40
 """Numbers per token and hidden dimension alive in one layer's forward: residual, fused QKV, attention, the
-feed-forward's inner width before and after its activation, and copies."""
+feed-forward's inner width before and after its activation, and copies; on a GPU, where this was not measured, with room
+for libraries' own memory."""
+
+CPU_ACTIVATIONS_PER_TOKEN = 17
+"""As measured on a CPU: 14 without a press, 17 under snapkv (docs/quantization.md)."""
 
 
 PACKED_FORWARD_TOKENS = 8_192
@@ -54,13 +58,18 @@ class Footprint:
         *,
         share: float = 1.0,
         quantization: Quantization | None = None,
+        activations: int = ACTIVATIONS_PER_TOKEN,
     ) -> Footprint:
-        """The footprint of a model whose weights and cache have a dtype."""
+        """The footprint of a model whose weights and cache have a dtype.
+
+        Args:
+            activations: numbers per token and hidden dimension alive in one layer's forward.
+        """
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             cache_bytes=2 * config.num_hidden_layers * heads * dim * dtype.itemsize,
-            activation_bytes=ACTIVATIONS_PER_TOKEN * config.hidden_size * dtype.itemsize,
+            activation_bytes=activations * config.hidden_size * dtype.itemsize,
             num_layers=config.num_hidden_layers,
             share=share,
             packed_share=None if quantization is None else quantization.bits_per_number(dtype) / (8 * dtype.itemsize),
@@ -105,7 +114,8 @@ class Footprint:
         if num_tokens <= limit:
             return max(num_tokens * self.prefill_bytes, read)
         before = (num_tokens - limit) * self.held_bytes
-        return max(before + limit * self.prefill_bytes, 2 * num_tokens * self.held_bytes, read)
+        joining = num_tokens * self.held_bytes * (1 + 1 / self.num_layers)  # one layer is there twice
+        return max(before + limit * self.prefill_bytes, joining, read)
 
     def most_tokens(self, num_bytes: float, num_copies: int, forward_tokens: float | None = None) -> int:
         """The most tokens of a batch whose peak is no more than so many bytes, by bisection."""

@@ -59,7 +59,8 @@ def test_what_is_packed_before_the_next_is_prefilled_needs_room_for_one_forward_
     room = SHARE_OF_FREE * GIB
     assert packed.batch_bytes(tokens, 2) <= room < packed.batch_bytes(tokens + 1, 2)
     forward = PACKED_FORWARD_TOKENS * packed.prefill_bytes + (tokens - PACKED_FORWARD_TOKENS) * packed.held_bytes
-    assert packed.batch_bytes(tokens, 2) == max(forward, 2 * tokens * packed.held_bytes, tokens * packed.read_bytes(2))
+    joining = tokens * packed.held_bytes * (1 + 1 / model.model.config.num_hidden_layers)
+    assert packed.batch_bytes(tokens, 2) == max(forward, joining, tokens * packed.read_bytes(2))
     assert tokens > 1.5 * tokens_per_batch(footprint(model, "none"), GIB, num_copies=2)
 
 

@@ -6,12 +6,17 @@ Each cell ends as a standard lm-eval results file with its samples, as the run o
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lm_eval
+from lm_eval import evaluator
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
 
@@ -53,9 +58,24 @@ def evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run
     run.store.finish()
 
 
-def environment_asked_once() -> AbstractContextManager[None]:
-    """A context in which lm-eval, which asks pip for the installed packages with every result, asks once."""
-    return lend(collect_env, get_pretty_env_info=functools.cache(collect_env.get_pretty_env_info))
+@contextmanager
+def environment_asked_once() -> Iterator[None]:
+    """Have lm-eval, which asks pip for the installed packages and git for a commit with every result, ask once."""
+    packages = functools.cache(collect_env.get_pretty_env_info)
+    with (
+        lend(collect_env, get_pretty_env_info=packages),
+        lend(evaluator, get_git_commit_hash=functools.cache(_git_commit)),
+    ):
+        yield
+
+
+def _git_commit() -> str | None:
+    """What lm-eval finds, without git's message on the screen where there is no repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        done = None
+    return done.stdout.strip() if done and done.returncode == 0 else get_commit_from_path(os.getcwd())
 
 
 def ask(model: SweepModel, settings: SweepSettings, tasks: TaskManager) -> dict[str, Any]:

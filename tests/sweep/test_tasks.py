@@ -7,8 +7,10 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval import evaluator
 from lm_eval.loggers.utils import add_env_info
 from lm_eval.tasks import TaskManager
+from repository import ROOT
 from sweep_runs import manager
 from torch.utils import collect_env
 
@@ -151,6 +153,18 @@ def test_lm_evals_own_tasks_are_indexed_only_where_they_are_asked_for(
     settings = parse_settings({**given, "include_path": str(tmp_path)} if include_path else given)
     found = sweep_tasks.task_manager(settings, cells_of(settings)[0])
     assert asked == with_defaults and "kvpress_recall" in found.all_tasks
+
+
+@pytest.mark.parametrize("in_repository", [True, False])
+def test_the_commit_is_lm_evals_and_git_says_nothing(
+    in_repository: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT if in_repository else tmp_path)
+    expected = evaluator.get_git_commit_hash()
+    capfd.readouterr()
+    with environment_asked_once():
+        assert evaluator.get_git_commit_hash() == expected
+    assert capfd.readouterr().err == ""
 
 
 def test_the_environment_is_asked_once_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

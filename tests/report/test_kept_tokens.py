@@ -81,3 +81,15 @@ def test_a_reader_chooses_layer_and_head(kept: KeptTokens, chromium: Any, tmp_pa
     Select(chromium.find_element("css selector", "[data-of='head']")).select_by_visible_text("1")
     assert shares() == ["1.000", "0.000", "0.000"]
     assert chromium.get_log("browser") == []
+
+
+@pytest.mark.parametrize(("site", "notebook", "is_dark"), [("slate", "true", True), ("default", "false", False)])
+def test_its_ink_is_that_of_the_site_around_a_notebook(
+    kept: KeptTokens, chromium: Any, tmp_path: Path, site: str, notebook: str, is_dark: bool
+) -> None:
+    page = tmp_path / "site.html"
+    body = f'<body data-md-color-scheme="{site}"><div data-jp-theme-light="{notebook}">{kept.html()}</div></body>'
+    page.write_text(f"<meta charset=utf-8>{body}")
+    chromium.get(page.as_uri())
+    color = chromium.execute_script("return getComputedStyle(document.querySelector('.kept-map')).color")
+    assert (sum(map(int, re.findall(r"\d+", color)[:3])) > 3 * 128) == is_dark, color

@@ -65,7 +65,7 @@ class Mended(kvpress.DecodingPress):
 
     def _expect(self) -> None:
         """Queries to come are those after the newest token."""
-        press, position = self.base_press, self.next_position
+        press, position = getattr(self.base_press, "press", self.base_press), self.next_position
         average = getattr(type(press), "apply_avg_rope", None)
         if average is not None:
             press.apply_avg_rope = lambda module, mu, cov, q_len: average(press, module, mu, cov, position)
@@ -367,6 +367,23 @@ def rkv_scores(keys: Tensor, queries: Tensor, window: int, kernel: int, mix: flo
     redundant = alike.mean(0).softmax(0)
     scores = mix * torch.tensor(pooled).double() - (1 - mix) * redundant[:num_old]
     return torch.cat([scores, torch.full((window,), 9.0).double()])
+
+
+def critical(scores: OfHead, target: int, epsilon: float = 1e-4, first_share: float = 0.5) -> OfHead:
+    """Half of what stays by the scores alone, the rest by what a value adds to the output, too (2502.03805)."""
+
+    def weighted(dense: DenseDecoder, index: int, head: int) -> Tensor:
+        attention, values, own = dense.model.attentions[index], dense.values(index, head), scores(dense, index, head)
+        with dense.model.presented():
+            output = attention.o_proj.weight.double()  # type: ignore[union-attr]
+        dim = values.shape[1]
+        columns = [head * dense.num_groups + i for i in range(dense.num_groups)]
+        norms = [(values @ output[:, i * dim : (i + 1) * dim].T).abs().sum(dim=1) for i in columns]
+        found = (own + epsilon) * torch.stack(norms).mean(dim=0)
+        found[best(own, int(target * first_share))] = torch.inf
+        return found
+
+    return weighted
 
 
 def each_head(scores: OfHead, target: int) -> Choose:

@@ -33,8 +33,11 @@ ALL_HEADS = types.MappingProxyType(
 )
 """Presses that cannot score a head which keeps other entries than its neighbours, and why."""
 
-UNDER_CRITICALKV = ("snapkv",)
-"""Presses whose tokens under criticalkv were compared with kvpress's, and are the same; tova's were not."""
+AVERAGES_HEADS = ("tova",)
+"""Presses that average attention over heads, place by place of the cache: heads must keep the same tokens."""
+
+KEEP_ALIKE = ("tova", "streaming_llm", "simlayerkv", "think", "composed", "key_rerotation")
+"""Presses of a prefill under which all heads keep the same tokens, also where they wrap each other."""
 
 _PREFILL = "it needs the hidden states of every cached token, and those of the newest alone are known"
 WHY_NOT: Mapping[str, str] = types.MappingProxyType(
@@ -71,10 +74,10 @@ def check_decodable(spec: PressSpec) -> None:
             )
         if names[0] == "adakv" and name in ALL_HEADS:
             raise UsageError(f"press=decoding:{spec.name}: {ALL_HEADS[name]}; use decoding:{name}, or adakv:snapkv")
-    if "criticalkv" in names and names[-1] not in UNDER_CRITICALKV:
+    if names[0] == "criticalkv" and averages_heads(spec):
         raise UsageError(
-            f"press=decoding:{spec.name} has not been shown to keep what kvpress keeps: under criticalkv use "
-            f"{', '.join(UNDER_CRITICALKV)}, or decoding:{names[-1]} without it"
+            f"press=decoding:{spec.name}: {names[-1]} averages attention over heads place by place, and under "
+            f"criticalkv they keep different tokens; use decoding:{names[-1]}, or criticalkv:snapkv"
         )
     if spec.arguments.get("seed") is not None:
         raise UsageError(
@@ -86,6 +89,16 @@ def check_decodable(spec: PressSpec) -> None:
 def scores_single_heads(spec: PressSpec) -> bool:
     """Whether a head's scores depend on that head alone, so that heads may keep different entries."""
     return not any(row.name in ALL_HEADS for row in spec.rows if row.name != "criticalkv")
+
+
+def averages_heads(spec: PressSpec) -> bool:
+    """Whether it averages over heads, so that entries at one place must be of one token."""
+    return any(row.name in AVERAGES_HEADS for row in spec.rows)
+
+
+def keeps_alike(prefill: PressSpec) -> bool:
+    """Whether all heads keep the same tokens of a prefill."""
+    return all(row.name in KEEP_ALIKE for row in prefill.rows)
 
 
 def reads_attention(spec: PressSpec) -> bool:

@@ -225,6 +225,11 @@ def _check_prefill(prefill: PressSpec, decoding: DecodingSpec) -> None:
             f"press={prefill.name} hides entries head by head, and {decoding.name} scores all heads alike: use "
             "another one, such as knorm or snapkv, while text is generated"
         )
+    if not decodable.keeps_alike(prefill) and (decodable.averages_heads(decoding.press) or decoding.merge_budget):
+        raise UsageError(
+            f"press={prefill.name} lets heads keep different tokens, and {decoding.name} averages over heads place by "
+            "place: use another one, such as knorm or snapkv, while text is generated, or prefill under streaming_llm"
+        )
     needed = {spec.attn_implementation for spec in (prefill, decoding)} - {None}
     if len(needed) > 1:
         raise UsageError(

@@ -9,7 +9,7 @@ from lm_eval_kvpress.press_list import PressInfo
 from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RATIO, arguments_of
 from lm_eval_kvpress.presses.cam import DEFAULT_MERGE_BUDGET
 from lm_eval_kvpress.presses.catalog import REQUIRED, ROWS, Row
-from lm_eval_kvpress.presses.decodable import ALL_HEADS, DECODING_PRESSES, UNDER_CRITICALKV
+from lm_eval_kvpress.presses.decodable import ALL_HEADS, AVERAGES_HEADS, DECODING_PRESSES
 from lm_eval_kvpress.presses.decoding import DEFAULT_DECODING_RATIO, DEFAULT_INTERVAL
 from lm_eval_kvpress.presses.names import (
     ACT_WHILE_DECODING,
@@ -40,7 +40,9 @@ def _decoding_infos() -> Iterator[PressInfo]:
     budget, ratio = {"target_size": REQUIRED}, {"target_compression_ratio": DEFAULT_DECODING_RATIO}
     alone = f"PRESS is one of {', '.join(DECODING_PRESSES)}"
     alike = ", ".join(name for name in ALL_HEADS if name in DECODING_PRESSES)
-    wrapped = f"adakv may wrap them, but not {alike}, and criticalkv {', '.join(UNDER_CRITICALKV)}"
+    wrapped = (
+        f"adakv may wrap them, but not {alike}, and criticalkv those that it wraps, but not {', '.join(AVERAGES_HEADS)}"
+    )
     like = f"PRESS as of {DECODING}:PRESS"
     for name, sizes, needs in (
         (f"{DECODING}:PRESS", budget, f"{alone}; {wrapped}"),

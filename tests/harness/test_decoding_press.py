@@ -39,7 +39,7 @@ def model(checkpoint_dir: Path, **arguments: Any) -> KVPress:
         ("decoding:random", {}),
         ("decoding:observed_attention", {}),
         ("decoding:adakv:expected_attention", {}),
-        ("prefill_decoding:snapkv+cam:knorm", {"window_size": 8}),
+        ("prefill_decoding:streaming_llm+cam:knorm", {}),
         ("prefill_decoding:adakv:snapkv+adakv:knorm", {"window_size": 8}),
     ],
 )

@@ -60,6 +60,12 @@ def test_a_decoding_press_keeps_its_target_size(name: str) -> None:
     assert not {"kv_budget", "compression_ratio"} & described.keys()
 
 
+@pytest.mark.parametrize("prefill", ["tova", "key_rerotation:streaming_llm"])
+@pytest.mark.parametrize("name", ["tova", "cam:knorm", "criticalkv:cap"])
+def test_presses_that_average_over_heads_follow_one_that_keeps_the_same_of_all(prefill: str, name: str) -> None:
+    assert parse_decoding(parse_press(prefill), name, {}, DecodingSizes(target_size=300)).press.name in name
+
+
 @pytest.mark.parametrize("name", [name for name in DECODING_PRESSES if name not in ALL_HEADS])
 def test_heads_may_share_what_is_kept(name: str) -> None:
     spec = parse_decoding(parse_press("adakv:knorm"), f"adakv:{name}", ARGUMENTS.get(name, {}), DecodingSizes(300))
@@ -103,7 +109,9 @@ def test_other_sizes_are_recorded(name: str, sizes: dict[str, Any], described: d
         ("none", "leverage", {}, "needs the hidden states of every cached token"),
         ("none", "pyramidkv", {}, "its layers take shares of one length"),
         ("none", "merging:knorm", {}, "kvpress decodes with presses that score tokens"),
-        ("none", "criticalkv:tova", {}, "has not been shown to keep what kvpress keeps"),
+        ("none", "criticalkv:tova", {}, "under criticalkv they keep different tokens"),
+        ("snapkv", "tova", {}, "averages over heads place by place"),
+        ("key_rerotation:knorm", "cam:knorm", {}, "averages over heads place by place"),
         ("none", "lagkv", {}, "below the 260 entries"),
         ("none", "expected_attention", {"compression_interval": 4}, "must exceed the n_sink=4"),
         ("none", "random", {"arguments": {"seed": 3}}, "would evict the same places"),

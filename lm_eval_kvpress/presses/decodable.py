@@ -39,6 +39,9 @@ AVERAGES_HEADS = ("tova",)
 KEEP_ALIKE = ("tova", "streaming_llm", "simlayerkv", "think", "composed", "key_rerotation")
 """Presses of a prefill under which all heads keep the same tokens, also where they wrap each other."""
 
+MEASURED = "docs/experiments/decoding_presses.md"
+"""What kvpress's hook does with presses that are refused here, and what those that run do to a text."""
+
 _PREFILL = "it needs the hidden states of every cached token, and those of the newest alone are known"
 WHY_NOT: Mapping[str, str] = types.MappingProxyType(
     {
@@ -69,8 +72,8 @@ def check_decodable(spec: PressSpec) -> None:
         if name not in (*DECODING_PRESSES, *WRAPPERS):
             why = WHY_NOT.get(name, "kvpress decodes with presses that score tokens, and with adakv over one of them")
             raise UsageError(
-                f"press=decoding:{spec.name} cannot compress one cache again and again: {why}; use one of "
-                f"{', '.join(DECODING_PRESSES)}"
+                f"press=decoding:{spec.name} cannot compress one cache again and again: {why} ({MEASURED}); use one "
+                f"of {', '.join(DECODING_PRESSES)}"
             )
         if names[0] == "adakv" and name in ALL_HEADS:
             raise UsageError(f"press=decoding:{spec.name}: {ALL_HEADS[name]}; use decoding:{name}, or adakv:snapkv")

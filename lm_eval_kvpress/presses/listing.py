@@ -9,7 +9,7 @@ from lm_eval_kvpress.press_list import PressInfo
 from lm_eval_kvpress.presses.arguments import BUDGET, DEFAULT_RATIO, RATIO, arguments_of
 from lm_eval_kvpress.presses.cam import DEFAULT_MERGE_BUDGET
 from lm_eval_kvpress.presses.catalog import REQUIRED, ROWS, Row
-from lm_eval_kvpress.presses.decodable import ALL_HEADS, AVERAGES_HEADS, DECODING_PRESSES
+from lm_eval_kvpress.presses.decodable import ALL_HEADS, AVERAGES_HEADS, DECODING_PRESSES, MEASURED
 from lm_eval_kvpress.presses.decoding import DEFAULT_DECODING_RATIO, DEFAULT_INTERVAL
 from lm_eval_kvpress.presses.names import (
     ACT_WHILE_DECODING,
@@ -45,7 +45,7 @@ def _decoding_infos() -> Iterator[PressInfo]:
     )
     like = f"PRESS as of {DECODING}:PRESS"
     for name, sizes, needs in (
-        (f"{DECODING}:PRESS", budget, f"{alone}; {wrapped}"),
+        (f"{DECODING}:PRESS", budget, f"{alone}; {wrapped}; the others: {MEASURED}"),
         (f"{RATIO_DECODING}:PRESS", ratio, f"{like}, but not lagkv"),
         (f"{CAM}:PRESS", {**budget, "merge_budget": DEFAULT_MERGE_BUDGET}, f"eager attention; {like}, but not adakv"),
         (f"{PREFILL_DECODING}:PREFILL+PRESS", budget, f"{like}, or {RATIO_DECODING}:PRESS or {CAM}:PRESS"),

@@ -30,8 +30,8 @@ class Unsupported:
 
 
 _TRAINED = (
-    "it needs {}, which its authors trained by gradient and published for {}; there is none for other models, and "
-    "calibrate trains nothing"
+    "it needs {}, which its authors trained by gradient and published for {}; kvpress ends with an error on other "
+    "models, and calibrate trains nothing: docs/experiments/press_table.md"
 )
 _DECODES = "it acts while text is generated and wraps another press: {0}:PRESS, as in {0}:knorm"
 

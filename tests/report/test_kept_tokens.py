@@ -83,6 +83,8 @@ def test_a_reader_chooses_layer_and_head(kept: KeptTokens, chromium: Any, tmp_pa
     assert chromium.get_log("browser") == []
 
 
+@pytest.mark.end_to_end
+@pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize(("site", "notebook", "is_dark"), [("slate", "true", True), ("default", "false", False)])
 def test_its_ink_is_that_of_the_site_around_a_notebook(
     kept: KeptTokens, chromium: Any, tmp_path: Path, site: str, notebook: str, is_dark: bool

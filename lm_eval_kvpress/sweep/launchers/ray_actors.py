@@ -105,11 +105,13 @@ def _connect(address: str | None) -> None:
         if port.isdecimal() and "://" not in host:  # Ray itself tries for minutes where nobody listens
             socket.create_connection((host, int(port)), timeout=30).close()
         ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error) is not Exception:
+            raise  # Ray raises a plain one where a node is not up in time, as on a machine that others use
         line = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"ray_address={address or 'local'}: there is no Ray cluster ({line}): see ray status"
-        ) from error
+        if address is None:
+            raise UsageError(f"Ray does not start on this machine ({line}): run the same command again") from error
+        raise UsageError(f"ray_address={address}: there is no Ray cluster ({line}): see ray status") from error
 
 
 def _tell_of_waiting(num_workers: int, of_each: dict[str, float], found: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import itertools
 import multiprocessing
+import os
 import resource
 import selectors
 import time
@@ -33,7 +34,7 @@ from lm_eval_kvpress.sweep.workers.jobs import Answered, Job, WorkerFacts
 
 NUM_LAYERS = 32
 FACTS = WorkerFacts("sleeping", {}, {}, None, {"device": "none"})
-PER_ACTOR = 125
+PER_ACTOR = 250
 """Workers of one process of Ray."""
 
 
@@ -114,6 +115,7 @@ class SleepingActors(RayPool):
 
     def __init__(self, num_workers: int, sleep_sec: float) -> None:
         self.num_workers, self._is_ours = num_workers, True
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else the driver waits for all other programs
         ray.init(address="local", include_dashboard=False, logging_level="warning")
         actor_class = ray.remote(_SleepingActor).options(num_cpus=0, max_concurrency=2 * PER_ACTOR)
         num_actors = -(-num_workers // PER_ACTOR)

@@ -13,7 +13,6 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +150,12 @@ def _checksum(key: str, text: str) -> int:
 
 
 def _encode(outcome: Outcome) -> str:
-    context = None if outcome.context is None else asdict(outcome.context)
+    context = None if outcome.context is None else vars(outcome.context)
     values: dict[str, Any] = {"context": context}
     if isinstance(outcome, Generated):
         values |= {"ids": outcome.ids, "held": [outcome.num_compressions, outcome.max_entries]}
         if outcome.fidelity is not None:
-            values |= {"fidelity": asdict(outcome.fidelity)}
+            values |= {"fidelity": vars(outcome.fidelity)}
     else:
         values |= {"branches": [_plain(branch) for branch in outcome.branches], "pressed": outcome.pressed}
     return json.dumps(values)
@@ -177,7 +176,7 @@ def _decode(text: str) -> Outcome:
 
 def _plain(branch: BranchScore) -> list[Any]:
     plain = [branch.logprobs, branch.is_greedy]
-    parts = [None if part is None else asdict(part) for part in (branch.fidelity, branch.held)]
+    parts = [None if part is None else vars(part) for part in (branch.fidelity, branch.held)]
     return plain + parts[: 2 if parts[1] else 1 if parts[0] else 0]
 
 

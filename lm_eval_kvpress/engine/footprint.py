@@ -23,8 +23,11 @@ ACTIVATIONS_PER_TOKEN = 40
 feed-forward's inner width before and after its activation, and copies; on a GPU, where this was not measured, with room
 for libraries' own memory."""
 
-CPU_ACTIVATIONS_PER_TOKEN = 17
-"""As measured on a CPU: 14 without a press, 17 under snapkv (docs/quantization.md)."""
+CPU_ACTIVATIONS_PER_TOKEN = 8
+"""As measured on a CPU, where forwards work in place (docs/quantization.md)."""
+
+PACKING_COPIES = 6
+"""Of one layer's kept keys and values, while they are packed: measured on a CPU in float32."""
 
 
 PACKED_FORWARD_TOKENS = 8_192
@@ -89,8 +92,9 @@ class Footprint:
     def prefill_bytes(self) -> float:
         """The peak of a prefill."""
         packed = 0.0 if self.packed_share is None else self.held_bytes
-        one_layer = (self.cache_bytes - self.kept_bytes) / self.num_layers
-        return self.kept_bytes + packed + one_layer + self.activation_bytes
+        forward = (self.cache_bytes - self.kept_bytes) / self.num_layers + self.activation_bytes
+        packing = 0.0 if self.packed_share is None else PACKING_COPIES * self.kept_bytes / self.num_layers
+        return self.kept_bytes + packed + max(forward, packing)
 
     def read_bytes(self, num_copies: int) -> float:
         """While the cache is scored or decoded over.
@@ -102,20 +106,26 @@ class Footprint:
             return self.kept_bytes * num_copies
         return self.held_bytes + 5 * self.kept_bytes / self.num_layers  # one layer: in float32, in its dtype, joined
 
-    def batch_bytes(self, num_tokens: float, num_copies: int, forward_tokens: float | None = None) -> float:
-        """The peak of a batch of so many tokens.
+    def prefilling_bytes(self, num_tokens: float, forward_tokens: float | None = None) -> float:
+        """The peak until a batch of so many tokens is ready to be read.
 
         Args:
-            num_copies: as for `read_bytes`.
             forward_tokens: the most that are prefilled side by side; by default all, unless entries are packed.
         """
         limit = forward_tokens or (num_tokens if self.packed_share is None else PACKED_FORWARD_TOKENS)
-        read = num_tokens * self.read_bytes(num_copies)
         if num_tokens <= limit:
-            return max(num_tokens * self.prefill_bytes, read)
+            return num_tokens * self.prefill_bytes
         before = (num_tokens - limit) * self.held_bytes
         joining = num_tokens * self.held_bytes * (1 + 1 / self.num_layers)  # one layer is there twice
-        return max(before + limit * self.prefill_bytes, joining, read)
+        return max(before + limit * self.prefill_bytes, joining)
+
+    def batch_bytes(self, num_tokens: float, num_copies: int, forward_tokens: float | None = None) -> float:
+        """The peak of a batch of so many tokens, scored or decoded over.
+
+        Args:
+            num_copies, forward_tokens: as for `read_bytes` and `prefilling_bytes`.
+        """
+        return max(self.prefilling_bytes(num_tokens, forward_tokens), num_tokens * self.read_bytes(num_copies))
 
     def most_tokens(self, num_bytes: float, num_copies: int, forward_tokens: float | None = None) -> int:
         """The most tokens of a batch whose peak is no more than so many bytes, by bisection."""

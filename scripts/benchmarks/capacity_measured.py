@@ -88,8 +88,10 @@ def measured(shape: str, dtype: str, case: Case, batch: Batch) -> dict[str, floa
         del warmed_up
         found["peak_bytes"] = peak_extra_bytes(run)
     footprint = case.footprint(model.model.config, getattr(torch, dtype), model.device.type)
-    copies = 2 if batch.num_new else 1
-    found["peak_bytes_reckoned"] = footprint.batch_bytes(batch.total_tokens, copies, batch.tokens_at_once)
+    sizes = batch.total_tokens, batch.tokens_at_once
+    found["peak_bytes_reckoned"] = footprint.prefilling_bytes(*sizes)
+    if batch.num_new:
+        found["peak_bytes_reckoned"] = footprint.batch_bytes(sizes[0], 2, sizes[1])
     found["held_bytes_reckoned"] = batch.total_tokens * footprint.held_bytes
     return found
 

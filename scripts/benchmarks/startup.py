@@ -30,7 +30,8 @@ HAS_HOOK = "import sys; print(any(finder.__module__ == 'lm_eval_kvpress._startup
 def environment(folder: Path, *, with_hook: bool) -> Path:
     """The interpreter of a fresh environment."""
     venv.create(folder, symlinks=True)
-    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    scheme = "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_preferred_scheme("prefix")
+    site_packages = Path(sysconfig.get_path("purelib", scheme, {"base": str(folder)}))  # Python 3.10 has no "venv"
     if with_hook:
         (site_packages / PACKAGE.name).mkdir()
         for name in ("__init__.py", "_startup.py"):

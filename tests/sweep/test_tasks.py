@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import pytest
 from lm_eval import evaluator
+from lm_eval.api.model import LM
 from lm_eval.loggers.utils import add_env_info
 from lm_eval.tasks import TaskManager
 from repository import ROOT
@@ -89,13 +91,26 @@ def load(**_):
 """
 
 
+class Indifferent(LM):
+    """Likes all answers alike. The registry's own dummy would import every model of lm-eval."""
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        raise NotImplementedError
+
+
 def test_documents_that_a_task_draws_are_those_of_lm_evals_own_command(tmp_path: Path) -> None:
     """As RULER's are: each process draws anew, and a sweep must go on with what it began."""
     yaml = YAML.replace("process_docs: !function data.shorten\n", "").replace("fewshot_split: train\n", "")
     found = [hashes(tmp_path / folder, yaml, DRAWS)["documents"] for folder in ("a", "b")]
     assert found[0] == found[1]
     results = lm_eval.simple_evaluate(
-        "dummy", tasks=["hashed"], task_manager=manager(tmp_path / "a"), bootstrap_iters=0
+        Indifferent(), tasks=["hashed"], task_manager=manager(tmp_path / "a"), bootstrap_iters=0
     )
     assert results is not None
     asked = [sample["doc"] for sample in results["samples"]["hashed"]]

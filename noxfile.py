@@ -22,9 +22,7 @@ CELLS = [
     ("3.13", *NEWEST),
     ("3.11", "2.13", "5.1"),
     ("3.11", "2.13", "5.0"),
-    ("3.11", "2.13", "4.57"),
-    ("3.11", "2.13", "4.56"),
-    ("3.11", "2.5", "4.56"),
+    ("3.11", "2.5", "5.0"),
 ]
 """Python, torch, transformers: each at its newest with all others, each at its oldest once."""
 

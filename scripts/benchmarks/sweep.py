@@ -30,8 +30,8 @@ PRESSES = "snapkv,streaming_llm,pyramidkv,tova,knorm,random"
 
 
 def main() -> None:
-    args = _parser().parse_args()
-    output = Path(args.output)
+    args = cells_parser(__doc__, "runs/benchmarks/sweep").parse_args()
+    output = args.output
     shutil.rmtree(output, ignore_errors=True)
     given = [f"--{name}={getattr(args, name)}" for name in ("model_args", "presses", "ratios", "tasks", "batch_size")]
     if args.limit:
@@ -106,15 +106,16 @@ def largest_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> floa
     return max(differences)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def cells_parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    """Arguments of a script that runs one sweep in several ways: its cells, and the folder of what was measured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_args", default="pretrained=builtin,dtype=float32")
     parser.add_argument("--presses", default=PRESSES)
     parser.add_argument("--ratios", default="0.25,0.5,0.75,0.9")
     parser.add_argument("--tasks", default="kvpress_demo")
     parser.add_argument("--batch_size", default="8")
-    parser.add_argument("--limit", type=float)
-    parser.add_argument("--output", default="runs/benchmarks/sweep")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--output", type=Path, default=Path(output))
     return parser
 
 

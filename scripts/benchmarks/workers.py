@@ -21,12 +21,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.tables import markdown_table
 from scripts.benchmarks.measuring import write
-from scripts.benchmarks.sweep import PRESSES
+from scripts.benchmarks.sweep import cells_parser
 from scripts.machine import commit, machine
 from scripts.studies.spread_sweeps import content
 
@@ -41,7 +40,7 @@ SIDES: Mapping[str, tuple[int, Sequence[str]]] = {
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = cells_parser(__doc__, "runs/benchmarks/workers").parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     done = args.output / "sides.jsonl"
     runs = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
@@ -103,18 +102,6 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     ]
     columns = ["side", "seconds", "of jobs, all workers", "times as fast", "driver and launcher", "values that differ"]
     return markdown_table(columns, rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_args", default="pretrained=builtin,dtype=float32")
-    parser.add_argument("--presses", default=PRESSES)
-    parser.add_argument("--ratios", default="0.25,0.5,0.75,0.9")
-    parser.add_argument("--tasks", default="kvpress_demo")
-    parser.add_argument("--batch_size", default="8")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/workers"))
-    return parser
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
 from lm_eval_kvpress.cache.compressed import CompressedCache
-from lm_eval_kvpress.engine import compression, decoding
+from lm_eval_kvpress.engine import decoding, grouped_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.sampling import Sampler
@@ -99,7 +99,7 @@ def measured(shape: str, dtype: str, case: Case, batch: Batch) -> dict[str, floa
 def _prefilling(num_tokens: int) -> AbstractContextManager[None]:
     """A context in which so many tokens are prefilled side by side."""
     limits = dict.fromkeys(("cpu", "cuda"), num_tokens)
-    return lend(compression, FORWARD_TOKENS=limits, PACKED_FORWARD_TOKENS=num_tokens)
+    return lend(grouped_prefill, FORWARD_TOKENS=limits, PACKED_FORWARD_TOKENS=num_tokens)
 
 
 def _decode(model: PressableModel, cache: CompressedCache, contexts: list[Context], num_new: int) -> float:

@@ -23,7 +23,7 @@ from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed, group_scales
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.engine import compression, decoding, fidelity, rolling_batches, scoring, windows
+from lm_eval_kvpress.engine import decoding, fidelity, grouped_prefill, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
@@ -163,14 +163,14 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("physical positions", "queries go on where the shortened cache ends, keys stay where they were", "scoring")
 def _(patch: MonkeyPatch) -> None:
-    prefill = compression.prefill
+    prefill = grouped_prefill.prefill
 
     def at_kept_length(*args: Any, **kwargs: Any) -> Any:
         found = prefill(*args, **kwargs)
         length = max(layer.num_entries for layer in found.layers)
         return dataclasses.replace(found, next_position=(length,) * len(found.num_seen))
 
-    patch.setattr(compression, "prefill", at_kept_length)
+    patch.setattr(grouped_prefill, "prefill", at_kept_length)
 
 
 @fault("mask made for layer 0", "layers with fewer entries see the future (PyramidKV)", "causality")
@@ -275,7 +275,7 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("kv_quant that packs nothing", "full precision under the name of int4", "packing")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(compression, "pack", lambda cache, rule: cache)
+    patch.setattr(grouped_prefill, "pack", lambda cache, rule: cache)
 
 
 @fault("codes read without their zero", "keys lose the mean of their channel", "packing")

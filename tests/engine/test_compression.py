@@ -10,7 +10,7 @@ import torch
 from references import distinct_tokens
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.engine import compression
+from lm_eval_kvpress.engine import grouped_prefill
 from lm_eval_kvpress.engine.compression import CompressedBatch, Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.prefill import prefill
@@ -52,10 +52,10 @@ def compressed(
 def test_a_cpu_runs_so_many_tokens_side_by_side(
     model: PressableModel, monkeypatch: pytest.MonkeyPatch, press: str, expected: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 89})
+    monkeypatch.setattr(grouped_prefill, "FORWARD_TOKENS", {"cpu": 89})
     few, shapes = compressed(model, press)
     assert shapes == expected
-    monkeypatch.setattr(compression, "FORWARD_TOKENS", {})
+    monkeypatch.setattr(grouped_prefill, "FORWARD_TOKENS", {})
     many, _ = compressed(model, press)
     assert few.records == many.records and few.cache.num_seen == many.cache.num_seen
     for one, other in zip(few.cache.layers, many.cache.layers, strict=True):
@@ -96,7 +96,7 @@ def test_clones_of_shared_prefills_are_taken_together(model: PressableModel, mon
         return compress(self, contexts, press, **kwargs)
 
     monkeypatch.setattr(SharedPrefills, "compress", counted)
-    monkeypatch.setattr(compression, "FORWARD_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(grouped_prefill, "FORWARD_TOKENS", {"cpu": 1})
     compressed(model, "knorm", shared=True)
     assert sorted(taken) == [1, 1, 2, 4]
 
@@ -129,5 +129,5 @@ def test_questions_of_other_lengths_are_pressed_apart(model: PressableModel, sha
 def test_a_context_without_a_question_is_refused_where_short_ones_are(model: PressableModel) -> None:
     compressor = Compressor(model, parse_press("finch"), short_context="error", clock=Clock(model.device))
     compressor.check_lengths([Context(CONTEXTS[1], 1, num_question=5)])
-    with pytest.raises(compression.ShortContextError, match="41 prefilled tokens does not end with a question"):
+    with pytest.raises(grouped_prefill.ShortContextError, match="41 prefilled tokens does not end with a question"):
         compressor.check_lengths([Context(CONTEXTS[1], 1)])

@@ -111,7 +111,6 @@ class GenerationSettings:
         stop_ids: token ids that end a text.
         stopped: says from the new tokens, ``(B, n)``, which texts are complete.
         until: the strings that `stopped` looks for.
-        ignored_ids: token ids that would end a text and do not, so that all texts are equally long.
     """
 
     options: Mapping[str, Any]
@@ -119,7 +118,6 @@ class GenerationSettings:
     stop_ids: frozenset[int]
     stopped: Callable[[torch.Tensor], Sequence[bool]]
     until: tuple[str, ...] = ()
-    ignored_ids: frozenset[int] = frozenset()
 
     def hits_limit(self, ids: Sequence[int]) -> bool:
         """Whether nothing but ``max_new_tokens`` ended a text."""

@@ -6,7 +6,7 @@ Knows ``HFLM``, its tokenizer and its generation config. Does not know caches or
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,12 @@ from lm_eval_kvpress.presses.values import parse_value
 logger = logging.getLogger("lm_eval_kvpress")
 
 
-def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[GenerationSettings, list[str]]:
-    """How to continue prompts, and the strings that end a text.
+def generation_settings(
+    lm: HFLM, gen_kwargs: dict[str, Any]
+) -> tuple[GenerationSettings, Callable[[Sequence[int]], str]]:
+    """How to continue prompts, and what makes the answer of the new tokens.
+
+    Under ``ignore_eos`` nothing but ``max_gen_toks`` ends a text; its answer is cut where it would have ended.
 
     Args:
         gen_kwargs: of one request, as lm-eval passes them on.
@@ -53,21 +57,24 @@ def generation_settings(lm: HFLM, gen_kwargs: dict[str, Any]) -> tuple[Generatio
             f"{lm.max_length} tokens of max_length"
         )
     check_options(options, lm.model.config.vocab_size)
-    ends, none = frozenset([lm.eot_token_id, *options["eos_token_id"]]), frozenset[int]()
-    stop_ids, ignored_ids = (none, ends) if ignores_eos else (ends, none)
-    stops = [stop for stop in until if not (ignores_eos and stop == eos)]
-    stopped = StopStrings(lm.tokenizer, stops)
-    return GenerationSettings(options, max_new_tokens, stop_ids, stopped, tuple(stops), ignored_ids), until
+    stop_ids, stopped = frozenset([lm.eot_token_id, *options["eos_token_id"]]), StopStrings(lm.tokenizer, until)
+    if not ignores_eos:
+        settings = GenerationSettings(options, max_new_tokens, stop_ids, stopped, tuple(until))
+        return settings, lambda ids: answer_text(lm, ids, until)
+    settings = GenerationSettings(options, max_new_tokens, frozenset(), StopStrings(lm.tokenizer, ()))
+    return settings, lambda ids: answer_text(lm, ids[: num_until_end(ids, stop_ids, stopped)], until)
 
 
-def answer_text(lm: HFLM, ids: Sequence[int], until: list[str], ignored_ids: frozenset[int] = frozenset()) -> str:
-    """The text of generated ids, without thinking and without what follows a stop string, as stock ``HFLM`` cuts it.
+def num_until_end(ids: Sequence[int], stop_ids: frozenset[int], stopped: StopStrings) -> int:
+    """How many of the new tokens there would be if a text ended at a token id or a stop string."""
+    whole = torch.tensor([list(ids)])
+    ends = (num for num in range(1, len(ids) + 1) if ids[num - 1] in stop_ids or stopped(whole[:, :num])[0])
+    return next(ends, len(ids))
 
-    Args:
-        ignored_ids: token ids at which the text would have ended under another setting; it ends there.
-    """
-    num_ids = next((place for place, id in enumerate(ids, start=1) if id in ignored_ids), len(ids))
-    ids, end = list(ids[:num_ids]), lm.think_end_token
+
+def answer_text(lm: HFLM, ids: Sequence[int], until: list[str]) -> str:
+    """The text of generated ids, without thinking and without what follows a stop string, as stock ``HFLM`` cuts it."""
+    ids, end = list(ids), lm.think_end_token
     if isinstance(end, int):
         after = len(ids) - ids[::-1].index(end) if end in ids else 0
         text = lm.tok_decode(ids[after:]).lstrip()

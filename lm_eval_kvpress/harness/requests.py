@@ -28,7 +28,7 @@ from lm_eval_kvpress.engine.stream_batches import StreamBatches
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import splitting
 from lm_eval_kvpress.harness.document_ids import document_id
-from lm_eval_kvpress.harness.generation_arguments import answer_text, generation_settings
+from lm_eval_kvpress.harness.generation_arguments import generation_settings
 from lm_eval_kvpress.harness.ranks import without_padding
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.harness.stream_settings import stream_plan
@@ -185,7 +185,7 @@ def _prompts(lm: HFLM, session: Session, requests: Sequence[Instance], found: To
 def _generation_group(
     lm: HFLM, gen_kwargs: dict[str, object], prompts: Mapping[int, Prompt], found: TotalsByTask
 ) -> GenerationBatches:
-    settings, until = generation_settings(lm, gen_kwargs)
+    settings, answer = generation_settings(lm, gen_kwargs)
     longest = lm.max_length - settings.max_new_tokens
     too_long = [prompt for prompt in prompts.values() if len(prompt.context) > longest]
     if too_long:
@@ -196,7 +196,7 @@ def _generation_group(
     for prompt in too_long:
         found[prompt.id.task].num_cut_contexts += 1
     cut = {index: replace(prompt, context=prompt.context.last(longest)) for index, prompt in prompts.items()}
-    return GenerationBatches(cut, settings, lambda ids: answer_text(lm, ids, until, settings.ignored_ids), found)
+    return GenerationBatches(cut, settings, answer, found)
 
 
 def encode_documents(lm: HFLM, requests: Sequence[Instance]) -> list[list[int]]:

@@ -25,17 +25,30 @@ DEFAULT_CHECKPOINTS = {"pythia-kvpress": "EleutherAI/pythia-2.8b"}
 
 OURS = (*DEFAULT_CHECKPOINTS, "kvpress")
 
-LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("niah_*", "ruler*"), ("nltk", "wonderwords", "scipy")),
-    "longbench_*": ("jieba", "fuzzywuzzy", "rouge"),
-    "minerva_math*": ("sympy", "math_verify", "antlr4"),
+ESSAYS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "ruler", "longcxt")
+"""Tasks that cut essays into sentences by NLTK's ``punkt_tab``, and RULER's group and tag."""
+
+RULER = (
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+    "ruler_qa_*",
+    *ESSAYS,
+)
+
+LIBRARIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    RULER: ("nltk", "wonderwords", "scipy"),
+    ("longbench", "longbench_*"): ("jieba", "fuzzywuzzy", "rouge"),
+    ("minerva_math*",): ("sympy", "math_verify", "antlr4"),
 }
 """Tasks -> the modules of lm-eval's extras that they import."""
 
-ESSAYS = ("ruler", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
-"""Tasks that cut essays into sentences by NLTK's ``punkt_tab``."""
-
 LENGTHS = "max_seq_lengths"
+RULERS_LENGTH = 4096
+"""Tokens of RULER's texts where the metadata do not say (``DEFAULT_SEQ_LENGTHS`` of lm-eval's ``tasks/ruler``)."""
 
 
 def prepared(
@@ -58,7 +71,7 @@ def prepared(
     _check_libraries(tasks)
     _check_sentences(tasks)
     if isinstance(pretrained, str) and pretrained:
-        _check_lengths(pretrained, arguments, metadata.get(LENGTHS))
+        _check_lengths(pretrained, arguments, metadata.get(LENGTHS), tasks)
         return with_tokenizer({"pretrained": pretrained, **metadata})
     return dict(metadata)
 
@@ -69,10 +82,15 @@ def with_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, "tokenizer": resolve_pretrained(BUILTIN)} if named == BUILTIN else dict(metadata)
 
 
+def _stand_for(task: str, names: Sequence[str]) -> bool:
+    """Whether a task as typed is one of these, or a wildcard for one. Names may hold wildcards, too."""
+    return any(fnmatchcase(task, name) or fnmatchcase(name, task) for name in names)
+
+
 def _check_libraries(tasks: Sequence[str]) -> None:
     for task in tasks:
-        needed = [name for pattern, names in LIBRARIES.items() if fnmatchcase(task, pattern) for name in names]
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        needed = [library for names, libraries in LIBRARIES.items() if _stand_for(task, names) for library in libraries]
+        missing = [library for library in needed if importlib.util.find_spec(library) is None]
         if missing:
             raise UsageError(
                 f"task '{task}' needs {', '.join(missing)}: pip install 'lm-eval-kvpress[longcontext]', which brings "
@@ -82,7 +100,7 @@ def _check_libraries(tasks: Sequence[str]) -> None:
 
 def _check_sentences(tasks: Sequence[str]) -> None:
     for task in tasks:
-        if task in ESSAYS and not _has_punkt():
+        if _stand_for(task, ESSAYS) and not _has_punkt():
             raise UsageError(
                 f"task '{task}' cuts essays into sentences by NLTK's punkt_tab, which is neither here nor to be had: "
                 "run `python -m nltk.downloader punkt_tab` where there is a network, and name its folder in NLTK_DATA"
@@ -103,26 +121,28 @@ def _has_punkt() -> bool:
     return False
 
 
-def _check_lengths(pretrained: str, arguments: Mapping[str, Any], lengths: Any) -> None:
+def _check_lengths(pretrained: str, arguments: Mapping[str, Any], lengths: Any, tasks: Sequence[str]) -> None:
     """Refuse texts that are longer than the model: their beginnings would be cut off, and the needle with them."""
-    longest, limit = max(_numbers(lengths), default=0), arguments.get("max_length")
+    are_rulers = not lengths and any(_stand_for(task, RULER) for task in tasks)
+    longest, limit = RULERS_LENGTH if are_rulers else max(_numbers(lengths), default=0), arguments.get("max_length")
     if limit is not None:
         limit = parse_number("max_length", int, limit, Range(low=1))
     if not limit and longest and not arguments.get("allow_extrapolation"):
         limit = _positions(pretrained)
     if limit and longest > limit:
+        asked = f"RULER's texts have {longest} tokens" if are_rulers else f"{LENGTHS}={lengths}"
         raise UsageError(
-            f"{LENGTHS}={lengths}: {pretrained} takes {limit} tokens at most, a text with its answer: give "
-            "shorter lengths, or a model of more positions"
+            f"{asked}: {pretrained} takes {limit} tokens at most, a text with its answer: give shorter lengths "
+            f"(--metadata '{{\"{LENGTHS}\": [{limit // 2}]}}'), or a model of more positions"
         )
 
 
 def _numbers(lengths: Any) -> Iterator[int]:
-    """RULER takes numbers, BABILong one word such as ``4k``."""
+    """RULER takes numbers, BABILong one word such as ``4k`` or ``1M``."""
     for length in lengths if isinstance(lengths, list | tuple) else [lengths]:
-        word = re.fullmatch(r"(\d+)(k?)", str(length).lower())
+        word = re.fullmatch(r"(\d+)([km]?)", str(length).lower())
         if word:
-            yield int(word[1]) * (1024 if word[2] else 1)
+            yield int(word[1]) * {"": 1, "k": 1024, "m": 1024**2}[word[2]]
 
 
 def _positions(pretrained: str) -> int | None:

@@ -35,8 +35,8 @@ def text_gap(lm: HFLM, prompt: str, text: str, other: str, gen_kwargs: Mapping[s
     common = next((place for place, (a, b) in pairs if a != b), None)
     if common is None:
         return float("inf")  # of the same tokens, and yet another text
-    settings, until = generation_settings(lm, dict(gen_kwargs))
-    ends = [*settings.stop_ids, *(lm.tok_encode(stop, add_special_tokens=False)[0] for stop in until if stop)]
+    settings, _ = generation_settings(lm, {**gen_kwargs, "ignore_eos": False})  # both texts are cut where they end
+    ends = [*settings.stop_ids, *(lm.tok_encode(stop, add_special_tokens=False)[0] for stop in settings.until if stop)]
     choices = [[tokens[common]] if common < len(tokens) else ends for tokens in (first, second)]
     (context,) = encode_prompts(lm, [prompt])
     scores = _next_scores(lm, context, first[:common], settings)

@@ -9,6 +9,7 @@ import pytest
 from lm_eval_requests import generation_requests, ours
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.generation_arguments import generation_settings
 from lm_eval_kvpress.harness.requests import generation_batches
 
 
@@ -28,7 +29,7 @@ def test_unsupported_generation_arguments_are_errors(checkpoint_dir: Path, gen_k
 
 def ids_and_record(checkpoint_dir: Path, **gen_kwargs: Any) -> tuple[list[str], list[tuple[int, ...]], dict[str, Any]]:
     lm = ours(checkpoint_dir, press="knorm", batch_size=2)
-    requests = generation_requests(until=[], max_gen_toks=8, **gen_kwargs)
+    requests = generation_requests(**{"until": [], "max_gen_toks": 8, **gen_kwargs})
     (batches,) = generation_batches(lm, lm.session, requests)
     outcomes = batches.run(lm.session.runner, range(len(requests)), lambda _: None)
     return lm.generate_until(requests, disable_tqdm=True), [one.ids for one in outcomes], lm.describe()["tasks"]["gen"]
@@ -44,6 +45,29 @@ def test_ignored_ends_make_texts_equally_long_and_change_no_answer(checkpoint_di
     steady, all_ids, record = ids_and_record(checkpoint_dir, eos_token_id=ends, ignore_eos=True)
     assert steady == answers and all_ids == free
     assert (record["tokens_generated"], record["texts_at_limit"]) == (5 * 8, 5)
+
+
+def test_stop_strings_are_ignored_with_the_ends_and_cut_the_answer(checkpoint_dir: Path) -> None:
+    """Of a task with stop strings, most of whose texts end early; the answers are those of a run that stops there."""
+    until = [" ", "e"]
+    answers, ids, record = ids_and_record(checkpoint_dir, until=until)
+    assert record["tokens_generated"] == sum(map(len, ids)) < 5 * 8 and record["texts_at_limit"] < 5
+    steady, all_ids, record = ids_and_record(checkpoint_dir, until=until, ignore_eos=True)
+    assert steady == answers and all(map(len, all_ids))
+    assert (record["tokens_generated"], record["texts_at_limit"]) == (5 * 8, 5)
+
+
+def test_what_follows_the_end_of_an_ignored_text_is_not_read(checkpoint_dir: Path) -> None:
+    """A second thought after the answer's end would otherwise be taken for the first."""
+    lm = ours(checkpoint_dir)
+    lm.think_end_token = lm.tok_encode(" mill")[-1]
+    thought, end = lm.tok_encode(" the river ran past an old mill"), lm.tok_encode(" seven")
+    ids = [*thought, *lm.tok_encode(" grey geese"), *end, *thought, *lm.tok_encode(" asked")]
+    texts = []
+    for ignores in (False, True):
+        _, answer = generation_settings(lm, {"until": [" seven"], "max_gen_toks": 64, "ignore_eos": ignores})
+        texts.append(answer(ids if ignores else ids[: len(thought) + 2 + len(end)]))
+    assert texts[0] == texts[1] and "geese" in texts[0] and "asked" not in texts[1]
 
 
 def test_a_least_number_of_new_tokens_keeps_texts_from_ending(checkpoint_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_a_task_manager_of_a_program_gets_the_built_in_tokenizer() -> None:
     assert manager.metadata == {"pretrained": "builtin", "tokenizer": FOLDER}
 
 
-@pytest.mark.parametrize("lengths", [[64, 513], 513, "1k", "513"])
+@pytest.mark.parametrize("lengths", [[64, 513], 513, "1k", "1M", "513"])
 def test_texts_longer_than_the_model_are_refused(checkpoint_dir: Path, lengths: Any) -> None:
     arguments = {"pretrained": str(checkpoint_dir)}
     with pytest.raises(UsageError, match="takes 512 tokens at most") as raised:
@@ -54,6 +55,19 @@ def test_texts_longer_than_the_model_are_refused(checkpoint_dir: Path, lengths: 
     assert prepared("kvpress", beyond, beyond | {"max_seq_lengths": lengths}, ["babilong_qa1"])
     with pytest.raises(UsageError, match="takes 100 tokens at most"):
         prepared("kvpress", beyond | {"max_length": 100}, {"max_seq_lengths": lengths}, ["babilong_qa1"])
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "ruler_cwe", "ruler", "niah_*", "longcxt", "ruler_qa_squad"])
+def test_rulers_own_length_is_looked_at_where_no_other_is_given(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    monkeypatch.setattr(task_needs, "_has_punkt", lambda: True)
+    monkeypatch.setattr(task_needs.importlib.util, "find_spec", lambda name: True)
+    built_in = {"pretrained": "builtin"}
+    with pytest.raises(
+        UsageError, match=r"RULER's texts have 4096 tokens: builtin takes 2048 .*\{\"max_seq_lengths\": \["
+    ):
+        prepared("pythia-kvpress", built_in, built_in, ["gsm8k", task])
+    prepared("pythia-kvpress", built_in, {"max_seq_lengths": [2048]}, [task])
+    prepared("pythia-kvpress", built_in, built_in, ["babilong_qa1", "longbench_qasper", "gsm8k"])
 
 
 @pytest.mark.parametrize("wrong", ["abc", 0, 0.5, True, [4096]])
@@ -68,10 +82,16 @@ def test_texts_that_fit_are_not(checkpoint_dir: Path, lengths: Any) -> None:
     prepared("kvpress", {"pretrained": str(checkpoint_dir)}, {"max_seq_lengths": lengths}, ["babilong_qa1"])
 
 
-@pytest.mark.parametrize("task", ["niah_single_1", "ruler", "longbench_qasper", "minerva_math500"])
+@pytest.mark.parametrize(
+    "task",
+    ["niah_single_1", "ruler", "longcxt", "niah_*", "ruler_?we", "longbench", "longbench*", "longbench_qasper"]
+    + ["minerva_math500", "minerva*"],
+)
 def test_missing_libraries_are_one_line(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     monkeypatch.setattr(task_needs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=rf"task '{task}' needs .*: pip install 'lm-eval-kvpress\[longcontext\]'"):
+    with pytest.raises(
+        UsageError, match=rf"task '{re.escape(task)}' needs .*: pip install 'lm-eval-kvpress\[longcontext\]'"
+    ):
         prepared("kvpress", {}, {}, [task])
     prepared("kvpress", {}, {}, ["longbench2_graph", "gsm8k"])
 
@@ -82,9 +102,10 @@ def test_missing_sentences_are_one_line_and_only_where_essays_are_cut(monkeypatc
     monkeypatch.setattr(nltk, "download", lambda name, quiet: asked.append(name))
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(task_needs.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(UsageError, match="task 'niah_single_2' .*`python -m nltk.downloader punkt_tab"):
-        prepared("kvpress", {}, {}, ["niah_single_1", "niah_single_2"])
-    assert asked == ["punkt_tab"]
+    for task in ("niah_single_2", "niah_*", "niah_single_[12]", "ruler", "longcxt"):
+        with pytest.raises(UsageError, match=f"task '{re.escape(task)}' .*`python -m nltk.downloader punkt_tab"):
+            prepared("kvpress", {}, {}, ["niah_single_1", task])
+    assert set(asked) == {"punkt_tab"}
     prepared("kvpress", {}, {}, ["niah_single_1", "ruler_cwe"])
 
 

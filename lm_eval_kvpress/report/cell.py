@@ -132,6 +132,9 @@ class Task:
         held_back: the least, the median and the most tokens of a prompt that were fed after compression; None where
             the file does not say.
         notes: what the press reported, and for how many contexts.
+        num_cut: contexts that lost their beginning because they did not fit.
+        num_without_question, num_without_context: prompts in which no question was found, and those with nothing
+            before it, where questions are looked for.
     """
 
     name: str
@@ -149,6 +152,9 @@ class Task:
     samples: Path | None
     held_back: tuple[float, float, float] | None = None
     fidelity: Fidelity | None = None
+    num_cut: int = 0
+    num_without_question: int = 0
+    num_without_context: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,11 @@ class Cell:
     @property
     def is_stock(self) -> bool:
         return self.protocol == STOCK_PROTOCOL
+
+    @property
+    def is_query_aware(self) -> bool:
+        """Whether questions were compressed with their contexts."""
+        return dict(self.protocol).get("query_aware") != "false"
 
     @property
     def rolling(self) -> str | None:

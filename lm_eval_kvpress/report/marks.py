@@ -6,10 +6,10 @@ Every mark names a mistake that was seen in published figures. Knows tables; not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lm_eval_kvpress.report.cell import Cell, Kept
+from lm_eval_kvpress.report.cell import Cell, Kept, Task
 from lm_eval_kvpress.report.formatting import first_names
 from lm_eval_kvpress.report.rows import Row
 from lm_eval_kvpress.report.tables import Table
@@ -58,8 +58,28 @@ def _cell_marks(row: Row, cell: Cell, table: Table, tables: Sequence[Table]) -> 
             "run, whose file says what was kept and how fast it was, or there was nothing to score."
         )
         yield Mark("unmeasured", "not measured", text)
+    yield from _prompts(cell)
     yield from _other_tasks(cell, table)
     yield from _fewer_documents(cell, table, tables)
+
+
+def _prompts(cell: Cell) -> Iterator[Mark]:
+    """Prompts that did not fit, and those that could not be divided into context and question."""
+    if cut := _listed((task.num_cut, task) for task in cell.tasks):
+        text = f"Prompts that did not fit lost their beginning ({cut}), and perhaps what was asked for."
+        yield Mark("cut", "cut prompts", text)
+    if missing := _listed((task.num_without_question, task) for task in cell.tasks):
+        done = (
+            "nothing of them was compressed" if cell.is_query_aware else "they were compressed with all of their text"
+        )
+        yield Mark("question", "no question", f"No question was found in prompts ({missing}): {done}.")
+    if bare := _listed((task.num_without_context, task) for task in cell.tasks):
+        text = f"Nothing stands before the question of prompts ({bare}): nothing of them was compressed."
+        yield Mark("context", "no context", text)
+
+
+def _listed(counts: Iterable[tuple[int, Task]]) -> str:
+    return ", ".join(f"{count} of {task.name}" for count, task in counts if count)
 
 
 # ---------------------------------------------------------------------------------------------- what the press did

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lm_eval_kvpress.report.cell import Cell, Metric
 
 # The first of these that a task has is its leading metric; otherwise its first metric that has a better direction.
 LEADING = ("pressed_token_perplexity", "acc_norm", "acc", "exact_match")
-AT_DISTANCE = re.compile(r".+_at_(?P<distance>\d+)")
+AT_DISTANCE = re.compile(r"(acc|exact_match)_at_(?P<distance>\d+)")  # not mbpp's pass_at_1
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MetricKey:
         task: or the group of tasks.
         is_main: whether it is a leading one of its task.
         members: the tasks of a group; a row that ran others has no figure.
-        averaged: the metrics whose mean it is, if it is one (`Metric.averaged`).
+        averaged: the metrics whose mean it is, if it is one (`Metric.averaged`); a mean of others is another figure.
     """
 
     task: str
@@ -30,7 +30,7 @@ class MetricKey:
     higher_is_better: bool | None
     is_main: bool = False
     members: tuple[str, ...] = ()
-    averaged: tuple[str, ...] = field(default=(), compare=False)
+    averaged: tuple[str, ...] = ()
 
     @property
     def distance(self) -> int | None:
@@ -63,7 +63,8 @@ class MetricKey:
         found = cell.group(self.task) if self.members else cell.task(self.task)
         members = getattr(found, "members", ())
         metrics = () if found is None or members != self.members else found.metrics
-        return next((metric for metric in metrics if (metric.name, metric.filter) == (self.name, self.filter)), None)
+        own = self.name, self.filter, self.averaged
+        return next((metric for metric in metrics if (metric.name, metric.filter, metric.averaged) == own), None)
 
 
 def metric_keys(task: str, cells: Sequence[Cell]) -> list[MetricKey]:
@@ -84,7 +85,8 @@ def _keys(task: str, members: tuple[str, ...], found: Iterable[Sequence[Metric]]
     for metric in (metric for metrics in found for metric in metrics):
         known = keys.get((metric.name, metric.filter))
         better = metric.higher_is_better if known is None or known.higher_is_better is None else known.higher_is_better
-        key = MetricKey(task, metric.name, metric.filter, better, members=members, averaged=metric.averaged)
+        averaged = metric.averaged if known is None else known.averaged
+        key = MetricKey(task, metric.name, metric.filter, better, members=members, averaged=averaged)
         keys[metric.name, metric.filter] = key
     return list(keys.values())
 

@@ -7,13 +7,13 @@ checked before (`results_schema`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lm_eval_kvpress.report.averages import group_members, groups
-from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Pairs, Press, Task
+from lm_eval_kvpress.report.cell import STOCK_PROTOCOL, Cell, Identity, Kept, Metric, Pairs, Press, Task
 from lm_eval_kvpress.report.fidelity import Fidelity, Figure, Place
 from lm_eval_kvpress.report.metric_values import PREDICT_ONLY, number, task_metrics
 from lm_eval_kvpress.report.speeds import parse_speed
@@ -130,26 +130,31 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             version=str((content.get("versions") or {}).get(name)),
             num_fewshot=str((content.get("n-shot") or {}).get(name)),
             fingerprint=(content.get("task_hashes") or {}).get(name),
-            loaded=_loaded(config.get("metadata")),
+            loaded=_loaded(config.get("metadata") or {}, metrics),
             kept=_kept(fact) if fact else None,
             fidelity=_fidelity(fact.get("fidelity")),
             held_back=_held_back(fact.get("tokens_held_back")),
             notes=tuple(sorted((fact.get("notes") or {}).items())),
+            num_cut=fact.get("num_cut_contexts", 0),
+            num_without_question=fact.get("num_prompts_without_question", 0),
+            num_without_context=fact.get("num_prompts_without_context", 0),
             samples=samples if samples.is_file() else None,
         )
 
 
-def _loaded(metadata: Any) -> str | None:
-    """The texts that a task loaded, with ``max_tokens``, which stands beside them.
+def _loaded(metadata: Any, metrics: Sequence[Metric]) -> str | None:
+    """The texts that a task loaded, with ``max_tokens``, and the lengths of those that it made; None without either.
 
     Without the folder or hub that they came from: the same texts lie in many places. Without the rest of the metadata:
     lm-eval mixes the model's arguments into it.
     """
-    loaded = metadata.get("loaded") if isinstance(metadata, Mapping) else None
-    if not loaded:
+    metadata = metadata if isinstance(metadata, Mapping) else {}
+    loaded, lengths = metadata.get("loaded"), metadata.get("max_seq_lengths")
+    made = lengths if isinstance(lengths, list) else [lengths] if lengths else [m.name for m in metrics if m.is_length]
+    if not loaded and not made:
         return None
     texts = {key: value for key, value in loaded.items() if key != "source"} if isinstance(loaded, Mapping) else loaded
-    return json.dumps([texts, metadata.get("max_tokens")], sort_keys=True)
+    return json.dumps([texts, metadata.get("max_tokens"), sorted(map(str, made))], sort_keys=True)
 
 
 def _protocol(protocol: Mapping[str, Any]) -> Pairs:

@@ -68,6 +68,9 @@ class TaskFacts(Part):
     contexts_pressed: ContextFacts
     contexts_unpressed: ContextFacts
     num_short_contexts: Count
+    num_cut_contexts: Count = 0
+    num_prompts_without_question: Count = 0
+    num_prompts_without_context: Count = 0
     tokens_scored_under_press: Count
     texts_generated: Count = 0
     texts_compressed_while_decoding: Count = 0

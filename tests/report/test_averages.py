@@ -144,6 +144,72 @@ def test_a_group_whose_author_gave_no_average_has_none(tmp_path: Path) -> None:
     assert read_cell(write_tasks(tmp_path, "none", figures, group_subtasks={"kvpress_ppl": ["a", "b"]})).groups == ()
 
 
+def test_tasks_of_longbench_that_were_named_one_by_one_have_their_groups_average(tmp_path: Path) -> None:
+    """The English tasks, those of equal lengths and the second LongBench are groups of their own."""
+    figures = {
+        "longbench_qasper": {"score,none": 0.2},
+        "longbench_repobench-p": {"score,none": 0.6},
+        "longbench_qasper_e": {"score,none": 0.1},
+        "longbench_lcc_e": {"score,none": 0.3},
+        "longbench2_graph": {"acc,none": 0.5, "acc_norm,none": 0.9},
+        "longbench2_table": {"acc,none": 0.0, "acc_norm,none": 0.9},
+        "longbench_odd": {"other,none": 9.0},
+    }
+    cell = read_cell(write_tasks(tmp_path, "none", figures))
+    found = {
+        (group.name, group.members, metric.name): metric.value for group in cell.groups for metric in group.metrics
+    }
+    assert found == {
+        ("longbench", ("longbench_qasper", "longbench_repobench-p"), "score"): pytest.approx(0.4),
+        ("longbench_e", ("longbench_lcc_e", "longbench_qasper_e"), "score"): pytest.approx(0.2),
+        ("longbench2", ("longbench2_graph", "longbench2_table"), "acc"): pytest.approx(0.25),
+    }
+    assert texts(table(tmp_path), "longbench.score") == {"none": "0.400"}
+
+
+def test_one_task_is_no_average(tmp_path: Path) -> None:
+    assert read_cell(write_tasks(tmp_path, "none", {"longbench_qasper": {"score,none": 0.2}})).groups == ()
+
+
+@pytest.mark.parametrize("is_said", [True, False], ids=["metadata", "metrics alone"])
+def test_texts_of_other_lengths_are_never_compared(tmp_path: Path, is_said: bool) -> None:
+    """Without samples nothing else tells the documents apart. 1,024 and 2,048, and then 1,024 and 8,192."""
+
+    def write(folder: Path, press: str, **scores: Sequence[float]) -> None:
+        lengths = {int(name[1:]): one for name, one in scores.items()}
+        said = {"metadata": {"max_seq_lengths": list(lengths)}} if is_said else {}
+        write_ruler(folder, press, {"niah_single_1": lengths}, configs={"niah_single_1": said})
+
+    for press in ("none", "snapkv"):
+        write(tmp_path / "short", press, n1024=[1, 1])
+        write(tmp_path / "long", press, n2048=[0, 1])
+    write(tmp_path / "both", "none", n1024=[1, 1], n2048=[1, 1])
+    write(tmp_path / "far", "snapkv", n1024=[1, 1], n8192=[0, 0])
+    for file in tmp_path.rglob("samples_*"):
+        file.unlink()
+    tables = build_report([tmp_path]).tables
+    found = {
+        tuple(column.key.split(".")[1] for column in one.columns if column.metric): [row.press for row in one.rows]
+        for one in tables
+    }
+    assert found == {
+        ("1024",): ["none", "snapkv"],
+        ("2048",): ["none", "snapkv"],
+        ("1024", "2048", "all_lengths"): ["none"],
+        ("1024", "8192", "all_lengths"): ["none", "snapkv"],
+    }, "the last has no baseline of its own"
+    assert not any("newest file counts" in notice for one in tables for notice in one.notices)
+
+
+def test_lengths_in_words_are_lengths_too(tmp_path: Path) -> None:
+    """BABILong's metric is the same at 1k and at 4k."""
+    for press, length, acc in (("none", "1k", 0.9), ("snapkv", "4k", 0.2), ("knorm", "1k", 0.8)):
+        about = {"babilong_qa1": {"metadata": {"max_seq_lengths": length}}}
+        write_tasks(tmp_path, press, {"babilong_qa1": {"acc,none": acc}}, configs=about)
+    tables = build_report([tmp_path]).tables
+    assert sorted([row.press for row in one.rows if row.cell] for one in tables) == [["none", "knorm"], ["snapkv"]]
+
+
 def test_a_row_that_ran_fewer_tasks_of_a_group_has_no_average(tmp_path: Path) -> None:
     names = ("niah_single_1", "ruler_cwe", "ruler_fwe")
     tasks: dict[str, Scores] = {name: {1024: [1, 1] if name == names[0] else [0, 0]} for name in names}

@@ -188,6 +188,32 @@ def test_contexts_are_called_too_short_only_where_they_were(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "fact, label, query_aware, words",
+    [
+        ("num_cut_contexts", "cut prompts", False, "lost their beginning (3 of recall)"),
+        ("num_prompts_without_question", "no question", False, "(3 of recall): they were compressed with all"),
+        ("num_prompts_without_question", "no question", True, "(3 of recall): nothing of them was compressed"),
+        ("num_prompts_without_context", "no context", False, "(3 of recall): nothing of them was compressed"),
+    ],
+)
+def test_prompts_that_were_cut_or_could_not_be_divided_are_counted_beside_the_figure(
+    tmp_path: Path, fact: str, label: str, query_aware: bool, words: str
+) -> None:
+    """On the baseline too. The run's own warning is gone when somebody reads the table."""
+    for press, acc, count in (("none", 0.5, 3), ("snapkv", 0.4, 3), ("knorm", 0.4, 0)):
+
+        def change(content: dict[str, Any], count: int = count) -> None:
+            facts = content["config"]["kvpress"]
+            facts["protocol"]["query_aware"] = query_aware
+            facts["tasks"]["recall"][fact] = count
+
+        amend(write_results(tmp_path, press, 0.0 if press == "none" else 0.5, acc=acc), change)
+    assert labels(tmp_path) == {"none": [label], "snapkv": [label], "knorm": []}
+    (mark,) = marks(tmp_path)["snapkv"]
+    assert words in mark.text and not mark.is_void
+
+
+@pytest.mark.parametrize(
     "rolling, output_type, expected",
     [
         ("one_pass", "loglikelihood_rolling", ["one pass"]),

@@ -37,6 +37,9 @@ def test_the_leading_metric_is_a_known_one_or_the_first_with_a_direction(
 
 def test_a_metric_names_its_task_its_filter_and_its_distance(tmp_path: Path) -> None:
     file = write_results(tmp_path, "none", 0.0)
-    amend(file, lambda content: content.update(results={"recall": {"acc_at_800,none": 0.5, "em,strict": 0.5}}))
+    figures = {"acc_at_800,none": 0.5, "em,strict": 0.5, "pass_at_1,none": 0.5}  # the last is mbpp's
+    amend(file, lambda content: content.update(results={"recall": figures}))
     keys = metric_keys("recall", [read_cell(file)])
-    assert [(key.full_name, key.distance) for key in keys] == [("recall.acc_at_800", 800), ("recall.em,strict", None)]
+    assert [(key.full_name, key.distance) for key in keys] == [
+        *(("recall.acc_at_800", 800), ("recall.em,strict", None), ("recall.pass_at_1", None))
+    ]

@@ -13,6 +13,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
+from lm_eval_kvpress.harness.chosen_documents import in_order
+
 ATTRIBUTE = "kvpress_doc_id"
 
 
@@ -31,9 +33,10 @@ def note_document_ids() -> None:
     @functools.wraps(build)
     def build_and_note(self: Task, *, samples: list[int] | None = None, **arguments: Any) -> None:
         build(self, samples=samples, **arguments)
+        ids = in_order(samples or ())
         for request in self.instances if samples else ():
-            if request.doc_id < len(samples or ()):  # a cache of requests holds those of all documents
-                setattr(request, ATTRIBUTE, (samples or ())[request.doc_id])
+            if request.doc_id < len(ids):  # a cache of requests holds those of all documents
+                setattr(request, ATTRIBUTE, ids[request.doc_id])
 
     build_and_note.notes_document_ids = True  # type: ignore[attr-defined]
     Task.build_all_requests = build_and_note  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from lm_eval_kvpress.harness import task_needs
 from lm_eval_kvpress.harness.argument_names import check_names
+from lm_eval_kvpress.harness.chosen_documents import in_order
 from lm_eval_kvpress.harness.command_line import refuse_closed_output, show_usage_errors_in_one_line
 
 TaskPath = str | PathLike[str]
@@ -132,6 +133,8 @@ def check_arguments() -> None:
             arguments = cast("dict[str, Any]", config.model_args)
             check_names(arguments)
             config.metadata = task_needs.prepared(config.model, arguments, config.metadata, _names(config.tasks))
+            if isinstance(config.samples, dict):
+                config.samples = {task: in_order(chosen) for task, chosen in config.samples.items()}
         return config
 
     from_cli_and_check.checks_kvpress = True  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ class Cell:
         if len(self.name.encode()) <= LONGEST_NAME:
             return self.name
         start = self.name.encode()[: LONGEST_NAME - 17].decode(errors="ignore")
-        return f"{start}-{hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
+        return f"{start}-{_hash(self.name)}"
 
     @property
     def protocol(self) -> tuple[tuple[str, Any], ...]:
@@ -147,8 +147,16 @@ def _stream_sizes(settings: SweepSettings, own: Arguments) -> Sequence[Arguments
 
 
 def _cell(arguments: Arguments) -> Cell:
-    parts = [str(arguments["press"]), *(f"{key}={value}" for key, value in arguments.items() if key != "press")]
-    return Cell(re.sub(r"[:/\\\x00-\x1f]", ".", "_".join(parts)), arguments)
+    """A cell whose name no other arguments have: a hash of them ends it if a value has more than letters and digits."""
+    values = {key: str(value) for key, value in arguments.items() if key != "press"}
+    exact = "_".join([str(arguments["press"]), *(f"{key}={value}" for key, value in values.items())])
+    name = re.sub(r"[:/\\\x00-\x1f]", ".", exact)
+    is_plain = all(re.fullmatch(r"[\w.,+ -]*", value) for value in values.values())
+    return Cell(name if is_plain else f"{name}-{_hash(exact)}", arguments)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check(settings: SweepSettings, cell: Cell) -> None:

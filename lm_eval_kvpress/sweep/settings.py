@@ -17,6 +17,7 @@ import yaml
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness.chosen_documents import in_order
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.suggest import near
 from lm_eval_kvpress.presses.values import parse_value
@@ -163,6 +164,8 @@ def parse_settings(given: Mapping[str, Any]) -> SweepSettings:
     if settings.fidelity:
         settings = replace(settings, model_args={**settings.model_args, "fidelity": True})
     _check(settings)
+    if settings.samples is not None:
+        settings = replace(settings, samples={task: in_order(chosen) for task, chosen in settings.samples.items()})
     return settings
 
 

@@ -24,6 +24,8 @@ from lm_eval_kvpress.files import remove_parts, write_whole
 from lm_eval_kvpress.sweep.cell_store import CellStore, refuse_other_kinds
 
 LOCK, MARK, SHARDS = ".lock", "sweep.json", "shards"
+STATISTICS = "statistics "
+"""How the names of those parts of a checkpoint begin that are files of statistics."""
 
 
 class SweepRecord(BaseModel):
@@ -148,6 +150,7 @@ class SweepStore:
         Raises:
             UsageError: in one line, if cells were answered by another checkpoint.
         """
+        self.check_checkpoint(checkpoint)
         if self._before is None or self._holds_nothing():
             for folder in self._cells.glob("*"):
                 CellStore(folder).delete()
@@ -156,18 +159,24 @@ class SweepStore:
                 tasks={name: dict(parts) for name, parts in tasks.items()},
                 checkpoint=dict(checkpoint),
             )
+        else:  # with the statistics of presses that were added
+            record = self._before.model_copy(update={"checkpoint": {**self._before.checkpoint, **checkpoint}})
+        if record != self._before:
             write_whole(self.folder / MARK, record.model_dump_json(indent=2))
-        self.check_checkpoint(checkpoint)
 
     def check_checkpoint(self, checkpoint: Mapping[str, str]) -> None:
         """Refuse another checkpoint than that by which cells were answered.
+
+        Presses that read statistics may come and go; those of a press that is there before and now may not change.
 
         Raises:
             UsageError: naming the parts that differ.
         """
         if self._before is None or self._holds_nothing():
             return
-        if changed := _changed(self._before.checkpoint, checkpoint):
+        before = self._before.checkpoint
+        new_or_gone = {key for key in before.keys() ^ checkpoint.keys() if key.startswith(STATISTICS)}
+        if changed := [key for key in _changed(before, checkpoint) if key not in new_or_gone]:
             raise UsageError(
                 f"output_path={self.folder} holds a sweep of another checkpoint ({', '.join(changed)} differ): choose "
                 "another folder"

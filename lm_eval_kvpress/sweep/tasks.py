@@ -6,10 +6,12 @@ tell that before the model is loaded. Knows lm-eval's tasks. Does not know model
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -136,16 +138,41 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, set | frozenset):  # whose order differs from process to process
+        return sorted(json.dumps(_plain(part), sort_keys=True, default=_other) for part in value)
     return _source(value) if callable(value) else value
 
 
-def _source(function: Callable[..., Any]) -> list[str]:
-    """Its name and its whole file, which holds what it calls; its name alone if it is not written in Python."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+def _source(function: Callable[..., Any]) -> list[Any]:
+    """Its name and its whole file, which holds what it calls, and the values that are bound to it; its name alone if it
+    is not written in Python."""
+    if isinstance(function, functools.partial):
+        return [*_source(function.func), _plain(function.args), _plain(function.keywords)]
+    function = inspect.unwrap(function)
+    if not hasattr(function, "__qualname__"):  # an object that can be called
+        return [*_source(type(function)), _values(getattr(function, "__dict__", {}))]
     try:
-        return [name, Path(inspect.getsourcefile(function) or "").read_text(encoding="utf-8")]
+        text = Path(inspect.getsourcefile(function) or "").read_text(encoding="utf-8")
+        return [function.__qualname__, text, _values(_closure(function))]
     except (TypeError, OSError):
-        return [name]
+        return [function.__qualname__]
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables of the function around it, by name; those that have no value yet are left out."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    found = {}
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+        with suppress(ValueError):
+            found[name] = cell.cell_contents
+    return found
+
+
+def _values(bound: Mapping[str, Any]) -> Any:
+    """Of bound variables those that are data; functions are in the file, and objects may lead back to themselves."""
+    return _plain(
+        {key: value for key, value in bound.items() if isinstance(value, str | int | float | list | tuple | dict)}
+    )
 
 
 def _other(value: Any) -> str:

@@ -363,12 +363,12 @@ def test_prompts_and_documents_are_chosen_as_lm_eval_chooses_them(
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(tmp_path / "chat")
     chosen = {"num_fewshot": 1, "system_instruction": "be brief", "apply_chat_template": True}
-    samples = {"sweep_gen": [4, 1], "sweep_choice": [2]}
+    samples = {"sweep_gen": [1, 4], "sweep_choice": [2]}
     settings = {"tasks": "sweep_gen,sweep_choice", "presses": "none,knorm", "ratios": "0.5"}
     arguments = command_line(
         *(tmp_path / "chat", tasks_dir, tmp_path / "out"),
         **settings,
-        **{**chosen, "num_fewshot": 1, "samples": json.dumps(samples)},
+        **{**chosen, "num_fewshot": 1, "samples": json.dumps({task: ids[::-1] for task, ids in samples.items()})},
     )
     arguments.remove("True")  # the flag is typed without a value
     assert command.main([*arguments, "--predict_only"]) == 0
@@ -387,7 +387,8 @@ def test_prompts_and_documents_are_chosen_as_lm_eval_chooses_them(
         for task in samples:
             assert figures(results).keys() == figures(alone).keys()
             for ours, theirs in zip(of_cell[task], alone["samples"][task], strict=True):
-                assert ours["doc_hash"] == theirs["doc_hash"] and ours["prompt_hash"] == theirs["prompt_hash"], name
+                for key in ("doc_id", "doc_hash", "prompt_hash"):
+                    assert ours[key] == theirs[key], (name, key)
                 assert "<system>be brief" in ours["arguments"]["gen_args_0"]["arg_0"]
                 if name == "none":
                     assert ours["resps"] == json.loads(json.dumps(sanitize_list(theirs["resps"]))), task

@@ -56,6 +56,24 @@ def test_folders_of_long_names_fit_into_file_systems_and_differ() -> None:
     assert len(set(folders)) == 3 and all(len(folder.encode()) <= 200 for folder in folders)
 
 
+def test_cells_that_differ_in_a_sign_have_folders_of_their_own() -> None:
+    """In one sweep or in two: a finished cell is found by its folder alone."""
+    patterns = [r"\bWhat", "/bWhat", ".bWhat", "What_query_tokens=1", "What"]
+    presses = [{"press": "knorm", "query_aware": False, "question_pattern": pattern} for pattern in patterns]
+    presses += [{**presses[-1], "query_tokens": 1}]
+    cells = [cells_of(parse_settings({"tasks": "t", "presses": [one], "output_path": "o"})) for one in presses]
+    folders = [cell.folder for (cell,) in cells]
+    assert len(set(folders)) == len(presses), folders
+    assert folders[4] == "knorm_query_aware=False_question_pattern=What", "letters and digits need no hash"
+    assert not any(set(folder) & set("/\\:") for folder in folders)
+
+
+def test_documents_are_asked_in_the_order_of_the_data_set() -> None:
+    """lm-eval does so whatever the order of the list, and would name them by the list's."""
+    given = {"tasks": "t", "presses": "none", "output_path": "o", "samples": {"t": [5, 2, 5], "u": [0]}}
+    assert parse_settings(given).samples == {"t": [2, 5], "u": [0]}
+
+
 def test_yaml_holds_the_same_settings_and_the_command_line_comes_first(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     content = {

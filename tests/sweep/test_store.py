@@ -54,6 +54,20 @@ def test_other_tasks_and_another_checkpoint_are_refused_by_name(tmp_path: Path) 
         store.begin(TASKS, {**CHECKPOINT, "tokenizer": "3"})
 
 
+def test_presses_that_read_statistics_come_and_go_and_their_files_stay_the_same(tmp_path: Path) -> None:
+    begun(tmp_path).close()
+    with_qfilter, changed = ({**CHECKPOINT, "statistics q.safetensors": value} for value in "34")
+    for checkpoint in (with_qfilter, CHECKPOINT, with_qfilter):
+        store = SweepStore(tmp_path, SETTINGS)
+        store.begin(TASKS, checkpoint)
+        store.close()
+    store = SweepStore(tmp_path, SETTINGS)
+    with pytest.raises(UsageError, match=r"another checkpoint \(statistics q.safetensors differ\)"):
+        store.begin(TASKS, changed)
+    with pytest.raises(UsageError, match=r"another checkpoint \(weights differ\)"):
+        store.begin(TASKS, {"tokenizer": "2"})
+
+
 def test_a_folder_in_which_nothing_was_answered_is_free(tmp_path: Path) -> None:
     """The first command had a mistake that came out when lm-eval loaded the task."""
     for settings, weights in (({"limit": -3}, "1"), ({"limit": 3}, "2")):

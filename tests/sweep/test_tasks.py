@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -72,6 +74,41 @@ def test_any_part_that_was_corrected_is_named(what: str, tmp_path: Path) -> None
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert parts <= changed, changed
     assert hashes(tmp_path / "c", num_fewshot=1) == before, "the same task elsewhere"
+
+
+FORMS: dict[str, str] = {
+    "a partial": "import functools\ndef cut(documents, n): return documents\nshorten = functools.partial(cut, n=5)\n",
+    "a partial's function": (
+        "import functools\ndef cut(documents): return documents if 5 else 0\nshorten = functools.partial(cut)\n"
+    ),
+    "a function that remembers": "import functools\n@functools.cache\ndef shorten(documents): return documents or 5\n",
+    "an object": ("class Cut:\n    n = 5\n    def __call__(self, documents): return documents\nshorten = Cut()\n"),
+    "an object's value": (
+        "class Cut:\n    def __init__(self, n): self.n = n\n    def __call__(self, documents): return documents\n"
+        "def at(n): return Cut(n)\nimport length\nshorten = at(length.N)\n"
+    ),
+    "a variable around it": (
+        "import length\ndef at(n):\n    def cut(documents): return documents if n else n\n    return cut\n"
+        "shorten = at(length.N)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_functions_in_every_form_are_told_apart_by_what_they_do(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's own tasks have partials by the dozen, as mmlu_pro's prompts are."""
+    text = f"{FORMS[form]}\nimport datasets\ndef load{DATA.partition('def load')[2]}"
+    found = []
+    for number, folder in ((5, "a"), (5, "b"), (6, "c")):
+        monkeypatch.setitem(sys.modules, "length", SimpleNamespace(N=number))
+        found.append(hashes(tmp_path / folder, data=text.replace("5", str(number)))["process_docs"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_set_that_is_bound_has_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep_tasks._plain({"a", "b", "c"}) == sweep_tasks._plain(frozenset({"c", "b", "a"}))
 
 
 def test_documents_beyond_the_limit_change_nothing(tmp_path: Path) -> None:

@@ -95,12 +95,11 @@ def _rows(cell: Cell) -> Iterator[dict[str, Any]]:
 
 
 def write(page: Path, scores: pd.DataFrame) -> None:
-    """Replace what stands between the marks of the page."""
+    """Replace what stands between the marks of the page, which chooses the tasks and lengths that have a table."""
     text = replaced(page.read_text(encoding="utf-8"), "full", without_press(scores))
-    for task in TASKS:
-        if f"<!-- {task}: begin -->" in text:
-            text = replaced(text, task, presses(scores[scores.task == task]))
-    text = replaced(text, "all", presses(scores))
+    for (task, length), own in scores.groupby(["task", "length"]):
+        if f"<!-- {task} at {length}: begin -->" in text:
+            text = replaced(text, f"{task} at {length}", presses(own))
     page.write_text(replaced(text, "ranks", ranks(scores)), encoding="utf-8")
 
 

@@ -13,11 +13,17 @@ from typing import Any
 
 import datasets
 
+from lm_eval_kvpress.harness.infinitebench import DATASET as INFINITEBENCH
+
 QUESTION = "Who fed the seven grey geese?"
 INPUTS = {  # InfiniteBench's tasks that read their question
     "code_run": "Please give me the exact number of the return value of func_7(3).",
     "math_find": "The largest number of the list is:",
 }
+INFINITEBENCH_SPLITS = (
+    *("passkey", "kv_retrieval", "number_string", "code_run", "code_debug", "math_find", "math_calc"),
+    *("longbook_qa_eng", "longbook_choice_eng", "longbook_sum_eng", "longbook_qa_chn", "longdialogue_qa_eng"),
+)
 QUESTIONS = [QUESTION, *INPUTS.values()]
 DECOYS = f"""Question: Is this the question? Answer: No. Query: Is this? Hypothesis: It is.
 问题：是这个吗？ 会议总结：不是。 Now, write a one-page summary of this line. Next line of code: pass
@@ -42,6 +48,9 @@ def load_dataset(path: str, name: str | None = None, split: str | None = None, *
     """A document for each of these tasks, in the shape in which they ask ``datasets.load_dataset`` for theirs."""
     if path == "json":  # SCROLLS: zip://TASK/SPLIT.jsonl::...
         return {part: _documents(_scrolls(file.split("/")[2])) for part, file in given["data_files"].items()}
+    if path == INFINITEBENCH:
+        assert isinstance(given["features"], datasets.Features), given
+        return {part: _documents(_infinitebench(part)) for part in INFINITEBENCH_SPLITS}
     make = ROWS[path]
     return _documents(make(name or split or "")) if split else _Splits(make, name)
 
@@ -95,7 +104,6 @@ ROWS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
     "Xnhyacinth/LongBench": _longbench,
     "recursal/longbench-v2": _longbench2,
     "RMT-team/babilong-1k-samples": _babilong,
-    "xinrongzhang2022/InfiniteBench": _infinitebench,
     "PrincetonPli/LongProc": _longproc,
     "openai/gsm8k": lambda name: {"question": QUESTION, "answer": "#### 7"},
     "HuggingFaceH4/MATH-500": lambda name: {"problem": QUESTION, "solution": "\\boxed{7}", "answer": "7"},

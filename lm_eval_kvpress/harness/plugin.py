@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from lm_eval_kvpress.harness import task_needs
+from lm_eval_kvpress.harness import infinitebench, task_needs
 from lm_eval_kvpress.harness.argument_names import check_names
 from lm_eval_kvpress.harness.chosen_documents import in_order
 from lm_eval_kvpress.harness.command_line import refuse_closed_output, show_usage_errors_in_one_line
@@ -65,7 +65,8 @@ def enter_models() -> None:
 
 
 def include_tasks() -> None:
-    """Have every `TaskManager` that includes lm-eval's own tasks include ours as well.
+    """Have every `TaskManager` that includes lm-eval's own tasks include ours as well, and InfiniteBench's read their
+    data set.
 
     Raises:
         FileNotFoundError: if our tasks are gone.
@@ -95,6 +96,7 @@ def include_tasks() -> None:
 
     init_with_our_tasks.includes_kvpress = True  # type: ignore[attr-defined]
     TaskManager.__init__ = init_with_our_tasks
+    infinitebench.read_data_set()
 
 
 def _scans_entry_points(manager: ModuleType) -> bool:

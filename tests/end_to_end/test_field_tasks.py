@@ -166,6 +166,7 @@ def test_each_prompt_is_cut_between_its_context_and_its_question(
             before, question = split(request)
             _, context, between = before.rpartition(CONTEXT)
             assert context and CONTEXT not in question, f"{name} holds back {question[-400:]!r}"
+            assert between == "" or between.endswith("\n"), f"{name} begins {question[:80]!r} inside a line"
             asked = [text for text in (*QUESTIONS, *CHOICES) if text in between + question]
             assert all(text in question and text not in between for text in asked), f"{name} compresses {between!r}"
             asking |= {name} if set(asked) & set(QUESTIONS) else set()

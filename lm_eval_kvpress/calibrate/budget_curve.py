@@ -24,23 +24,29 @@ from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.statistics import NUM_PERCENTS
 
-SINK, WINDOW = 4, 1
-"""First and newest entries that LU-KV protects by default; here they come first."""
 
-
-def lukv(model: PressableModel, windows: Sequence[Sequence[int]], press: PressSpec) -> dict[str, torch.Tensor]:
+def lukv(
+    model: PressableModel, windows: Sequence[Sequence[int]], press: PressSpec, *, sink: int = 4, window: int = 1
+) -> dict[str, torch.Tensor]:
     """The share of its entries that each head loses, ``(99, L, K)``.
 
     Args:
         press: scores the tokens.
+        sink, window: first and newest entries that LU-KV protects; here they come first.
     """
-    pruned = [prune_shares(gains(model, window, press)) for window in windows]
+    pruned = [prune_shares(gains(model, tokens, press, sink=sink, window=window)) for tokens in windows]
     return {"budget_curve": torch.from_numpy(np.mean(pruned, axis=0)).float()}
 
 
-def gains(model: PressableModel, window: Sequence[int], press: PressSpec) -> np.ndarray[Any, Any]:
-    """The utility of each entry of a window's first half, in the order in which the press keeps them, ``(L, K, P)``."""
-    num_context = len(window) // 2
+def gains(
+    model: PressableModel, tokens: Sequence[int], press: PressSpec, *, sink: int = 4, window: int = 1
+) -> np.ndarray[Any, Any]:
+    """The utility of each entry of the tokens' first half, in the order in which the press keeps them, ``(L, K, P)``.
+
+    Args:
+        press, sink, window: as of `lukv`.
+    """
+    num_context = len(tokens) // 2
     scores, utilities = dict[int, torch.Tensor](), dict[int, torch.Tensor]()
     scorer: Any = press.build(num_context, shrink=True)
 
@@ -54,9 +60,10 @@ def gains(model: PressableModel, window: Sequence[int], press: PressSpec) -> np.
     cache = DynamicCache()
     with model.in_use(), model.presented():
         scorer.post_init_from_model(model.model)
-        look_at_layers(model, window[:num_context], score, cache)
-        look_at_layers(model, window[num_context:], use, cache)
-    return np.stack([_in_order(scores[layer], utilities[layer]) for layer in range(len(model.attentions))])
+        look_at_layers(model, tokens[:num_context], score, cache)
+        look_at_layers(model, tokens[num_context:], use, cache)
+    layers = range(len(model.attentions))
+    return np.stack([_in_order(scores[layer], utilities[layer], sink, window) for layer in layers])
 
 
 def utility(layer: AttendedLayer, num_context: int) -> torch.Tensor:
@@ -69,11 +76,11 @@ def utility(layer: AttendedLayer, num_context: int) -> torch.Tensor:
     return (weights * written).sum(dim=1)
 
 
-def _in_order(scores: torch.Tensor, utilities: torch.Tensor) -> np.ndarray[Any, Any]:
+def _in_order(scores: torch.Tensor, utilities: torch.Tensor, sink: int, window: int) -> np.ndarray[Any, Any]:
     scores = scores.float().clone()
     highest = scores.max() + 1
-    scores[:, :SINK] = highest
-    scores[:, scores.shape[1] - WINDOW :] = highest
+    scores[:, :sink] = highest
+    scores[:, scores.shape[1] - window :] = highest
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return utilities.gather(1, order).double().cpu().numpy()
 

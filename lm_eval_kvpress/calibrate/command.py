@@ -15,15 +15,14 @@ from typing import Any
 import safetensors.torch
 from lm_eval.utils import simple_parse_args_string
 
-from lm_eval_kvpress.calibrate.methods import CURVE, METHODS, NUM_SKIPPED, REPLAYS, method_for
+from lm_eval_kvpress.calibrate.methods import CURVE, METHODS, NUM_SKIPPED, REPLAYS, calibration_of
 from lm_eval_kvpress.calibrate.texts import read_texts, sha256_of, windows_of
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import refuse_special, write_whole
 from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.harness.statistics import identity_of_weights
+from lm_eval_kvpress.harness.statistics import ARGUMENTS, identity_of_weights
 from lm_eval_kvpress.harness.tokenization import encode_all
-from lm_eval_kvpress.presses.names import resolve_alias
 
 ENDING = ".safetensors"
 LEAST_WINDOW = 2 * NUM_SKIPPED
@@ -44,10 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     if num_tokens <= lm.press_model.head_dim:
         raise UsageError(f"--data {options.data} has {num_tokens} tokens, too few to calibrate on: name more text")
     started, on_processors = time.perf_counter(), time.process_time()
-    tensors = method_for(options.press)(lm.press_model, windows)
+    calibration = calibration_of(options.press)
+    tensors = calibration.take(lm.press_model, windows)
     seconds, processor_seconds = time.perf_counter() - started, time.process_time() - on_processors
     about = {
-        "press": resolve_alias(options.press)[0],
+        "press": calibration.press,
+        **({ARGUMENTS: json.dumps(calibration.arguments)} if calibration.arguments else {}),
         "model": lm.pretrained_name,
         **identity_of_weights(lm.press_model),
         "data": options.data,
@@ -76,7 +77,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Take the statistics of a model that a press needs. Take them on texts that no task of the "
         "evaluation holds, and in the dtype of the evaluation.",
     )
-    parser.add_argument("press", type=_press, metavar="PRESS", help=f"one of {', '.join(METHODS)}, {CURVE}:PRESS")
+    parser.add_argument(
+        "press", type=_press, metavar="PRESS", help=f"one of {', '.join(METHODS)}, {CURVE}:PRESS,ARGUMENT=VALUE,..."
+    )
     parser.add_argument(
         "--model_args",
         type=_model_args,
@@ -96,7 +99,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _press(text: str) -> str:
     try:
-        method_for(text)
+        calibration_of(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

@@ -11,8 +11,11 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_kvpress.calibrate.budget_curve import lukv
 from lm_eval_kvpress.calibrate.needles import duo_attention
@@ -20,8 +23,11 @@ from lm_eval_kvpress.calibrate.queries import query_moments
 from lm_eval_kvpress.calibrate.surrogate import kvzap
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.presses.arguments import BUDGET, RATIO, arguments_of
+from lm_eval_kvpress.presses.catalog import ROWS
 from lm_eval_kvpress.presses.names import parse_name, resolve_alias
 from lm_eval_kvpress.presses.parse import parse_press
+from lm_eval_kvpress.presses.statistics import STATISTICS
 
 Windows = Sequence[Sequence[int]]
 Tensors = dict[str, torch.Tensor]
@@ -65,26 +71,60 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
 """By press; what each returns is what `presses.statistics.TENSORS` asks for."""
 
 CURVE = "lukv"
-"""Its statistics belong to the press that it wraps as well: ``lukv:PRESS``."""
+"""Its statistics belong to the press that it wraps as well, with its arguments: ``lukv:PRESS,ARGUMENT=VALUE,...``."""
 
 REPLAYS = frozenset({"kvzap"})
 """Presses for whose statistics windows are replayed behind themselves, which takes twice their positions."""
 
 
-def method_for(press: str) -> Method:
-    """How a press's statistics are taken.
+@dataclass(frozen=True)
+class Calibration:
+    """What is to be taken.
+
+    Attributes:
+        press: in full, aliases resolved.
+        take: how its statistics follow from a model.
+        arguments: of the press, which a run must have as well: the statistics depend on them. JSON can hold it.
+    """
+
+    press: str
+    take: Method
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def calibration_of(press: str) -> Calibration:
+    """What is taken for a press.
+
+    Args:
+        press: ``NAME``, or ``lukv:PRESS,ARGUMENT=VALUE,...``.
 
     Raises:
         UsageError: in one line, for a press that needs none, or none by this command.
     """
-    full, defaults = resolve_alias(press)
+    name, _, arguments = press.partition(",")
+    full, defaults = resolve_alias(name)
     first, _, inner = full.partition(":")
     if first == CURVE:
         parse_name(full)  # refuses what cannot be wrapped
-        return functools.partial(lukv, press=parse_press(inner, defaults))
-    if press not in METHODS:
-        raise UsageError(f"no statistics are taken for '{press}': name one of {', '.join([*METHODS, CURVE])}:PRESS")
-    return METHODS[press]
+        return _curve(full, inner, {**defaults, **simple_parse_args_string(arguments)})
+    if name not in METHODS:
+        raise UsageError(f"no statistics are taken for '{name}': name one of {', '.join([*METHODS, CURVE])}:PRESS")
+    if arguments:
+        raise UsageError(f"statistics of {name} depend on no argument: leave '{arguments}' out")
+    return Calibration(name, METHODS[name])
+
+
+def _curve(full: str, inner: str, given: dict[str, Any]) -> Calibration:
+    if size := given.keys() & {RATIO, BUDGET}:
+        raise UsageError(f"one curve of {full} serves every {RATIO}: leave {min(size)} out")
+    protected = {
+        name: argument.parse(given.pop(name, argument.default))
+        for name, argument in arguments_of(ROWS[CURVE]).items()
+        if name != STATISTICS
+    }
+    press = parse_press(inner, given)
+    scoring = {name: value for name, value in press.arguments.items() if name not in (RATIO, BUDGET)}
+    return Calibration(full, functools.partial(lukv, press=press, **protected), {**scoring, **protected})
 
 
 def _in_own_basis(model: PressableModel, tensor: torch.Tensor, num_dims: int) -> torch.Tensor:

@@ -5,13 +5,18 @@ Knows a press that reads statistics, and the weights' checksum. Does not know ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.identity import weights_fingerprint
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
-from lm_eval_kvpress.presses.statistics import tensors_for
+from lm_eval_kvpress.presses.statistics import Statistics, tensors_for
+
+ARGUMENTS = "arguments"
+"""Of a file's metadata: those of the press that its statistics depend on, as JSON. Files may lack it."""
 
 
 def identity_of_weights(model: PressableModel) -> dict[str, str]:
@@ -38,6 +43,7 @@ def check_statistics(press: PressSpec, model: PressableModel) -> None:
         raise UsageError(
             f"statistics={statistics.file} are those of press={made_for}, not {press.name}: calibrate {press.name}"
         )
+    _check_arguments(press, statistics)
     own = identity_of_weights(model)
     if statistics.metadata.get("dtype") != own["dtype"]:
         raise UsageError(
@@ -49,6 +55,22 @@ def check_statistics(press: PressSpec, model: PressableModel) -> None:
             f"statistics={statistics.file} are of other weights ({statistics.metadata.get('model')}, checksum "
             f"{statistics.metadata.get('weights')}) than these (checksum {own['weights']}): calibrate this model"
         )
+
+
+def _check_arguments(press: PressSpec, statistics: Statistics) -> None:
+    """Refuse statistics of the same press with other arguments: under ``lukv``, of other scores."""
+    theirs = json.loads(statistics.metadata.get(ARGUMENTS, "{}"))
+    ours = {name: press.arguments.get(name, value) for name, value in theirs.items()}
+    if differing := [name for name in theirs if ours[name] != theirs[name]]:
+        raise UsageError(
+            f"statistics={statistics.file} are those of press={press.name} with {_typed(theirs, differing)}, and this "
+            f"one has {_typed(ours, differing)}: give it {_typed(theirs, differing)}, or calibrate "
+            f"{press.name},{_typed(ours, ours)}"
+        )
+
+
+def _typed(arguments: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ",".join(f"{name}={arguments[name]}" for name in names)
 
 
 def hashes_of_statistics(presses: Iterable[PressSpec]) -> dict[str, str]:

@@ -41,6 +41,13 @@ def test_gains_are_later_attention_times_what_values_write(make: Callable[..., P
         assert np.abs(found[layer] - expected).max() < 1e-4
 
 
+def test_first_and_newest_entries_come_first_as_many_as_are_protected() -> None:
+    window, model = distinct_tokens(40, 211, seed=1), present(tiny_neox())
+    found = gains(model, window, parse_press("knorm"), sink=20, window=0)
+    first = gains(model, window, parse_press("streaming_llm", {"compression_ratio": 0}), sink=20, window=0)
+    assert np.array_equal(found, first), "all of a context is protected, so that no score decides"
+
+
 def test_the_hull_is_the_least_concave_function_above() -> None:
     """By its definition: a slope is the least, over what lies before, of the greatest mean over what follows."""
     for seed in range(5):

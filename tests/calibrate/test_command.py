@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import SENTENCES
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_kvpress import cli
+from lm_eval_kvpress.calibrate.methods import calibration_of
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.statistics import hashes_of_statistics
@@ -88,6 +90,11 @@ def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, chec
         (["snapkv"], "no statistics are taken for 'snapkv': name one of qfilter"),
         (["lukv:criticalkv:snapkv"], "no curve is made for its scores"),
         (["lukv:lukv"], "cannot wrap"),
+        (["lukv:snapkv,window=x"], "window=x"),
+        (["lukv:snapkv,window_sise=8"], "window_size"),
+        (["lukv:snapkv,window_size"], "window_size= must be a whole number"),
+        (["lukv:snapkv,compression_ratio=0.3"], "serves every compression_ratio: leave compression_ratio out"),
+        (["qfilter,window_size=8"], "statistics of qfilter depend on no argument"),
         (["qfilter", "--model_args", "press=knorm"], "without a press"),
         (["qfilter", "-o", "x.pt"], "must end in .safetensors"),
         (["qfilter", "-o", "no/such/folder/x.safetensors"], "there is no folder"),
@@ -123,6 +130,43 @@ def test_other_presses_get_their_statistics_too(
     if press == "lukv:knorm":
         with pytest.raises(UsageError, match="are those of press=lukv:knorm, not lukv:keydiff"):
             KVPress(str(checkpoint_dir), press="lukv:keydiff", statistics=str(file))
+
+
+def test_a_curve_serves_the_scores_alone_that_it_was_taken_for(
+    checkpoint_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, press = tmp_path / "curve.safetensors", "lukv:snapkv,window_size=8,sink=2"
+    options = ["--model_args", f"pretrained={checkpoint_dir}", "--data", str(data), "-o", str(file)]
+    assert cli.main(["calibrate", press, *options, "--window", "100", "--num_tokens", "300"]) == 0
+    assert f"press={press},statistics={file}" in capsys.readouterr().out
+    with safe_open(file, framework="pt") as content:
+        about, tensors = content.metadata(), {"budget_curve": content.get_tensor("budget_curve")}
+    assert about["press"] == "lukv:snapkv"
+    assert json.loads(about["arguments"]) == {"window_size": 8, "kernel_size": 5, "sink": 2, "window": 1}
+
+    def load(**arguments: int) -> KVPress:
+        return KVPress(str(checkpoint_dir), press="lukv:snapkv", statistics=str(file), max_length=128, **arguments)
+
+    assert load(window_size=8, sink=2).describe()["press"]["statistics"]["arguments"] == about["arguments"]
+    with pytest.raises(UsageError) as caught:
+        load(window_size=7, kernel_size=1, sink=2)
+    assert str(caught.value) == (
+        f"statistics={file} are those of press=lukv:snapkv with window_size=8,kernel_size=5, and this one has "
+        "window_size=7,kernel_size=1: give it window_size=8,kernel_size=5, or calibrate "
+        "lukv:snapkv,window_size=7,kernel_size=1,sink=2,window=1"
+    )
+    with pytest.raises(UsageError, match="with sink=2, and this one has sink=4: give it sink=2"):
+        load(window_size=8)
+    del about["arguments"]  # as files of earlier versions
+    file.write_bytes(safetensors.torch.save(tensors, about))
+    load(window_size=7)
+
+
+def test_kvpress_own_lukv_is_taken_with_its_own_arguments() -> None:
+    calibration = calibration_of("lukv")
+    assert calibration.press == "lukv:expected_attention" and calibration.arguments["epsilon"] == 0.02
+    assert calibration_of("lukv:expected_attention").arguments["epsilon"] == 0
+    assert calibration_of("lukv,epsilon=0.1").arguments["epsilon"] == 0.1
 
 
 def test_too_little_text_is_refused_and_nothing_is_written(

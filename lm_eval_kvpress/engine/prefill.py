@@ -171,7 +171,13 @@ def _end(*_: Any) -> None:
 def compressed_cache(
     model: PressableModel, cache: Cache, shape: Sequence[int], last_hidden: torch.Tensor | None, *, rerotates: bool
 ) -> CompressedCache:
-    """What a press kept of ``(B, T)`` tokens: shortened layers, or marks on the modules where it only masks."""
+    """What a press kept of ``(B, T)`` tokens: shortened layers, or marks on the modules where it only masks.
+
+    Entries are of their own storage: a press that replays the context may leave them as a part of one that holds the
+    replay as well, for as long as the cache lives. Layers are copied in turn, so that no more than one is there twice.
+    """
+    for layer in cache.layers:
+        layer.keys, layer.values = _of_its_own(layer.keys), _of_its_own(layer.values)
     layers = tuple(
         LayerKV(layer.keys, layer.values, _evicted_by_mask(attention, layer.keys))
         for attention, layer in zip(model.attentions, cache.layers, strict=True)
@@ -179,6 +185,11 @@ def compressed_cache(
     batch, length = shape
     next_position = max(layer.num_entries for layer in layers) if rerotates else length
     return CompressedCache(layers, (length,) * batch, (next_position,) * batch, last_hidden)
+
+
+def _of_its_own(entries: torch.Tensor) -> torch.Tensor:
+    """The entries, copied if their storage holds more than they."""
+    return entries if entries.untyped_storage().nbytes() == entries.nbytes else entries.clone()
 
 
 @contextmanager

@@ -91,10 +91,13 @@ class GroupedPrefill:
                     "reads; short_context=keep leaves such contexts uncompressed and counts them"
                 )
             if length < press.min_context():
+                remedy = (
+                    ", short_context=shrink shrinks the press's window" if length >= press.min_context(length) else ""
+                )
                 raise ShortContextError(
                     f"a context of {length} prefilled tokens is shorter than the {press.min_context()} that "
                     f"press={press.name} needs; short_context=keep leaves such contexts uncompressed and counts "
-                    "them, short_context=shrink shrinks the press's window"
+                    f"them{remedy}"
                 )
 
     def runs_on(self, context: Context) -> bool:
@@ -102,7 +105,7 @@ class GroupedPrefill:
         length, press = len(context.compressed), self._press_for(context)
         if press.is_none or length == 0 or (press.reads_question and not context.num_question):
             return False
-        return length >= press.min_context() or self._short_context == "shrink"
+        return length >= press.min_context(length if self._short_context == "shrink" else None)
 
     def groups(self, contexts: Sequence[Context], *, for_cache_only: bool) -> Iterator[Group]:
         """Prefill the compressed part of each context, and pack what is stored as integers.

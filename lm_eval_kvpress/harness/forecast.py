@@ -28,7 +28,9 @@ def idle_presses(settings: Settings, max_length: int, requests: RequestBatches[A
         if requests.request_type != "loglikelihood_rolling":
             held_back = f"query_tokens={settings.query_tokens} are" if settings.query_aware else "the question is"
             num_prefilled = _longest_compressed(requests)
-            yield from _on_contexts(settings, num_prefilled, held_back, "short_context=shrink shrinks its window")
+            shrinks = num_prefilled >= press.min_context(num_prefilled)
+            remedy = "short_context=shrink shrinks its window" if shrinks else "no short_context changes that"
+            yield from _on_contexts(settings, num_prefilled, held_back, remedy)
         elif settings.rolling == "stream":
             yield from _on_streams(settings, longest)
         elif settings.rolling == "prefix":
@@ -48,7 +50,7 @@ def _longest_compressed(requests: RequestBatches[Any]) -> int:
 def _on_contexts(settings: Settings, num_prefilled: int, held_back: str, remedy: str) -> Iterator[str]:
     """What is compressed of the longest context is too short for the press, or within its budget."""
     press = settings.press
-    needed = 1 if settings.short_context == "shrink" else press.min_context()
+    needed = press.min_context(num_prefilled if settings.short_context == "shrink" else None)
     if num_prefilled < needed:
         yield (
             f"press={press.name} needs {needed} tokens to compress and the longest context has {num_prefilled} "

@@ -127,12 +127,17 @@ class PressSpec:
         """The press for contexts that end with a question of so many tokens; itself if it does not read questions."""
         return replace(self, question_tokens=num_tokens) if self.reads_question else self
 
-    def min_context(self) -> int:
+    def min_context(self, shrunk_to: int | None = None) -> int:
         """Return the least number of context tokens on which the press runs and can remove something.
 
         It is the same at every ratio, so that a baseline at ratio 0 counts the same contexts.
+
+        Args:
+            shrunk_to: with windows and sinks shrunk to a context of so many tokens. The press runs on that one if what
+                is returned is no more: not on one token, nor on any that ``simlayerkv`` and ``dms``, whose windows
+                do not shrink, keep whole.
         """
-        own = self.own_arguments()
+        own = self.own_arguments(shrunk_to)
         return max((build.min_context(row, own[row.name]) for row in self.rows), default=1)
 
     def check_layers(self, num_layers: int) -> None:

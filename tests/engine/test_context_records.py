@@ -57,3 +57,31 @@ def test_the_record_says_what_the_storages_of_the_tensors_take(
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     (record,) = batch.records
     assert record.pressed and record.bytes_allocated == held
+
+
+@pytest.mark.parametrize(
+    ("press", "arguments", "num_tokens", "runs"),
+    [
+        ("snapkv", {}, 30, True),
+        ("snapkv", {}, 2, True),
+        ("snapkv", {}, 1, False),
+        ("knorm", {}, 1, False),
+        ("adakv:snapkv", {}, 30, True),
+        ("dms:knorm", {"threshold": -1e9}, 100, False),
+        ("dms:snapkv", {"threshold": -1e9, "sliding_window_size": 20}, 21, True),
+        ("dms:snapkv", {"threshold": -1e9, "sliding_window_size": 20}, 20, False),
+        ("simlayerkv", {"lazy_threshold": 0}, 100, False),
+    ],
+)
+def test_a_context_is_shrunk_only_if_a_press_ran_that_was_shrunk_to_fit(
+    models: dict[str, PressableModel], press: str, arguments: dict[str, float], num_tokens: int, runs: bool
+) -> None:
+    spec, model = parse_press(press, arguments), models["neox sdpa"]
+    assert num_tokens < spec.min_context()
+    batch = compressed(model, spec, num_tokens, short_context="shrink")
+    (record,) = batch.records
+    assert [record.pressed, record.is_shrunk, *batch.pressed] == [runs] * 3 and record.is_short is not runs
+    if not runs:
+        assert record.kept_per_layer == (num_tokens,) * 3
+    (kept,) = compressed(model, spec, num_tokens).records
+    assert kept.is_short and not kept.pressed and not kept.is_shrunk

@@ -63,6 +63,11 @@ def acted(lm: KVPress) -> bool:
         ({"press": "snapkv"}, choices(20), "needs 65 tokens .* short_context=shrink"),
         ({"press": "snapkv"}, choices(80), ""),
         ({"press": "snapkv", "short_context": "shrink"}, choices(20), ""),
+        (
+            {"press": "dms:knorm", "threshold": 0, "short_context": "shrink"},
+            choices(20),
+            "needs 129 tokens .* no short_context",
+        ),
         ({"press": "knorm", "kv_budget": 100}, choices(20), "lower kv_budget"),
         (
             {"press": "snapkv", **UNAWARE},

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from lm_eval_kvpress.cache.window_layer import WindowLayer
 from lm_eval_kvpress.engine.stream_plan import StreamPlan
+from lm_eval_kvpress.presses.positions import expect_from
 
 ROUNDING = 2.0**-18
 """Relative difference of two scores that may be rounding: some thirty units in the last place of fp32."""
@@ -40,6 +41,7 @@ class Evictor:
 
     Attributes:
         enabled: whether anything will read the cache after this step.
+        next_position: of the first token after this step, from which presses expect queries.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Evictor:
         self._hidden: dict[int, torch.Tensor] = {}  # by layer, the newest (B, tokens, E)
         self._num_hidden = max(plan.num_hidden, plan.chunk + 1)
         self._step = [0] * len(cache.layers)
-        self.enabled = True
+        self.enabled, self.next_position = True, 0
 
     def keep_rows(self, num_rows: int) -> None:
         """Keep the first rows of the batch; the documents of the others have ended."""
@@ -125,6 +127,7 @@ class Evictor:
         """Indices of the entries that stay, ``(B, H, budget)``, given hidden states, keys and values."""
         press = self._press_for(states[1].shape[2])
         assert press is not None, "a stream needs a press"
+        expect_from(press, self.next_position)
         return highest(press.score(module, *states, attentions, kwargs), self._plan.budget)
 
 

@@ -126,7 +126,9 @@ def stream(
             biases[:] = [_causal_bias(model, chunk, num_cached)] * len(biases)
             if rotations is not None and plan.num_sinks is None:
                 rotations.set(cache, num_cached)
-            hidden = _forward(model, cache, chunk, cache.layers[0].begin + num_cached if plan.rotate else start)
+            first_position = cache.layers[0].begin + num_cached if plan.rotate else start
+            evictor.next_position = first_position + chunk.shape[1]
+            hidden = _forward(model, cache, chunk, first_position)
             losses = _losses(model, hidden, [documents[index][start : start + plan.chunk] for index in order])
             yield ChunkLosses(list(order), start, losses, num_cached, _num_bytes(cache), hidden)
 

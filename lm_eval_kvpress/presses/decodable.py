@@ -146,20 +146,30 @@ def check_sizes(spec: PressSpec, target_size: int | None, interval: int) -> None
             f"target_size={target_size} is all that decoding:{spec.name} always keeps ({num_protected(spec)}): raise it"
         )
     if _has(spec, "lagkv"):
-        _check_lags(spec, target_size)
+        if target_size is None:
+            raise UsageError("decoding with lagkv needs target_size=N: of a short text it would keep the newest tokens")
+        check_lags(spec, "target_size", target_size, "decoding.lag_size")
 
 
 def _has(spec: PressSpec, *names: str) -> bool:
     return any(row.name in names for row in spec.rows)
 
 
-def _check_lags(spec: PressSpec, target_size: int | None) -> None:
-    """LagKV keeps its sinks and the newest entries of a cache below two partitions: another press than asked for."""
+def check_lags(spec: PressSpec, size: str, num_kept: int, lag_size: str) -> None:
+    """Refuse a budget below two partitions of LagKV, which then keeps sinks and the newest entries: another press.
+
+    A budget of two partitions also exceeds the sinks and the newest entries that it keeps whatever they score.
+
+    Args:
+        size, lag_size: arguments as typed, of the budget and of the partitions' size.
+        num_kept: the budget.
+
+    Raises:
+        UsageError: one line that says what is wrong and what to do.
+    """
     least = spec.arguments["n_sink"] + 2 * spec.arguments["lag_size"]
-    if target_size is None:
-        raise UsageError("decoding with lagkv needs target_size=N: of a short text it would keep the newest tokens")
-    if target_size < least:
+    if num_kept < least:
         raise UsageError(
-            f"target_size={target_size} is below the {least} entries from which on lagkv compares partitions, and it "
-            "would keep the newest ones: raise it, or lower decoding.lag_size"
+            f"{size}={num_kept} is below the {least} entries from which on lagkv compares partitions, and it would "
+            f"keep the newest ones: raise it, or lower {lag_size}"
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
+from lm_eval_kvpress.presses.decodable import check_lags
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 
@@ -35,7 +36,7 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
 
     Raises:
         UsageError: if the press cannot compress one cache again and again, draws the same numbers at every step, or
-            must keep more than the budget.
+            always keeps as much as the budget, so that nothing is chosen.
     """
     if press.name not in STREAM_PRESSES:
         raise UsageError(
@@ -56,6 +57,13 @@ def for_stream(press: PressSpec, budget: int, chunk: int) -> PressSpec:
             f"stream_budget={budget} is below what press={press.name} must keep: {sinks} sinks and the newest chunk of "
             f"{chunk} tokens; raise it, or lower stream_chunk"
         )
+    if "window_size" in arguments and budget == chunk:
+        raise UsageError(
+            f"stream_budget={budget} is all that press={press.name} always keeps, the newest chunk of {chunk} tokens: "
+            "raise it, or lower stream_chunk"
+        )
+    if press.name == "lagkv":
+        check_lags(press, "stream_budget", budget, "lag_size")
     return parse_press(press.name, {**arguments, BUDGET: budget})
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import KeyDiffPress, KnormPress, LagKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from decode_references import DenseDecoder, Layer, each_head, expected_attention
+from kvpress import (
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
 from quantized_reference import stored as as_packed
 from rotation import in_turn
 from transformers import GPTNeoXForCausalLM
@@ -95,6 +104,56 @@ def test_chunk_one_equals_the_reference_token_by_token(
     found = losses(make_pressable(attn), texts, 1, streaming_llm, num_sinks=num_sinks)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+class OneByOne(DenseDecoder):
+    """Chunk 1 at original positions: evicted from after every token, with the newest hidden states known."""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        assert not tokens
+        heads = self.model.num_key_value_heads
+        none = torch.zeros(heads, 0)
+        self.layers = [Layer(none.bool(), none, torch.zeros(0)) for _ in self.model.attentions]
+        self.position = 0
+
+    def compress_if_due(self) -> None:
+        for index, layer in enumerate(self.layers):
+            del layer.hidden[: -BUDGET - 1]
+            for head, places in enumerate(self.choose(self, index)):
+                layer.seen[head] = False
+                layer.seen[head, places] = True
+
+
+def expecting(_: int) -> ExpectedAttentionPress:
+    return ExpectedAttentionPress(0.5, n_future_positions=8)
+
+
+def test_expected_attention_expects_queries_behind_the_newest_token(
+    make_pressable: Callable[..., PressableModel],
+) -> None:
+    """At original positions, which are far beyond the number of cached entries; queries of a few tokens to come."""
+    model, (text,) = make_pressable("eager"), documents(36)
+    choose = each_head(expected_attention(8, 4), BUDGET)
+    expected = [-logprob for logprob in OneByOne(model, choose, 1).logprobs([0], 1, text)]
+    (found,) = losses(model, [text], 1, expecting, rotate=False, num_hidden=BUDGET + 1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_queries_are_expected_from_the_next_position_on(
+    make_pressable: Callable[..., PressableModel], monkeypatch: pytest.MonkeyPatch, rotate: bool
+) -> None:
+    asked, average = list[int](), ExpectedAttentionPress.apply_avg_rope
+
+    def spy(press: Any, module: Any, mu: Any, cov: Any, q_len: int) -> Any:
+        asked.append(q_len)
+        return average(press, module, mu, cov, q_len)
+
+    monkeypatch.setattr(ExpectedAttentionPress, "apply_avg_rope", spy)
+    model, (text,) = make_pressable("sdpa"), documents(56)
+    losses(model, [text], 7, expecting, rotate=rotate, num_hidden=BUDGET + 7)
+    in_cache = [21, *[BUDGET + 7] * 4]
+    assert asked[:: len(model.attentions)] == (in_cache if rotate else [21, 28, 35, 42, 49])
 
 
 BY_TOKEN = {

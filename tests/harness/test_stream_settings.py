@@ -22,6 +22,7 @@ BAD = [
     ({"rolling": "stream", "press": "adakv:snapkv", "stream_budget": 64}, "cannot compress one cache again and again"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 63, "stream_chunk": 64}, "must keep"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "stream_chunk": 0}, "at least 1"),
+    ({"rolling": "stream", "press": "lagkv", "stream_budget": 192}, "or lower lag_size"),
     ({"rolling": "stream", "press": "snapkv", "stream_budget": 128, "compression_ratio": 0.5}, "compression_ratio"),
     ({"rolling": "stream", "press": "random", "stream_budget": 128, "seed": 7}, "same places"),
     ({"rolling": "prefix", "press": "snapkv", "stream_budget": 128}, "rolling=stream"),

@@ -135,6 +135,12 @@ _NO_CRITICAL: Mapping[str, str] = {
     ),
 }
 _SHARED = "its heads and layers share what is kept: use compression_ratio"
+# StreamingLLM scores a token 1 or 0, by whether it stays at one ratio; a wrapper that keeps another number chooses
+# among equal scores.
+_NO_CHUNKS_OF_SINKS: Mapping[str, str] = {
+    "streaming_llm": "chunks stay by their mean score, that of the sinks' chunk is the least above zero, and the sinks "
+    "would go: use streaming_llm itself",
+}
 _NO_VNORM = {"use_vnorm": False}  # kvpress: "use_vnorm should be disabled for CriticalKVPress"
 
 _ROWS = (
@@ -327,6 +333,7 @@ _ROWS = (
         batches=False,
         no_budget="it keeps whole chunks: use compression_ratio, or entropy_gated_chunkkv, which keeps an exact number",
         wraps=Reads.QUERIES,
+        refuses=_NO_CHUNKS_OF_SINKS,
     ),
     Row(
         "entropy_gated_chunkkv",
@@ -335,6 +342,7 @@ _ROWS = (
         attention="sdpa",
         batches=False,
         wraps=Reads.QUERIES,
+        refuses=_NO_CHUNKS_OF_SINKS,
     ),
     Row(
         "chunk",
@@ -367,6 +375,9 @@ _ROWS = (
         wraps=Reads.QUERIES,
         refuses={
             "criticalkv": "no curve is made for its scores: wrap the press itself",
+            "streaming_llm": "its scores say what stays at one compression_ratio, and a head that loses more would "
+            "lose the newest tokens: use streaming_llm itself",
+            "compactor": "its scores depend on compression_ratio, and one curve serves every ratio",
             **dict.fromkeys(
                 ("qfilter", "expected_attention_stats", "kvzap"),
                 "both would read statistics of the model: wrap a press that needs none",

@@ -89,6 +89,7 @@ def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, chec
     [
         (["snapkv"], "no statistics are taken for 'snapkv': name one of qfilter"),
         (["lukv:criticalkv:snapkv"], "no curve is made for its scores"),
+        (["lukv:streaming_llm"], "would lose the newest tokens"),
         (["lukv:lukv"], "cannot wrap"),
         (["lukv:snapkv,window=x"], "window=x"),
         (["lukv:snapkv,window_sise=8"], "window_size"),

@@ -84,11 +84,10 @@ def _on_streams(settings: Settings, longest: int) -> Iterator[str]:
 
 
 def _on_scored(settings: Settings, longest: int) -> Iterator[str]:
-    decoding = settings.decoding
-    if decoding is not None and settings.decode_scoring and longest <= decoding.interval:
+    if settings.decoding is not None and settings.decode_scoring and longest <= settings.num_before_decoding:
         yield (
-            f"press={settings.press_name} acts after {decoding.interval} scored tokens and a continuation has at most "
-            f"{longest}: it will not act while scoring; lower compression_interval"
+            f"press={settings.press_name} acts after {settings.num_before_decoding} scored tokens and a continuation "
+            f"has at most {longest}: it will not act while scoring; lower compression_interval"
         )
 
 
@@ -96,13 +95,16 @@ def _on_texts(settings: Settings, longest: int, max_new_tokens: int) -> Iterator
     decoding = settings.decoding
     if decoding is None:
         return
-    if max_new_tokens <= decoding.interval:
+    if max_new_tokens <= settings.num_before_decoding:
         yield (
-            f"press={settings.press_name} acts after {decoding.interval} new tokens and a text has at most "
+            f"press={settings.press_name} acts after {settings.num_before_decoding} new tokens and a text has at most "
             f"{max_new_tokens}: it will not act while decoding; lower compression_interval or raise max_gen_toks"
         )
-    elif decoding.target_size is not None and longest + max_new_tokens <= decoding.target_size:
+        return
+    since_last = (max_new_tokens - 1 - settings.num_before_decoding) % decoding.interval
+    most = longest + max_new_tokens - 2 - since_last  # of the newest two tokens one is still to be fed, one to come
+    if decoding.target_size is not None and most <= decoding.target_size:
         yield (
             f"press={settings.press_name} keeps {decoding.target_size} entries while decoding and a prompt with its "
-            f"text has at most {longest + max_new_tokens}: it will not act while decoding; lower target_size"
+            f"text has at most {most} when it acts: it will not act while decoding; lower target_size"
         )

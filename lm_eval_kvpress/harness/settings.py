@@ -135,6 +135,16 @@ class Settings:
         return {**facts, "name": self.press_name, "arguments": {**facts["arguments"], **decoding, **scoring}, **read}
 
     @property
+    def num_before_decoding(self) -> int:
+        """New tokens of a text or continuation that are predicted before the press that acts while decoding acts.
+
+        As kvpress's ``DecodingPress``, it counts forwards after the prefill. The first of them feeds what was held back
+        and predicts the first new token; if nothing was, the prefill predicts that token, and the press acts one later.
+        """
+        assert self.decoding is not None
+        return self.decoding.interval + (self.query_tokens == 0)
+
+    @property
     def acts_on_rolling(self) -> bool:
         """Whether a press can act on documents of ``loglikelihood_rolling``."""
         return self.rolling != "one_pass" and not (self.press.is_none and not self.decode_scoring)
@@ -255,10 +265,10 @@ class Settings:
                 f"press={self.press_name} acts while text is generated and cannot change a log-likelihood: choose "
                 "tasks that generate, or press=none, or prefill_decoding:PREFILL+PRESS, or pass decode_scoring=true"
             )
-        if num_tokens <= self.decoding.interval:
+        if num_tokens <= self.num_before_decoding:
             raise UsageError(
-                f"press={self.press_name} acts after {self.decoding.interval} tokens and the longest of the {what} has "
-                f"{num_tokens}: no score would change; lower compression_interval, or choose tasks with longer ones"
+                f"press={self.press_name} acts after {self.num_before_decoding} tokens and the longest of the {what} "
+                f"has {num_tokens}: no score would change; lower compression_interval, or choose tasks with longer ones"
             )
 
     def check_stream(self, positions: int) -> None:

@@ -97,6 +97,32 @@ def test_what_cannot_act_is_refused_before_any_work(checkpoint_dir: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_continuation_that_ends_before_the_press_acts_is_refused(
+    checkpoint_dir: Path, held: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without held-back tokens the prefill predicts the first token, and the press acts one token later."""
+    request = answers()[0]
+    num_tokens = len(model(checkpoint_dir)._encode_pair(*request.args)[1])
+    too_long = num_tokens - (held == 0)  # an interval after which no token is left
+    scored = {**PRESS, "decode_scoring": True, "query_tokens": held}
+    after = {}
+    for interval in (too_long, too_long - 1):
+        before = {**scored, "press": "prefill_decoding:random+snapkv", "compression_interval": interval}
+        lm = model(checkpoint_dir, **before)
+        caplog.clear()
+        lm.loglikelihood([request], disable_tqdm=True)
+        after[interval] = lm.describe()["tasks"]["t"]["tokens_scored_after_eviction"]
+        assert ("it will not act while scoring" in caplog.text) == (interval == too_long)
+    assert after == {too_long: 0, too_long - 1: 1}
+    with pytest.raises(UsageError, match=f"acts after {num_tokens} tokens and the longest .* has {num_tokens}: no"):
+        refused = model(checkpoint_dir, **{**scored, "compression_interval": too_long})
+        refused.loglikelihood([request], disable_tqdm=True)
+    lm = model(checkpoint_dir, **{**scored, "compression_interval": too_long - 1})
+    lm.loglikelihood([request], disable_tqdm=True)
+    assert lm.describe()["tasks"]["t"]["tokens_scored_after_eviction"] == 1
+
+
 def test_a_press_of_the_prefill_may_come_first(checkpoint_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     press = {**PRESS, "press": "prefill_decoding:keydiff+snapkv"}
     lm = model(checkpoint_dir, **press, decode_scoring=True)

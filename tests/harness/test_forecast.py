@@ -82,6 +82,15 @@ def acted(lm: KVPress) -> bool:
         ({"press": "decoding:knorm", "target_size": 8}, texts(9, 40), "lower compression_interval"),
         ({"press": "decoding:knorm", "target_size": 400, "compression_interval": 4}, texts(9, 40), "lower target_size"),
         ({"press": "decoding:knorm", "target_size": 8, "compression_interval": 4}, texts(9, 40), ""),
+        *(
+            (
+                {"press": "decoding:knorm", "target_size": 8, "compression_interval": 4, "query_tokens": held},
+                texts(9, num_new),
+                f"acts after {5 - held} new tokens" if num_new <= 5 - held else "",
+            )
+            for held in (0, 1)
+            for num_new in (4, 5, 6)
+        ),
     ],
 )
 def test_what_is_told_before_the_work_is_what_happens(
@@ -109,3 +118,18 @@ def test_what_is_told_before_the_work_is_what_happens(
     getattr(lm, request_type)(requests, disable_tqdm=True)
     assert acted(lm) == (not found[0])
     assert bool(found[0]) == bool(problem) and re.search(problem, found[0]), found[0]
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_budget_that_a_text_reaches_after_the_last_compression_is_told(
+    checkpoint_dir: Path, caplog: pytest.LogCaptureFixture, held: int
+) -> None:
+    request_type, requests = texts(9, 12)
+    num_fed = len(ours(checkpoint_dir).tok_encode(text(0, 9))) + 7 + (held == 0)  # after eight tokens, or nine
+    for target_size, acts in ((num_fed, False), (num_fed - 1, True)):
+        press = {"press": "decoding:knorm", "target_size": target_size, "compression_interval": 4}
+        lm = ours(checkpoint_dir, **press, query_tokens=held)
+        caplog.clear()
+        getattr(lm, request_type)(requests, disable_tqdm=True)
+        assert lm.describe()["tasks"]["t"]["num_decode_compressions"] == acts
+        assert ("lower target_size" in caplog.text) != acts

@@ -120,7 +120,7 @@ class Runner:
             cache, records, pressed = batch.cache, batch.records, batch.pressed
         else:  # the whole context is fed with the targets: one plain forward, in which no press can act
             cache = self.model.empty_cache(len(windows))
-        predictions, scores = self._score(cache, turns)
+        predictions, scores = self._score(cache, turns, is_plain=not is_pressed)
         for id, branches in zip(ids, scores, strict=True):
             self._check_finite(branches[0].logprobs, f"document {id.doc_id} of task '{id.task}'")
         shares = [
@@ -280,22 +280,22 @@ class Runner:
             return full.compared(step.documents[row], step.hidden[row], step.start)
 
     def _score(
-        self, cache: CompressedCache, turns: Sequence[Turn]
+        self, cache: CompressedCache, turns: Sequence[Turn], *, is_plain: bool = False
     ) -> tuple[list[Predictions], list[list[BranchScore]]]:
-        """The predictions of each turn, and the scores of each row."""
+        """The predictions of each turn, and the scores of each row; plain ones without any press."""
         predictions, scores = list[Predictions](), [list[BranchScore]() for _ in cache.num_seen]
         for turn in turns:
             with self._autocast(), self.clock.phase("score", num_tokens=turn.num_tokens):
-                found, keeper = self._predicted(turn.select(cache), turn)
+                found, keeper = self._predicted(turn.select(cache), turn, is_plain)
                 for place, (row, branches) in enumerate(zip(turn.rows, found.scores(self.model), strict=True)):
                     scores[row] += branches if keeper is None else [_held(branches[0], keeper, place)]
             if self._full_side is not None:
                 predictions.append(found)
         return predictions, scores
 
-    def _predicted(self, cache: CompressedCache, turn: Turn) -> tuple[Predictions, BudgetKeeper | None]:
+    def _predicted(self, cache: CompressedCache, turn: Turn, is_plain: bool) -> tuple[Predictions, BudgetKeeper | None]:
         """The predictions of a turn over its rows, and what compressed these meanwhile, if anything did."""
-        if not self._scores_while_compressing:
+        if is_plain or not self._scores_while_compressing:
             return predict(self.model, cache, turn.packs), None
         keeper = self._keeper([zlib.crc32(repr(pack).encode()) for pack in turn.packs])
         assert keeper is not None

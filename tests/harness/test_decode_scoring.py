@@ -66,8 +66,8 @@ def test_a_score_is_that_of_a_text_while_it_is_generated(checkpoint_dir: Path) -
 
 
 def test_windows_of_documents_are_scored_so(checkpoint_dir: Path) -> None:
-    rolling = [Instance("loglikelihood_rolling", {}, (text(0, 60),), 0, ("t", 0, 1))]
-    sizes = {"rolling_context": 24, "rolling_score": 30}
+    rolling = [Instance("loglikelihood_rolling", {}, (text(0, 80),), 0, ("t", 0, 1))]
+    sizes = {"rolling_context": 40, "rolling_score": 30}
     lm, eager = (
         model(checkpoint_dir, **PRESS, **sizes, decode_scoring=True),
         model(checkpoint_dir, attn_implementation="eager"),
@@ -75,8 +75,8 @@ def test_windows_of_documents_are_scored_so(checkpoint_dir: Path) -> None:
     (found,) = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
     tokens = eager.tok_encode(rolling[0].args[0])
     expected = sum(
-        math.fsum(by_mask(eager, tokens[start : start + 24], tokens[start + 24 : start + 54]))
-        for start in range(0, len(tokens) - 24, 30)
+        math.fsum(by_mask(eager, tokens[start : start + 40], tokens[start + 40 : start + 70]))
+        for start in range(0, len(tokens) - 40, 30)
     )
     with_first = model(checkpoint_dir, **sizes)
     (full,) = with_first.loglikelihood_rolling(rolling, disable_tqdm=True)
@@ -85,6 +85,8 @@ def test_windows_of_documents_are_scored_so(checkpoint_dir: Path) -> None:
     assert totals["tokens_scored_under_press"] == of_full["tokens_scored_under_press"] > 30
     assert abs(under_press - expected) < 1e-3
     assert abs(found - full) > 0.01
+    full_under_press = -math.log(of_full["token_perplexity_under_press"]) * of_full["tokens_scored_under_press"]
+    assert found - under_press == pytest.approx(full - full_under_press, abs=1e-4), "the first window is plain"
     assert lm.describe()["protocol"]["press_acts_on_rolling"]
 
 

@@ -35,6 +35,20 @@ OF_CALLS = (
 )
 """Settings that a call may have, beside the press and its arguments."""
 
+OF_THE_PRESS = frozenset(
+    {
+        *("target_size", "compression_interval", "target_compression_ratio", "merge_budget", "decode_scoring"),
+        *("rolling", "stream_budget", "stream_chunk", "stream_positions"),
+    }
+)
+"""Settings that belong to one press: of those given to `load_model`, a call that names another has none."""
+
+DEFAULTS_OF_CALLS = frozenset({*OF_CALLS, *OF_THE_PRESS, "press", "allow_extrapolation"})
+"""Settings given to `load_model` that calls have as well; the others say what an evaluation measures and writes."""
+
+ALTERNATIVES = ({RATIO, BUDGET}, {"question_pattern", "question_field"})
+"""Arguments of which only one may be given."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -69,6 +83,9 @@ class Generation:
 class LoadedModel:
     """A model in memory; every method takes a press by name, and its arguments, as ``--model_args`` does.
 
+    What was given to `load_model` is the default of every call: its press with its arguments where a call names none,
+    and in any case how contexts are split and stored. A call leaves nothing behind in ``lm``.
+
     Args:
         lm: the lm-eval model, which `lm_eval.simple_evaluate` takes as well.
 
@@ -79,14 +96,14 @@ class LoadedModel:
     def __init__(self, lm: KVPress) -> None:
         self.lm = lm
 
-    def prefill(self, context: str, *, press: str = "none", **arguments: Any) -> KeptTokens:
+    def prefill(self, context: str, *, press: str | None = None, **arguments: Any) -> KeptTokens:
         """Prefill a context under a press, and say which of its tokens each layer and head kept.
 
         Args:
             context: at most ``max_length`` tokens; the last ``query_tokens`` of them are fed after compression.
-            press: its name.
+            press: its name; by default the one given to `load_model`, or ``none``.
             **arguments: of the press, ``compression_ratio`` among them, and the protocol's: ``query_tokens``,
-                ``query_aware``, ``short_context``.
+                ``query_aware``, ``short_context``. The protocol's have those given to `load_model` as defaults.
 
         Raises:
             UsageError: for a press or an argument that does not exist, or a press that rewrites what it keeps.
@@ -103,13 +120,13 @@ class LoadedModel:
             try:
                 kept = _kept(batch, full, in_order) if is_pressed else numpy.ones(shape, dtype=bool)
             except UsageError as error:
-                raise UsageError(f"press={press}: {error}") from error
+                raise UsageError(f"press={session.settings.press_name}: {error}") from error
             texts = text_of_each(self.lm, context, parts.tokens)
         num_tokens = len(parts.compressed)
         return KeptTokens(_described(session), tuple(texts[:num_tokens]), tuple(texts[num_tokens:]), kept, record.notes)
 
     def score(
-        self, context: str, continuations: Sequence[str], *, press: str = "none", **arguments: Any
+        self, context: str, continuations: Sequence[str], *, press: str | None = None, **arguments: Any
     ) -> list[Score]:
         """Score continuations of a context, each through its compressed cache, as lm-eval's ``loglikelihood`` does.
 
@@ -136,7 +153,7 @@ class LoadedModel:
         self,
         prompt: str,
         *,
-        press: str = "none",
+        press: str | None = None,
         max_new_tokens: int = 64,
         until: Sequence[str] = (),
         **arguments: Any,
@@ -158,24 +175,24 @@ class LoadedModel:
             return Generation(text, _kept_share(session))
 
     @contextmanager
-    def _session(self, press: str, arguments: Mapping[str, Any]) -> Iterator[Session]:
+    def _session(self, press: str | None, arguments: Mapping[str, Any]) -> Iterator[Session]:
         """Answer under a press, with the attention implementation that it needs, until the context ends."""
-        given = {"press": press, **arguments}
-        settings, others = parse_arguments(given)
-        for name in given:
-            if name in others or name in ARGUMENTS and name not in ("press", *OF_CALLS):
+        own = arguments if press is None else {"press": press, **arguments}
+        settings, others = parse_arguments({**_defaults(self.lm.given, own), **own})
+        for name in arguments:
+            if name in others or name in ARGUMENTS and name not in OF_CALLS:
                 raise UsageError(f"{name} is no argument of a call: give it to load_model, or to an evaluation")
         model, at_load = self.lm.model, self.lm.model.config._attn_implementation
         session = self.lm.open_session(settings)
-        self.lm.use(session)
         needed = settings.attn_implementation or at_load
-        try:
-            if needed != at_load:
-                model.set_attn_implementation(needed)
-            yield session
-        finally:
-            if needed != at_load:
-                model.set_attn_implementation(at_load)
+        with self.lm.used_for_now(session):
+            try:
+                if needed != at_load:
+                    model.set_attn_implementation(needed)
+                yield session
+            finally:
+                if needed != at_load:
+                    model.set_attn_implementation(at_load)
 
     def _split(self, context: str, session: Session) -> Context:
         """The context's tokens in two parts."""
@@ -193,12 +210,27 @@ def load_model(pretrained: str | PreTrainedModel = "builtin", **arguments: Any) 
 
     Args:
         pretrained: folder, hub name, ``builtin`` (the small model that ships with the package), or a loaded model.
-        **arguments: that lm-eval's ``hf`` model takes, such as ``device``, ``dtype`` and ``batch_size``.
+        **arguments: that lm-eval's ``hf`` model takes, such as ``device``, ``dtype`` and ``batch_size``. A press, its
+            arguments and the fields of `Settings` are those of evaluations, and the defaults of calls.
 
     Raises:
         UsageError: if it cannot be loaded, or evaluated.
     """
+    for name in (RATIO, BUDGET):
+        if "press" not in arguments and arguments.get(name):
+            raise UsageError(f"{name}={arguments[name]} belongs to a press: add press=NAME, or give it to each call")
     return LoadedModel(KVPress(pretrained, **arguments))
+
+
+def _defaults(at_load: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call with arguments of its own has of those given at load time."""
+    replaced = {name for names in ALTERNATIVES if names & own.keys() for name in names}
+    found = {name: value for name, value in at_load.items() if name not in replaced}
+    if "press" in own:
+        found = {name: found[name] for name in DEFAULTS_OF_CALLS - OF_THE_PRESS - {"press"} if name in found}
+    if found.keys() & {"question_pattern", "question_field"}:
+        found.setdefault("query_aware", True)  # said, so that a press which reads no question may leave them unused
+    return {name: value for name, value in found.items() if name in DEFAULTS_OF_CALLS or name not in ARGUMENTS}
 
 
 def _kept(batch: CompressedBatch, full: Mapping[int, Any], in_order: bool) -> numpy.ndarray[Any, Any]:

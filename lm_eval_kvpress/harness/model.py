@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.instance import Instance
@@ -41,6 +41,7 @@ from lm_eval_kvpress.harness.launch import rank_in_run
 from lm_eval_kvpress.harness.loading import CheckedHFLM, settle_on_device
 from lm_eval_kvpress.harness.machine import machine
 from lm_eval_kvpress.harness.requests import (
+    RequestType,
     answer_padding,
     generation_batches,
     likelihood_batches,
@@ -64,6 +65,21 @@ from lm_eval_kvpress.records.recorders import open_recorders
 logger = logging.getLogger("lm_eval_kvpress")
 
 
+def of_a_run(answer: RequestType) -> RequestType:
+    """Decorate a request type: it begins a run if the one before is over, and ends its run if it fails."""
+
+    @functools.wraps(answer)
+    def run(lm: KVPress, *arguments: Any, **named: Any) -> list[Any]:
+        lm.begin_run()
+        try:
+            return answer(lm, *arguments, **named)
+        except BaseException:  # also of Ctrl-C, after which a notebook asks again
+            lm.end_run()
+            raise
+
+    return cast(RequestType, run)
+
+
 class KVPress(CheckedHFLM):
     """Any architecture that kvpress or this package presents to it, evaluated through its compressed cache.
 
@@ -75,6 +91,7 @@ class KVPress(CheckedHFLM):
         press_model: the loaded model, presented to kvpress.
         session: the press's run: settings, runner and totals.
         answering: what answers requests, under the session.
+        given: the press and the settings as they were given, without what ``HFLM`` takes.
 
     Raises:
         UsageError: for any mistake in the arguments, before weights are read where that can be known.
@@ -83,6 +100,7 @@ class KVPress(CheckedHFLM):
     DEFAULT_PRETRAINED: str | None = None
     session: Session
     answering: Answering
+    cache_hook: CacheHook
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         show_usage_errors_in_one_line()  # here too: an lm-eval that scans entry points needs no start-up file
@@ -90,9 +108,10 @@ class KVPress(CheckedHFLM):
         end_on_unsaved_results()
         note_document_ids()
         settings, hflm_arguments = parse_arguments(arguments)
+        self.given = {name: value for name, value in arguments.items() if name not in hflm_arguments}
         self._ignored = ignored_arguments(arguments)
         self._arguments_of_answers = identity.arguments_of_answers(hflm_arguments)
-        recorders = _opened(settings)
+        self._recorders = _opened(settings)
         super().__init__(self.DEFAULT_PRETRAINED if pretrained is None else pretrained, settings, **hflm_arguments)
         stock = parity.stock_answers(self) if settings.parity else None  # before the change of basis
         self.press_model = self._present(fast=settings.fast)
@@ -102,7 +121,8 @@ class KVPress(CheckedHFLM):
         self._parity = None if stock is None else parity.certify(self, stock, settings.press, build)
         if self._parity is not None:
             logger.info("parity: %s", self._parity.in_words())
-        self.use(self.open_session(settings, recorders))
+        self._own_session = self.open_session(settings, self._recorders)
+        self.use(self._own_session)
         if settings.attn_implementation:
             logger.info("press=%s runs on %s attention", settings.press_name, self.model.config._attn_implementation)
 
@@ -177,6 +197,29 @@ class KVPress(CheckedHFLM):
         self.session = session
         self.answering = SessionAnswering(session, self.batch_limits) if answering is None else answering
 
+    @contextmanager
+    def used_for_now(self, session: Session) -> Iterator[None]:
+        """Answer under ``session`` until the context ends, and tell lm-eval's cache nothing, which is another run's."""
+        before = self.session, self.answering, self.cache_hook
+        self.use(session)
+        self.cache_hook = CacheHook(None)
+        try:
+            yield
+        finally:
+            self.session, self.answering, self.cache_hook = before
+
+    def begin_run(self) -> None:
+        """Begin a session like the constructor's if that one answers and is over; one given to `use` stays."""
+        own = self._own_session
+        if self.session is own and own.is_over and isinstance(self.answering, SessionAnswering):
+            self._own_session = self.open_session(own.settings, self._recorders)
+            self.use(self._own_session)
+
+    def end_run(self) -> None:
+        """The next request belongs to another run, and is no business of this one's ``--use_cache``."""
+        self.session.is_over = True
+        self.cache_hook = CacheHook(None)
+
     def batch_limits(
         self, press: PressSpec, requests: RequestBatches[Any], quantization: Quantization | None = None, /
     ) -> tuple[int, int | None]:
@@ -208,6 +251,7 @@ class KVPress(CheckedHFLM):
 
     # ------------------------------------------------------------------------------------------- request types
 
+    @of_a_run
     @answer_padding
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self.enable_thinking:
@@ -216,6 +260,7 @@ class KVPress(CheckedHFLM):
         self.session.settings.check_likelihoods(batches.longest_scored, "continuations")
         return self._answer([batches], disable_tqdm, requests)
 
+    @of_a_run
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -227,6 +272,7 @@ class KVPress(CheckedHFLM):
         ids = [RequestId("", None, index) for index in range(len(pairs))]
         return self._answer([likelihood_batches_of_tokens(self, self.session, pairs, ids)], disable_tqdm)
 
+    @of_a_run
     @answer_padding
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self.session.settings.check_has_questions("documents of loglikelihood_rolling")
@@ -237,6 +283,7 @@ class KVPress(CheckedHFLM):
         self.session.settings.check_likelihoods(windows.longest_scored, "scored parts of documents")
         return self._answer([windows], disable_tqdm, requests)
 
+    @of_a_run
     @answer_padding
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._answer(generation_batches(self, self.session, requests), disable_tqdm, requests)
@@ -276,27 +323,36 @@ class KVPress(CheckedHFLM):
         on_each_read(cache_hook.dbdict, self._count_cached)
 
     def _count_cached(self) -> None:
+        self.begin_run()
         self.session.num_from_cache += 1
 
     def _identity(self) -> dict[str, Any]:
         return identity.run_identity(self, self.describe(), self._arguments_of_answers)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """lm-eval gathers what tasks made of the answers once all are there; with it goes what the record needs."""
+        """lm-eval gathers what tasks made of the answers once all are there; with it goes what the record needs.
+
+        Only rank 0 is asked for the record, so a run is over here for every rank.
+        """
         gathered: list[Any] | None = super().gather_object((obj, self.session.own_facts), dst)
+        self.end_run()
         if gathered is None:
             return None
         self.session.gathered = ranks.merge([facts for _, facts in gathered])
         return [own for own, _ in gathered]
 
     def get_model_info(self) -> dict[str, Any]:
-        """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions."""
+        """``HFLM``'s facts, and under ``kvpress`` what was asked, what was measured, and with which versions.
+
+        The run is over with it: what is asked next is counted and timed anew.
+        """
         share_log_handlers("lm_eval")  # again: --verbosity comes into force after the requests
         messages.log_kept_shares(self.session.settings, self.session.facts.totals)
         messages.log_records(self.session.settings, self.session.facts)
         record = self.describe()
         for note in record["answered_before"]["notes"]:
             logger.warning("%s", note)
+        self.end_run()
         return {**super().get_model_info(), "kvpress": record}
 
     def describe(self) -> dict[str, Any]:

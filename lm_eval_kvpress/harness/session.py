@@ -44,6 +44,7 @@ class Session:
         num_stored_windows: windows whose answers were taken from disk so far, whoever computed them.
         gathered: the facts of all ranks, once lm-eval has gathered them; None before, and again once requests follow.
         num_ranks: processes that answer for this one, if others do.
+        is_over: whether its record was read, or a call of it failed: what is asked next belongs to another run.
     """
 
     settings: Settings
@@ -54,6 +55,7 @@ class Session:
     num_stored_windows: int = 0
     gathered: RankFacts | None = None
     num_ranks: int = 1
+    is_over: bool = False
 
     @property
     def own_facts(self) -> RankFacts:

@@ -11,6 +11,7 @@ import pytest
 from lm_eval.api.model import CachingLM
 from lm_eval_requests import generation_requests, loglikelihood_requests, ours, rolling_requests
 
+from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.records.loss_files import LossFiles
 
@@ -93,7 +94,7 @@ def test_what_is_cut_counts_once_it_is_answered(checkpoint_dir: Path, monkeypatc
     )
     for call in calls:
         with monkeypatch.context() as patch:
-            patch.setattr(lm.session.runner.compressor, "compress", interrupt)
+            patch.setattr(Compressor, "compress", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 call(disable_tqdm=True)
         assert not lm.describe()["tasks"], "nothing was answered"

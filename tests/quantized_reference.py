@@ -18,7 +18,7 @@ def grid(numbers: np.ndarray, bits: int, scales: str) -> np.ndarray:
     low, high, steps = numbers.min(), numbers.max(), 2**bits - 1
     if scales == "float":
         return low + (high - low) / steps * np.arange(steps + 1)
-    farthest = 32_767 if bits == 8 else 127
+    farthest = 127 if bits == 2 else 32_767
     scale = COMPACT_SCALES[max((high - low) / steps, abs(low) / farthest) <= COMPACT_SCALES][0]
     return (np.rint(low / scale) + np.arange(steps + 1)) * scale
 

@@ -29,8 +29,13 @@ def compact(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Ten
 
 
 def zeros_dtype(bits: int) -> torch.dtype:
-    """Of compact zeros, beside codes of so many bits."""
-    return torch.int16 if bits == 8 else torch.int8
+    """Of compact zeros, beside codes of so many bits.
+
+    A scale need not be coarser than its group's range asks for while the lowest number is at most 42 (int2), 2,184
+    (int4) or 128 (int8) ranges from 0: so far the zero reaches. With 8 bits int4's would reach 8 ranges, beyond which
+    keys with a bias may lie in channels that hardly rotate.
+    """
+    return torch.int8 if bits == 2 else torch.int16
 
 
 def as_floats(

@@ -7,8 +7,8 @@ a block is one entry, and entries can be evicted one by one. KIVI (https://arxiv
 by channel, in which they have outliers, and values by token; transformers' ``QuantizedCache`` packs both by token.
 
 A number is ``code * scale + offset``. ``scales=float`` stores scale and offset as KIVI, quanto and HQQ do: the group's
-lowest number and the step, in the dtype of the model, 32 bits per group in 16 bit. ``scales=compact`` stores 16 bits
-(24 beside 8-bit codes): the scale is a power of ``2 ** (1/8)``, rounded up, so at most 9 % coarser, and the offset a
+lowest number and the step, in the dtype of the model, 32 bits per group in 16 bit. ``scales=compact`` stores 24 bits
+(16 beside 2-bit codes): the scale is a power of ``2 ** (1/8)``, rounded up, so at most 9 % coarser, and the offset a
 whole number of scales. Either way an entry is wrong by half a step at most.
 
 Why these are our own lines: transformers' ``QuantizedCache`` packs a whole batch as one opaque tensor, so rows cannot

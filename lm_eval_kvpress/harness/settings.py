@@ -65,7 +65,7 @@ class Settings:
         kv_group: numbers that share a scale.
         kv_residual: newest entries of a context that stay in the dtype of the model.
         kv_layout: ``kivi`` groups keys by channel and values by token, ``token`` both by token.
-        kv_scales: ``compact`` stores scale and zero of a group in 16 bits (24 with int8), ``float`` both in the dtype
+        kv_scales: ``compact`` stores scale and zero of a group in 24 bits (16 with int2), ``float`` both in the dtype
             of the model.
     """
 

@@ -21,8 +21,8 @@ COARSER = 2 ** (1 / 8)
 """Compact scales are rounded up to the next eighth of an octave."""
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-MOST_BITS = {"int8": 8.4, "int4": 4.3, "int2": 2.3, "fp8": 8.0}
-"""Per stored number: its code, and 16 bits per group for scale and zero, 24 beside int8."""
+MOST_BITS = {"int8": 8.4, "int4": 4.4, "int2": 2.3, "fp8": 8.0}
+"""Per stored number: its code, and 24 bits per group for scale and zero, 16 beside int2."""
 
 
 def check_packing(subject: Subject) -> Check:

@@ -63,7 +63,7 @@ def test_a_ragged_batch_has_the_shape_of_the_unpacked_one() -> None:
 def test_bytes_are_those_of_all_tensors() -> None:
     found = pack(CompressedCache((layer(2, 67, 0),), (67, 67), (67, 67)), Quantization("int4", group=64, residual=3))
     codes = 2 * 2 * HEADS * 64 * DIM // 2  # keys and values, rows, heads, entries, dims; two codes to a byte
-    scales = 2 * 2 * HEADS * DIM * 2  # a byte for the scale, a byte for the zero
+    scales = 2 * 2 * HEADS * DIM * 3  # a byte for the scale, two for the zero
     newest = 2 * 2 * HEADS * 3 * DIM * 4
     assert found.layers[0].num_bytes == codes + scales + newest
 

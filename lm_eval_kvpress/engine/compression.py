@@ -145,6 +145,10 @@ class Compressor:
             caches.append(group.cache)
         return order, caches, records
 
+    def forget(self) -> None:
+        """Free what is kept for the next batch."""
+        self._latest = None
+
     @property
     def shares(self) -> bool:
         """Whether it compresses clones of shared prefills."""

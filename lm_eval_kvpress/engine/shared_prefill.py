@@ -76,7 +76,7 @@ class SharedPrefills:
     """
 
     def __init__(self, model: PressableModel) -> None:
-        self._model, self._clock = model, Clock(model.device)
+        self._model, self._clock = model, Clock(model.device, measures_memory=False)
         self._places: dict[Tokens, tuple[_Prefill, int]] = {}
         self._attention: str | None = None
         self._latest = PhaseTiming("prefill", 0.0, 0)
@@ -111,11 +111,15 @@ class SharedPrefills:
         (self._latest,) = self._clock.take()
         self.num_tokens += num_tokens
 
+    def forget(self) -> None:
+        """Free all prefills, before what does not share them is measured."""
+        self._places = {}
+
     def share_of(self, contexts: Sequence[Tokens]) -> PhaseTiming:
         """The part of the latest prefills' time that these contexts took, in proportion to their tokens."""
         num_tokens, latest = sum(map(len, contexts)), self._latest
         seconds = latest.seconds * num_tokens / latest.num_tokens if latest.num_tokens else 0.0
-        return PhaseTiming("prefill", seconds, num_tokens, latest.peak_memory_bytes)
+        return PhaseTiming("prefill", seconds, num_tokens)
 
     @torch.inference_mode()
     def compress(self, contexts: Sequence[Tokens], press: Press | None, *, rerotates: bool = False) -> CompressedCache:

@@ -157,6 +157,7 @@ class StreamBatches:
                 first_place=outcome.first_pressed,
             )
             of_task.num_documents_resumed += item < len(self._stored) and bool(outcome.losses)
+            of_task.num_documents_left += item >= len(self._stored)
             of_task.max_stream_entries = max(of_task.max_stream_entries, outcome.max_entries)
             of_task.max_stream_bytes = max(of_task.max_stream_bytes, outcome.max_bytes)
 

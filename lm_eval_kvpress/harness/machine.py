@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ def machine(device: torch.device | str | None = None) -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
     }
+
+
+def machine_name(facts: Mapping[str, Any], device: torch.device | str) -> str:
+    """One line of what speeds depend on: GPU or kind of device, threads and processor.
+
+    Args:
+        facts: as `machine` returns them.
+    """
+    computes = facts["gpu"] or torch.device(device).type
+    return f"{computes}; {facts['num_threads']} threads of {facts['cpu']}"
 
 
 def _memory_bytes() -> int | None:

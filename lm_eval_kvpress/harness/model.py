@@ -357,8 +357,9 @@ class KVPress(CheckedHFLM):
 
     def describe(self) -> dict[str, Any]:
         """The record of this run: press, protocol, measured kept shares per task, versions."""
+        facts, labels = self.session.facts, self.session.runner.meter.labels
         return {
-            "run": self.session.runner.meter.labels.run,
+            "run": labels.run,
             "pretrained": self.pretrained_name,
             **run_record.asked(self.session.settings, self.max_length),
             "ignored_arguments": self._ignored,
@@ -371,8 +372,8 @@ class KVPress(CheckedHFLM):
             "batch_size": self.batch_size,
             "generation_config": checkpoint_options(self.model.generation_config),
             "parity": None if self._parity is None else self._parity.summary(),
-            **run_record.measured(self.session.facts),
-            "answered_before": answered_before(self.session.facts, is_batched=self.batch_size != 1),
+            **run_record.measured(facts, labels.machine),
+            "answered_before": answered_before(facts, labels.machine, is_batched=self.batch_size != 1),
             "versions": run_record.versions(),
         }
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from lm_eval_kvpress.harness.machine import machine, machine_name
 from lm_eval_kvpress.harness.ranks import RankFacts
 from lm_eval_kvpress.harness.settings import Settings
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -56,6 +57,7 @@ def labels(settings: Settings, max_length: int, name: str, model: PressableModel
         protocol=_as_typed(facts["protocol"]),
         device=str(model.device),
         dtype=str(model.model.dtype).removeprefix("torch."),
+        machine=machine_name(machine(model.device), model.device),
     )
 
 
@@ -63,13 +65,17 @@ def _as_typed(arguments: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
 
 
-def measured(facts: RankFacts) -> dict[str, Any]:
-    """What was kept, scored and timed, and by how many processes."""
+def measured(facts: RankFacts, machine_name: str) -> dict[str, Any]:
+    """What was kept, scored and timed, and by how many processes.
+
+    Args:
+        machine_name: whose times the speeds are made of.
+    """
     return {
         "num_ranks": facts.num_ranks,
         "decoding_steps": facts.records.decoding_steps() or None,
         "tasks": {task: totals.summary() for task, totals in facts.totals.items()},
-        "throughput": facts.records.summary(),
+        "throughput": facts.records.on(machine_name).summary(),
     }
 
 

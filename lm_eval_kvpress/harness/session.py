@@ -119,7 +119,7 @@ def new_session(
         if shared_prefills is None and settings.press.shares_prefill:
             shared_prefills = SharedPrefills(model)
         full_side = new_full_side(model, autocast, shared_prefills)
-    clock = Clock(model.device)
+    clock = Clock(model.device, measures_memory=shared_prefills is None and full_side is None)
     compressor = Compressor(
         model,
         settings.press,

@@ -25,7 +25,7 @@ class PhaseTiming:
         seconds: wall clock between two synchronized edges.
         num_tokens: real tokens that went in (``prefill``, ``press``), were scored, or were produced; padding never
             counts.
-        peak_memory_bytes: the most that was allocated on a CUDA device, None elsewhere.
+        peak_memory_bytes: the most that was allocated on a CUDA device; None elsewhere, and if the clock leaves it out.
         is_borrowed: whether the time was spent once for several presses, before this clock ran.
     """
 
@@ -37,10 +37,15 @@ class PhaseTiming:
 
 
 class Clock:
-    """Times phases. The device is synchronized at the edges of a phase only; hooks inside are timed by CUDA events."""
+    """Times phases. The device is synchronized at the edges of a phase only; hooks inside are timed by CUDA events.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._is_cuda = device, device.type == "cuda"
+    Args:
+        measures_memory: whether phases have a peak of memory. It says nothing of a press while prefills that others
+            share are in memory.
+    """
+
+    def __init__(self, device: torch.device, *, measures_memory: bool = True) -> None:
+        self._device, self._is_cuda, self._measures_memory = device, device.type == "cuda", measures_memory
         self._timings: list[PhaseTiming] = []
         self._hooks: list[Callable[[], float]] = []
         self._apart_sec = 0.0
@@ -59,7 +64,7 @@ class Clock:
         self._synchronize()
         seconds = time.perf_counter() - start
         in_hooks = sum(measure() for measure in self._hooks)
-        peak = torch.cuda.max_memory_allocated(self._device) if self._is_cuda else None
+        peak = self._peak_memory_bytes() if self._measures_memory else None
         self._timings.append(PhaseTiming(name, seconds - in_hooks - self._apart_sec, produced["tokens"], peak))
         if self._hooks:
             self._timings.append(PhaseTiming("press", in_hooks, produced["tokens"], peak))
@@ -100,6 +105,9 @@ class Clock:
         """Return the timings since the last call, and forget them."""
         timings, self._timings = self._timings, []
         return timings
+
+    def _peak_memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._is_cuda else None
 
     def _synchronize(self) -> None:
         if self._is_cuda:

@@ -92,9 +92,7 @@ class ThroughputLog:
     def records(self) -> Iterator[BatchRecord | RequestRecord]:
         """The records that a JSONL file holds so far."""
         assert not self._as_csv, "a CSV has no batches"
-        for line in self._path.read_bytes().split(b"\n")[:-1]:
-            values = json.loads(line)
-            yield KINDS[values["record"]](**values)
+        yield from map(parse_line, self._path.read_text(encoding="utf-8").split("\n")[:-1])
 
     def close(self) -> None:
         """Bring the file to disk and let other processes write it."""
@@ -135,8 +133,8 @@ class ThroughputLog:
                 (row,) = csv.reader([text])
                 is_record = "\0" not in text and len(row) == len(CSV_FIELDS) and row[RECORD] in KINDS
                 return is_record or text == CSV_HEADER
-            values = json.loads(text)
-            return [field.name for field in fields(KINDS[values["record"]])] == list(values)
+            parse_line(text)
+            return True
         except (ValueError, KeyError, TypeError, csv.Error):
             return False
 
@@ -160,6 +158,16 @@ class ThroughputLog:
                 "lines so far are complete: make room, and the same command adds to them"
             ) from error
         self._num_lines += 1
+
+
+def parse_line(text: str) -> BatchRecord | RequestRecord:
+    """Read a line of JSONL. One that was written before records named the machine has an empty name.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it is no record.
+    """
+    values = json.loads(text)
+    return KINDS[values["record"]](**{"machine": "", **values})
 
 
 def _close(file: io.FileIO, lock: BaseFileLock) -> None:

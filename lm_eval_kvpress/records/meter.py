@@ -14,7 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from lm_eval_kvpress.records.clock import Clock, PhaseTiming
-from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord, RunLabels, RunRecords, token_latencies
+from lm_eval_kvpress.records.timings import (
+    PHASES,
+    BatchRecord,
+    RequestRecord,
+    RunLabels,
+    RunRecords,
+    machines_of,
+    token_latencies,
+)
 from lm_eval_kvpress.records.totals import ContextRecord
 
 
@@ -73,7 +81,7 @@ class Meter:
         recorders: get every record.
 
     Attributes:
-        labels: as given.
+        labels: as given; the machine is that whose speeds are the run's.
         records: all records so far.
     """
 
@@ -146,7 +154,8 @@ class Meter:
     def finish(self, request_type: str) -> None:
         """Record the requests of the batches since the last call."""
         for id, parts in self._open.items():
-            labels = replace(self.labels, device=parts[-1][0].device)  # another process's, if that ran the batch
+            batches = [batch for batch, _, _ in parts]  # another process's, if that ran them
+            labels = replace(self.labels, device=batches[-1].device, machine=machines_of(batches))
             record = _request_record(labels, id, request_type, parts)
             self.records.requests.append(record)
             self._write(record)

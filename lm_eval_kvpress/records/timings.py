@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ class RunLabels:
         press, arguments: the press's name, and its arguments as ``name=value``, separated by spaces.
         protocol: how contexts were compressed and scored, in the same way.
         device, dtype: where and in what the model computed.
+        machine: in one line; speeds of two machines are never pooled. Empty if it is not known.
     """
 
     run: str
@@ -40,6 +41,7 @@ class RunLabels:
     protocol: str
     device: str
     dtype: str
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class BatchRecord(RunLabels):
     """One batch: seconds per phase, press apart from prefill; tokens really run, without padding.
 
     ``seconds`` is measured from end to end, on its own: the rest beside the phases was spent between them.
-    Tokens/s are per second of the phases; bytes are the most that was allocated, on CUDA only.
+    Tokens/s are per second of the phases; bytes are the most that was allocated, on CUDA only, and None beside what
+    other presses share.
     ``is_warmup`` marks the first use of a shape (request type, batch size, power of two of the tokens).
     ``decoding_steps`` names what computed a step of generation.
     """
@@ -114,6 +117,11 @@ class RequestRecord(RunLabels):
 Timed = TypeVar("Timed", BatchRecord, RequestRecord)
 
 
+def machines_of(records: Iterable[RunLabels]) -> str:
+    """The machine of what these records sum up to: that of all of them, or the names of several."""
+    return " and ".join(sorted({record.machine for record in records}))
+
+
 def token_latencies(times_sec: Sequence[float]) -> dict[str, Any]:
     """TTFT, TPOT and percentiles of ITL of one request in seconds; None without enough tokens.
 
@@ -147,6 +155,11 @@ class RunRecords:
         self.batches += other.batches
         self.requests += other.requests
         self.itls |= other.itls
+
+    def on(self, machine: str) -> RunRecords:
+        """The records of one machine. Times of a request whose batches ran on several are of none."""
+        batches = [batch for batch in self.batches if batch.machine == machine]
+        return RunRecords(batches, [request for request in self.requests if request.machine == machine], self.itls)
 
     def summary(self) -> dict[str, Any]:
         """Tokens, seconds and tokens/s per phase; TTFT, TPOT and ITL in seconds. A figure leaves warm-up out, unless

@@ -127,7 +127,9 @@ class TaskTotals:
         max_stream_entries, max_stream_bytes: under ``rolling=stream``, the most entries per layer that a chunk was
             scored over, and the most bytes that keys and values of all rows took.
         num_documents_resumed: documents whose losses an earlier run left on disk; not part of the summary, which is
-            that of a run without interruption.
+            that of a run without interruption, as the next two.
+        num_documents_timed: of these, those whose times are on disk too.
+        num_documents_left: documents that were not finished then.
         fidelity: how far the tokens scored over compressed caches are from the full caches' predictions.
         text_fidelity: how far texts are from the full cache's, those of contexts too short for the press left out.
         notes: what a reader must know of the press, and for how many contexts.
@@ -158,6 +160,8 @@ class TaskTotals:
     max_stream_entries: int = 0
     max_stream_bytes: int = 0
     num_documents_resumed: int = 0
+    num_documents_timed: int = 0
+    num_documents_left: int = 0
     fidelity: FidelityTotals = field(default_factory=FidelityTotals)
     text_fidelity: TextFidelityTotals = field(default_factory=TextFidelityTotals)
     notes: Counter[str] = field(default_factory=Counter)

@@ -68,7 +68,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
         tasks=tasks,
         speed=parse_speed(throughput, facts.get("machine")),
-        num_batches=throughput.get("num_batches"),
+        num_batches=_num_batches(facts),
         parity=None if parity is None else bool(parity["passed"]),
         versions=_pairs(facts.get("versions") or _stock_versions(content)),
         identity=identity(facts, arguments.get("revision")) if facts else None,
@@ -86,6 +86,13 @@ def identity(facts: Mapping[str, Any], revision: str | None) -> Identity:
     """
     recorded = (json.dumps(facts.get(key), sort_keys=True) for key in IDENTITY)
     return (*recorded, str(revision or "main"))
+
+
+def _num_batches(facts: Mapping[str, Any]) -> int | None:
+    """Those whose times are in the record, and those of other machines."""
+    num_timed: int | None = (facts.get("throughput") or {}).get("num_batches")
+    elsewhere: int = (facts.get("answered_before") or {}).get("batches_on_other_machines", 0)
+    return None if num_timed is None else num_timed + elsewhere
 
 
 def _device(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:

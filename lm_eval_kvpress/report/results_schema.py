@@ -95,6 +95,10 @@ class Parity(Part):
     passed: bool
 
 
+class AnsweredBefore(Part):
+    batches_on_other_machines: Count = 0
+
+
 class Throughput(Part):
     num_batches: Maybe[Count]
     prefill: Maybe[dict[str, Any]]
@@ -113,6 +117,7 @@ class Facts(Part):
     protocol: Maybe[dict[str, Any]]
     tasks: Maybe[dict[str, TaskFacts]]
     throughput: Maybe[Throughput]
+    answered_before: Maybe[AnsweredBefore]
     parity: Maybe[Parity]
     versions: Maybe[dict[str, Any]]
     machine: Maybe[dict[str, Any]]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lm_eval_kvpress.engine.request_batches import RequestBatches
+from lm_eval_kvpress.harness.machine import machine_name
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.records.log_file import ThroughputLog
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.cells import Cell
-from lm_eval_kvpress.sweep.workers.jobs import Answered
+from lm_eval_kvpress.sweep.workers.jobs import Answered, WorkerFacts
 
 
 @dataclass
@@ -32,6 +33,14 @@ class CellRun:
     done: set[str] = field(default_factory=set)
     num_batches_before: int = 0
     num_tokens_shared: int = 0
+
+    def note_workers(self, facts: Sequence[WorkerFacts]) -> None:
+        """Note the processes that answer for this one, if others do. The times are those of the first one's machine."""
+        self.session.num_ranks = max(1, len(facts))
+        if facts:
+            meter, device = self.session.runner.meter, facts[0].record["device"]
+            machine = machine_name(facts[0].record["machine"], device)
+            meter.labels = replace(meter.labels, device=device, machine=machine)
 
     def store_answers(self, requests: RequestBatches[Any], keys: Sequence[str], answered: Answered) -> None:
         """Bring a worker's answers to disk, behind the records of the time that they took.

@@ -42,7 +42,9 @@ def evaluate(model: SweepModel, settings: SweepSettings, tasks: TaskManager, run
     results["config"]["kvpress"]["sweep"] = {
         "cell": run.cell.name,
         "shares_prefill": run.shares,
-        "workers": [{"host": facts.host, "device": facts.record["device"]} for facts in workers.facts],
+        "workers": [
+            {"host": facts.host, **{key: facts.record[key] for key in ("device", "machine")}} for facts in workers.facts
+        ],
         "settings": settings.as_typed(),
     }
     template = model.lm.chat_template(settings.apply_chat_template) if settings.apply_chat_template else None

@@ -99,7 +99,8 @@ class SweepModel:
         answering: Answering = CellAnswering(run, peers, limits, workers)
         if run.session.settings.rolling == "stream":  # its documents are in loss files
             one_by_one = SessionAnswering(run.session, limits)  # saves each as it ends, while others of its batch go on
-            answering = StreamCell(one_by_one if workers.is_here else StreamAnswering(run, limits, workers), answering)
+            streams = one_by_one if workers.is_here else StreamAnswering(run, limits, workers)
+            answering = StreamCell(run.session, streams, answering)
         self.lm.use(run.session, answering)
         self.set_attention(run.session)
 
@@ -111,7 +112,9 @@ class SweepModel:
         return functools.partial(self.lm.batch_limits_within, min(free, default=None))
 
     def set_attention(self, session: Session) -> None:
-        """Give the model the attention implementation that the session's press needs."""
+        """Give the model the attention implementation that the session's press needs, and free what only others use."""
+        if not session.runner.compressor.shares and not session.settings.fidelity:
+            self._shared_prefills.forget()
         needed = session.settings.attn_implementation or self._attention_at_load
         if self.lm.model.config._attn_implementation != needed:
             self.lm.model.set_attn_implementation(needed)

@@ -112,8 +112,8 @@ def run_shard(
         closing(launch(settings, model, checkpoint)) as those,
         _opened(model, cells, store, those) as runs,
     ):
-        facts = those.facts or [Worker(model).facts(presses_of(settings, cells))]
-        workers = ShareOnly(those, shard, before_first=lambda: note_workers(store.folder, facts))
+        own = [] if those.facts else [Worker(model).facts(presses_of(settings, cells))]
+        workers = ShareOnly(those, shard, note=lambda: note_workers(store.folder, those.facts or own))
         for peers in sharing_prefills(runs):
             _ask_all(model, settings, tasks, peers, workers)
     note_cells(store.folder, folders, are_answered=True)
@@ -206,7 +206,7 @@ def _opened(model: SweepModel, cells: Sequence[Cell], store: SweepStore, workers
         runs = list[CellRun]()
         for cell in cells:
             runs.append(model.open(cell, store.cell(cell.folder)))
-            runs[-1].session.num_ranks = max(1, len(workers.facts))
+            runs[-1].note_workers(workers.facts)
             logs.callback(runs[-1].log.close)
         if num_kept := sum(len(run.done) for run in runs):
             say(f"{num_kept} answers of unfinished cells are there from an earlier call")

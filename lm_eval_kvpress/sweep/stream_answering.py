@@ -17,6 +17,7 @@ from lm_eval_kvpress.engine.outcomes import Streamed
 from lm_eval_kvpress.engine.request_batches import RequestBatches
 from lm_eval_kvpress.engine.stream_batches import StreamBatches
 from lm_eval_kvpress.harness.answering import Answering, BatchLimits, session_limits
+from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.sweep.cell_run import CellRun
 from lm_eval_kvpress.sweep.pace import Pace
 from lm_eval_kvpress.sweep.workers.jobs import Job, Workers
@@ -26,16 +27,24 @@ class StreamCell:
     """Answer under a cell that streams (an `Answering` of the model).
 
     Args:
+        session: of the cell.
         streams: answers its documents.
         others: answers its other requests, which do not stream.
     """
 
-    def __init__(self, streams: Answering, others: Answering) -> None:
-        self._streams, self._others = streams, others
+    def __init__(self, session: Session, streams: Answering, others: Answering) -> None:
+        self._session, self._streams, self._others = session, streams, others
 
     def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
-        are_streams = all(isinstance(requests, StreamBatches) for requests in kinds)
-        return (self._streams if are_streams else self._others).answers(kinds, bar)
+        streams = [requests for requests in kinds if isinstance(requests, StreamBatches)]
+        if len(streams) < len(kinds):
+            yield from self._others.answers(kinds, bar)
+            return
+        yield from self._streams.answers(kinds, bar)
+        meter = self._session.runner.meter
+        timed = {(one.task, one.doc_id, one.idx) for one in meter.records.on(meter.labels.machine).requests}
+        for id in (id for requests in streams for id in requests.ids_stored):
+            self._session.totals[id.task].num_documents_timed += (id.task, id.doc_id, id.idx) in timed
 
 
 class StreamAnswering:
@@ -53,15 +62,11 @@ class StreamAnswering:
     def answers(self, kinds: Sequence[RequestBatches[Any]], bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
         for requests in kinds:
             assert isinstance(requests, StreamBatches)
-            timed = {(one.task, one.doc_id, one.idx) for one in self._run.session.runner.meter.records.requests}
             outcomes = self._run_all(requests, bar)
             if not self._workers.answers_all:
                 yield from dict.fromkeys(requests.requests).items()
                 continue
             requests.record_totals(outcomes, self._run.session.totals)
-            for id in requests.ids_stored:  # whose seconds are in the cell's log are in every figure
-                if (id.task, id.doc_id, id.idx) in timed:
-                    self._run.session.totals[id.task].num_documents_resumed -= 1
             yield from requests.answers(outcomes).items()
 
     def _run_all(self, requests: StreamBatches, bar: tqdm[Any]) -> dict[int, Streamed]:

@@ -25,7 +25,7 @@ from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord, RunLabel
 from scripts.benchmarks.texts import story_text
 
 QUERY_TOKENS = 1
-UNLABELLED = RunLabels(run="", model="", press="", arguments="", protocol="", device="", dtype="")
+UNLABELLED = RunLabels(run="", model="", press="", arguments="", protocol="", device="", dtype="", machine="")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ LENGTHS = (70, 0, 130, 56, 1)
 def runner(model: PressableModel) -> Runner:
     clock, press = Clock(model.device), for_stream(parse_press("knorm", {}), PLAN.budget, PLAN.chunk)
     compressor = Compressor(model, press, short_context="keep", clock=clock)
-    labels = RunLabels("r", "m", press.name, "", "", "cpu", "float32")
+    labels = RunLabels("r", "m", press.name, "", "", "cpu", "float32", "")
     return Runner(model, compressor, clock, Meter(clock, labels), nullcontext)
 
 

@@ -16,6 +16,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.arguments import parse_arguments
 from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.session import Session
+from lm_eval_kvpress.records.clock import Clock
 
 PRESS = {"press": "snapkv", "window_size": 8, "compression_ratio": 0.75}
 
@@ -142,3 +143,13 @@ def test_an_evaluations_cache_gets_no_answers_of_later_runs(checkpoint_dir: Path
 
 def interrupt(*_: Any) -> Any:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("arguments", "has_peak"), [({}, True), ({"fidelity": True}, False)])
+def test_memory_that_the_full_cache_takes_is_no_presss_peak(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], has_peak: bool
+) -> None:
+    monkeypatch.setattr(Clock, "_peak_memory_bytes", lambda clock: 7)
+    lm = ours(checkpoint_dir, **PRESS, **arguments)
+    lm.loglikelihood(loglikelihood_requests()[:2], disable_tqdm=True)
+    assert lm.describe()["throughput"]["peak_memory_bytes"] == (7 if has_peak else None)

@@ -71,3 +71,12 @@ def test_on_cuda_a_phase_lasts_until_its_kernels_have_ended_and_peaks_are_torchs
     assert prefill.seconds + press.seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.05)
     assert press.seconds == pytest.approx(middle.elapsed_time(end) / 1000, rel=0.1)
     assert prefill.peak_memory_bytes == torch.cuda.max_memory_allocated(device)
+
+
+@pytest.mark.parametrize("measures_memory", [True, False])
+def test_a_clock_may_leave_peaks_out(monkeypatch: pytest.MonkeyPatch, measures_memory: bool) -> None:
+    monkeypatch.setattr(Clock, "_peak_memory_bytes", lambda clock: 7)
+    clock = Clock(CPU, measures_memory=measures_memory)
+    with clock.phase("prefill"):
+        clock.timed(lambda: None)()
+    assert [timing.peak_memory_bytes for timing in clock.take()] == [7 if measures_memory else None] * 2

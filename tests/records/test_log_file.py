@@ -267,3 +267,14 @@ def test_a_meter_that_went_on_does_not_take_the_last_part_for_the_whole(checkpoi
     lm.generate_until(requests, disable_tqdm=True)
     summary = lm.session.runner.meter.records.summary()
     assert summary["itl_sec"] is None and summary["tpot_sec"] is not None
+
+
+def test_a_line_without_a_machine_is_a_record_of_none(tmp_path: Path) -> None:
+    """As the logs of sweeps that were begun before lines named it; a line that lacks anything else is damaged."""
+    path, values = tmp_path / "log.jsonl", vars(request())
+    lines = [{name: value for name, value in values.items() if name != left_out} for left_out in ("machine", "device")]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    log = ThroughputLog(path)
+    log.add(request(1))
+    assert [(record.machine, getattr(record, "idx", None)) for record in log.records()] == [("", 0), ("machine", 1)]
+    log.close()

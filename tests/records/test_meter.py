@@ -25,7 +25,7 @@ from lm_eval_kvpress.records.timings import BatchRecord, RequestRecord, RunLabel
 from lm_eval_kvpress.records.totals import ContextRecord
 
 PARTS = ("prefill_sec", "press_sec", "score_sec", "decode_sec")
-LABELS = RunLabels("r", "m", "snapkv", "window_size=8", "query_tokens=1", "cpu", "float32")
+LABELS = RunLabels("r", "m", "snapkv", "window_size=8", "query_tokens=1", "cpu", "float32", "A")
 WORDS = (
     "the cold river ran past an old mill where seven grey geese slept and nobody asked who owned them " * 30
 ).split()
@@ -222,11 +222,11 @@ def test_a_requests_share_of_a_batch_goes_by_its_weight() -> None:
         assert (getattr(long, name), getattr(short, name)) == (pytest.approx(whole * 0.75), pytest.approx(whole / 4))
 
 
-def test_batches_of_another_process_are_of_this_run_and_of_its_device() -> None:
-    """Requests whose batches two processes ran are one request."""
+def test_batches_of_another_process_are_of_this_run_and_of_its_device_and_machine() -> None:
+    """Requests whose batches two processes ran are one request, and on two machines its times are of neither."""
     of_this = Meter(Clock(torch.device("cpu")), LABELS)
     for device in ("cuda:0", "cuda:1"):
-        other = Meter(Clock(torch.device("cpu")), replace(LABELS, run=device, device=device))
+        other = Meter(Clock(torch.device("cpu")), replace(LABELS, run=device, device=device, machine=f"{device}'s"))
         other.start()
         other.batch("loglikelihood_rolling", 1, [RequestShare(RequestId("t", 0, 0), 3, 4)])
         of_this.adopt(other.take())
@@ -240,6 +240,8 @@ def test_batches_of_another_process_are_of_this_run_and_of_its_device() -> None:
     assert (request.num_batches, request.num_output_tokens, request.run) == (2, 8, LABELS.run)
     assert request.seconds == sum(batch.seconds for batch in batches)
     assert of_this.records.summary()["num_batches"] == 2
+    one = of_this.records.on("cuda:0's")
+    assert (len(one.batches), one.requests, request.machine) == (1, [], "cuda:0's and cuda:1's")
 
 
 def test_warm_up_is_the_first_batch_of_a_type_size_and_number_of_tokens() -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from lm_eval_kvpress.records.timings import BatchRecord, RunRecords, percentiles, rate_interval
+from lm_eval_kvpress.records.timings import BatchRecord, RunRecords, machines_of, percentiles, rate_interval
+
+PLACES = [("A", 1.0), ("B", 10.0), ("A", 1.0)]
 
 
 def batch(**figures: Any) -> BatchRecord:
@@ -59,3 +61,12 @@ def test_the_interval_of_a_median_is_of_its_ranks() -> None:
     assert found is not None and (found["num_values"], found["p50"]) == (101, 51.0)
     assert (found["p50_low"], found["p50_high"]) == pytest.approx((51 - 9.75, 51 + 9.75), abs=0.1)
     assert percentiles([]) is None
+
+
+def test_times_of_one_machine_are_not_pooled_with_those_of_another() -> None:
+    batches = [batch(num_prefill_tokens=100, machine=name, prefill_sec=seconds) for name, seconds in PLACES]
+    records = RunRecords(batches, [])
+    rates = {name: records.on(name).summary()["prefill"]["tokens_per_sec"] for name in ("A", "B")}
+    assert rates == {"A": 100.0, "B": 10.0} and "prefill" not in records.on("C").summary()
+    assert machines_of(batches) == "A and B" and machines_of(batches[:1]) == "A"
+    assert not records.on(machines_of(batches)).batches

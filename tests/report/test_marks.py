@@ -290,6 +290,16 @@ def test_a_stream_that_was_finished_before_is_marked(tmp_path: Path) -> None:
     assert labels(tmp_path)["snapkv"] == ["not measured"]
 
 
+def test_a_run_whose_batches_all_ran_on_another_machine_is_measured(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        facts = content["config"]["kvpress"]
+        facts |= {"throughput": {"num_batches": 0}, "answered_before": {"batches_on_other_machines": 3}}
+
+    write_results(tmp_path, "none", 0.0)
+    amend(write_results(tmp_path, "snapkv", 0.5, acc=0.4), change)
+    assert "not measured" not in labels(tmp_path)["snapkv"]
+
+
 def test_of_several_tasks_those_are_named_that_came_from_a_cache(tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         facts = content["config"]["kvpress"]

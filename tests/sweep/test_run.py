@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import lm_eval
 import pytest
 from lm_eval.utils import sanitize_list
@@ -26,6 +28,7 @@ from sweep_runs import (
     Killed,
     assert_same,
     command_line,
+    dies_once,
     figures,
     manager,
     results_of,
@@ -33,8 +36,14 @@ from sweep_runs import (
 )
 from transformers import AutoTokenizer
 
+from lm_eval_kvpress.engine.compression import Compressor
+from lm_eval_kvpress.engine.shared_prefill import SharedPrefills
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.records import log_file
+from lm_eval_kvpress.records.clock import Clock
+from lm_eval_kvpress.records.loss_files import LossFiles
 from lm_eval_kvpress.sweep import command, run
 from lm_eval_kvpress.sweep.answers import Answers
 from lm_eval_kvpress.sweep.cell_store import CellStore
@@ -178,6 +187,30 @@ def test_all_cells_are_asked_the_same_documents_however_a_task_draws_them(checkp
     assert one == other and len(set(one)) == 3
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_record_says_of_how_many_streams_the_times_are_not_known(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """Two batches of two documents were timed, by this machine or another one, and the third is streamed now."""
+    settings = {"presses": "knorm", "rolling": "stream", "ratios": None, "budgets": "64", "tasks": "sweep_rolling"}
+    given = {**settings, "model_args": f"pretrained={checkpoint_dir},stream_chunk=16", "batch_size": 2}
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, **given)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if elsewhere:
+            patch.setattr(run_record, "machine_name", lambda facts, device: "another machine")
+        dies_once(patch, LossFiles, "save", at=5)
+        command.main(arguments)
+    assert command.main(arguments) == 0
+    ((results, _),) = results_of(tmp_path).values()
+    facts = results["config"]["kvpress"]
+    num_untimed, num_batches = (4, 2) if elsewhere else (0, 0)
+    before = facts["answered_before"]
+    assert (before["documents_from_stream_output"], before["batches_on_other_machines"]) == (num_untimed, num_batches)
+    assert facts["throughput"]["num_requests"] == 6 - num_untimed, "those that are in the times"
+    starts = ["the 4 documents", "documents that were left", "2 batches"] if elsewhere else ["documents that were left"]
+    assert all(note.startswith(start) for note, start in zip(before["notes"], starts, strict=True))
+
+
 def test_unknown_tasks_are_refused_before_the_model_is_loaded(
     checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +287,72 @@ def test_a_record_says_which_windows_no_requests_time_covers(
         assert note.startswith(f"{num_stored[name]} windows were answered by an earlier call")
     of_whole = [results["config"]["kvpress"]["answered_before"] for results, _ in results_of(whole).values()]
     assert not any(before["windows_from_earlier_calls"] for before in of_whole)
+
+
+@pytest.mark.parametrize("first", ["another machine", None])
+def test_times_of_a_sweep_that_went_on_elsewhere_are_those_of_the_last_machine(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str | None
+) -> None:
+    """Or on one that the log of the call before does not name."""
+    settings = {"presses": "knorm", "ratios": "0.5", "tasks": "sweep_choice", "batch_size": 2}
+    arguments = command_line(checkpoint_dir, tasks_dir, tmp_path, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_record, "machine_name", lambda facts, device: first or "")
+        if first is None:
+            of_record = vars
+            patch.setattr(
+                log_file,
+                "vars",
+                lambda record: {key: value for key, value in of_record(record).items() if key != "machine"},
+                raising=False,
+            )
+        dies_once(patch, Answers, "add", at=3)
+        command.main(arguments)
+    assert command.main(arguments) == 0
+    ((results, _),) = results_of(tmp_path).values()
+    facts, log = results["config"]["kvpress"], (tmp_path / "cells").glob("*/throughput.jsonl")
+    batches = [line for file in log for line in map(json.loads, file.open()) if line["record"] == "batch"]
+    of_first, of_last = batches[:2], batches[2:]
+    assert {line.get("machine") for line in of_first} == {first} and len({line["machine"] for line in of_last}) == 1
+    assert facts["throughput"]["num_batches"] == len(of_last) > 0
+    assert facts["throughput"]["seconds_total"] == pytest.approx(sum(line["seconds"] for line in of_last))
+    assert facts["answered_before"]["batches_on_other_machines"] == len(of_first) == 2
+    (note,) = facts["answered_before"]["notes"]
+    assert note.startswith("2 batches ran on other machines") and note.endswith(of_last[0]["machine"])
+    jsonschema.validate(facts, json.loads((ROOT / "docs" / "results.schema.json").read_text()))
+
+
+def test_a_cell_that_shares_prefills_has_no_peak_of_memory_and_others_their_own(
+    checkpoint_dir: Path, tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for what CUDA says: how many shared prefills are in memory."""
+    shared, compressors, in_memory = list[SharedPrefills](), set[Compressor](), list[int]()
+    compress, prepare = Compressor.compress, SharedPrefills.__init__
+
+    def new(prefills: SharedPrefills, model: Any) -> None:
+        prepare(prefills, model)
+        shared.append(prefills)
+
+    def noted(compressor: Compressor, contexts: Any) -> Any:
+        compressors.add(compressor)
+        return compress(compressor, [replace(context, is_shared=True) for context in contexts])
+
+    def in_use(_: Clock) -> int:
+        in_memory.append(sum(len(prefills._places) for prefills in shared))
+        return 1 + in_memory[-1]
+
+    monkeypatch.setattr(SharedPrefills, "__init__", new)
+    monkeypatch.setattr(Compressor, "compress", noted)
+    monkeypatch.setattr(Clock, "_peak_memory_bytes", in_use)
+    settings = {"presses": "knorm,observed_attention", "ratios": "0.5,0.75", "tasks": "sweep_choice"}
+    assert command.main(command_line(checkpoint_dir, tasks_dir, tmp_path, **settings)) == 0
+    peaks = {name: facts["config"]["kvpress"]["throughput"] for name, (facts, _) in results_of(tmp_path).items()}
+    assert {name: of_cell["peak_memory_bytes"] for name, of_cell in peaks.items()} == {
+        name: 1 if name.startswith("observed_attention") else None for name in peaks
+    }
+    assert in_memory and len(peaks) == 4
+    kept = [one._latest for one in compressors if not one.shares]
+    assert len(kept) == 2 and kept.count(None) == 1, "what a cell keeps for its next batch goes with the next cell"
 
 
 def test_damaged_answers_are_named_in_one_line_and_made_again(

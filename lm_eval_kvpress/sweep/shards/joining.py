@@ -20,9 +20,9 @@ from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import write_whole
-from lm_eval_kvpress.records.log_file import KINDS
+from lm_eval_kvpress.records.log_file import parse_line
 from lm_eval_kvpress.records.loss_files import join_losses
-from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord
+from lm_eval_kvpress.records.timings import PHASES, BatchRecord, RequestRecord, machines_of
 from lm_eval_kvpress.sweep.cell_store import CellStore
 from lm_eval_kvpress.sweep.shards.record import read_record
 from lm_eval_kvpress.sweep.shards.shard import Shard
@@ -166,8 +166,7 @@ def _records(part: CellStore) -> list[BatchRecord | RequestRecord]:
     if not part.answers.file.exists() or not part.throughput.exists():
         return []
     part.answers.take_back_log()
-    lines = map(json.loads, part.throughput.read_text(encoding="utf-8").splitlines())
-    return [KINDS[values["record"]](**values) for values in lines]
+    return [parse_line(line) for line in part.throughput.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def joined_records(records: Iterable[BatchRecord | RequestRecord]) -> list[BatchRecord | RequestRecord]:
@@ -186,4 +185,5 @@ def _sum(one: RequestRecord, other: RequestRecord) -> RequestRecord:
     last = other if other.num_contexts else one
     kept = {name: getattr(last, name) for name in ("kept_tokens_min", "kept_tokens_mean", "kept_tokens_max")}
     sums = {name: getattr(one, name) + getattr(other, name) for name in SUMMED}
-    return replace(other, **sums, **kept, is_warmup=one.is_warmup or other.is_warmup)
+    is_warmup = one.is_warmup or other.is_warmup
+    return replace(other, **sums, **kept, is_warmup=is_warmup, machine=machines_of([one, other]))

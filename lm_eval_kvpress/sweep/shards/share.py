@@ -20,14 +20,14 @@ class ShareOnly:
 
     Args:
         workers: that do them.
-        before_first: is called before the first answer is handed on.
+        note: is called before the first answer is handed on, and again once other workers answer.
     """
 
     answers_all = is_here = False
 
-    def __init__(self, workers: Workers, shard: Shard, before_first: Callable[[], None]) -> None:
-        self._workers, self._shard, self._before_first = workers, shard, before_first
-        self._has_answered = False
+    def __init__(self, workers: Workers, shard: Shard, note: Callable[[], None]) -> None:
+        self._workers, self._shard, self._note = workers, shard, note
+        self._noted: Sequence[WorkerFacts] | None = None
 
     @property
     def facts(self) -> Sequence[WorkerFacts]:
@@ -39,9 +39,9 @@ class ShareOnly:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         for answer in self._workers.run(job for job in jobs if self._shard.has(job.block)):
-            if not self._has_answered:
-                self._before_first()
-                self._has_answered = True
+            if self._noted != self._workers.facts:
+                self._note()
+                self._noted = self._workers.facts
             yield answer
 
     def close(self) -> None:

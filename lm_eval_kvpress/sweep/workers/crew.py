@@ -89,7 +89,7 @@ class Crew:
 
     def __init__(self, pool: Pool, check: Callable[[WorkerFacts], None]) -> None:
         self._pool, self._check = pool, check
-        self._facts, self._free = dict[int, WorkerFacts](), deque[int]()
+        self._facts, self._free = dict[int, list[WorkerFacts]](), deque[int]()
         self._num_lost_starts, self.busy_sec = 0, 0.0
         try:
             while len(self._facts) < pool.num_workers:
@@ -97,10 +97,11 @@ class Crew:
         except BaseException:
             pool.close()
             raise
+        self._facts = {worker: known[-1:] for worker, known in self._facts.items()}  # the others had no job
 
     @property
     def facts(self) -> Sequence[WorkerFacts]:
-        return [self._facts[worker] for worker in sorted(self._facts)]
+        return [facts for worker in sorted(self._facts) for facts in self._facts[worker]]
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
         waiting, given, returned, losses = iter(jobs), dict[int, Job](), deque[Job](), Counter[int]()
@@ -136,7 +137,9 @@ class Crew:
             raise UsageError(event.reason)
         if isinstance(event, Ready):
             self._check(event.facts)
-            self._facts[worker], self._num_lost_starts = event.facts, 0
+            known, self._num_lost_starts = self._facts.setdefault(worker, []), 0
+            if not known or not known[-1].is_of_the_place_of(event.facts):
+                known.append(event.facts)
         if isinstance(event, Done):
             self.busy_sec += event.seconds
         if isinstance(event, Ready | Done):

@@ -74,6 +74,10 @@ class WorkerFacts:
     free_bytes: int | None
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def is_of_the_place_of(self, other: WorkerFacts) -> bool:
+        """Whether another worker, such as one that took its place, answers on the same host and with the same."""
+        return (self.host, self.record) == (other.host, other.record)
+
 
 class Workers(Protocol):
     """Whoever does the jobs.
@@ -88,7 +92,8 @@ class Workers(Protocol):
 
     @property
     def facts(self) -> Sequence[WorkerFacts]:
-        """Of each process beside this one; none if this process does the jobs itself."""
+        """Of each process beside this one, also of one that was lost and replaced elsewhere; none if this process does
+        the jobs itself."""
 
     @property
     def busy_sec(self) -> float:

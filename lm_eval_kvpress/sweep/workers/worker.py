@@ -66,6 +66,9 @@ class Worker:
         """
         todo = {cell.name: set(places) for cell, places in job.todo}
         places = sorted(set[int]().union(*todo.values()))
+        for name in self._sessions.keys() - todo.keys():  # what they keep would be in the peak of these cells
+            if not self._sessions[name].runner.compressor.shares:
+                self._sessions[name].runner.compressor.forget()
         self._model.set_attention(self._session(job.todo[0][0]))
         with self._model.lm.press_model.in_use():
             run, halving = functools.partial(self._run, job, todo), self._halving[job.requests.request_type]

@@ -30,7 +30,7 @@ OF_SHARDS = SHARED | {"batch_size": 2}
 
 
 def batch(number: int) -> BatchRecord:
-    labels = dict.fromkeys(("run", "model", "press", "arguments", "protocol", "device", "dtype"), "x")
+    labels = dict.fromkeys(("run", "model", "press", "arguments", "protocol", "device", "dtype", "machine"), "x")
     times = dict.fromkeys(("seconds", "prefill_sec", "press_sec", "score_sec", "decode_sec"), 1.0)
     others = dict.fromkeys(BatchRecord.__dataclass_fields__.keys() - {*labels, *times}, 1)
     return BatchRecord(**{**others, **labels, **times, "record": "batch", "batch": number})  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def batch(number: int) -> BatchRecord:
 def request(doc_id: int, **values: Any) -> RequestRecord:
     fields = dict.fromkeys(RequestRecord.__dataclass_fields__, 1)
     others: dict[str, Any] = {"record": "request", "doc_id": doc_id, "ttft_sec": None, "is_warmup": False, "run": "x"}
-    return RequestRecord(**{**fields, **others, **values})
+    return RequestRecord(**{**fields, **others, "machine": "A", **values})
 
 
 def answer(output_path: Path, shard: Shard, **other: Any) -> SweepStore:
@@ -110,6 +110,8 @@ def test_windows_of_a_document_in_two_shards_are_one_request() -> None:
     assert (joined.num_prompt_tokens, joined.seconds, joined.num_contexts, joined.num_batches) == (11, 0.75, 2, 2)
     assert joined.is_warmup and joined.kept_tokens_max == 7
     assert len(joined_records([one, request(2), request(1, task="u")])) == 3
+    (joined,) = joined_records([one, request(1, machine="B")])
+    assert joined.machine == "A and B", "its seconds are those of no machine"
 
 
 @pytest.mark.parametrize(

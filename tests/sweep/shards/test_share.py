@@ -42,7 +42,7 @@ def jobs(*blocks: int) -> list[Job]:
 def test_all_shards_together_do_each_job_once() -> None:
     workers = [Noting() for _ in range(3)]
     for number, own in enumerate(workers, start=1):
-        share = ShareOnly(own, Shard(number, 3), before_first=lambda: None)
+        share = ShareOnly(own, Shard(number, 3), note=lambda: None)
         list(share.run(jobs(0, 1, 2, 2, 3, 4)))
         share.close()
         assert own.is_closed and share.facts == own.facts and not share.answers_all
@@ -56,10 +56,24 @@ def test_who_answers_is_noted_before_the_first_answer_and_not_without_one() -> N
                 yield job, Answered(CELL, (), (), ())
 
     told = list[str]()
-    share = ShareOnly(Answering(), Shard(1, 2), before_first=lambda: told.append("noted"))
+    share = ShareOnly(Answering(), Shard(1, 2), note=lambda: told.append("noted"))
     for blocks in ((1, 3), (0, 2), (4,)):
         told += [f"answer {job.block}" for job, _ in share.run(jobs(*blocks))]
     assert told == ["noted", "answer 0", "answer 2", "answer 4"]
+
+
+def test_a_worker_that_took_anothers_place_elsewhere_is_noted_too() -> None:
+    class Replaced(Noting):
+        def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answered]]:
+            for job in jobs:
+                if job.block == 2:
+                    self.facts = (*self.facts, WorkerFacts("other host", {}, {}, None))
+                yield job, Answered(CELL, (), (), ())
+
+    workers, told = Replaced(), list[list[str]]()
+    share = ShareOnly(workers, Shard(1, 1), note=lambda: told.append([facts.host for facts in workers.facts]))
+    list(share.run(jobs(0, 1, 2, 3)))
+    assert told == [["host"], ["host", "other host"]]
 
 
 def test_joined_shards_name_whose_answers_are_missing() -> None:

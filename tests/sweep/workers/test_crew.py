@@ -83,6 +83,22 @@ def test_a_worker_of_other_packages_or_weights_is_refused(versions: Any, checkpo
     assert pool.is_closed
 
 
+def test_a_worker_that_was_replaced_elsewhere_is_still_named() -> None:
+    """Not one that was lost before all were ready, which had no job, nor twice one whose successor is on its host."""
+    hosts = (("a", 1), ("b", 1), ("b", 2))
+    places = [WorkerFacts(host, FACTS.versions, FACTS.checkpoint, free_bytes) for host, free_bytes in hosts]
+    pool = Simulated(2, never)
+    pool._events = [[Ready(FACTS), Lost("killed"), Ready(places[0])], [Ready(FACTS)]]
+    order = iter([0, 0, 0, 1])
+    pool.next_event = lambda: (worker := next(order), pool._events[worker].pop(0))  # type: ignore[method-assign]
+    crew = Crew(pool, checker(FACTS.versions, FACTS.checkpoint))
+    assert [facts.host for facts in crew.facts] == ["a", "host"]
+    for place in places[1:]:
+        crew._handle(0, Lost("killed"), {})
+        crew._handle(0, Ready(place), {})
+    assert [facts.host for facts in crew.facts] == ["a", "b", "host"]
+
+
 class Timed:
     """Workers of which each takes its own time for a job, by a clock that only they advance."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AFTER_IMPORT = {
     "lm_eval.models": "enter_models",
     "lm_eval.tasks.manager": "include_tasks",
+    "lm_eval.api.task": "read_infinitebench",
     "lm_eval.config.evaluate_config": "check_arguments",
 }
 

@@ -31,6 +31,10 @@ class TaskManager:
     def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
         self.paths = include_path
 """
+TASK = """
+class ConfigurableTask:
+    def download(self, dataset_kwargs=None, **kwargs): ...
+"""
 
 
 @pytest.fixture
@@ -69,6 +73,12 @@ def test_the_benchmark_of_its_cost_starts_python_with_the_hook_and_without(capsy
     startup.main(["--pairs", "1"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["pairs"] == 1 and found["bare_ms"] > 0
+
+
+def test_infinitebench_reads_its_data_set_once_tasks_are_there(lm_eval: Path) -> None:
+    (lm_eval / "lm_eval" / "api" / "task.py").write_text(TASK)
+    code = f"{STARTUP_LINE}\nfrom lm_eval.api.task import ConfigurableTask as Task\n"
+    assert output(code + "print(hasattr(Task.download, 'reads_infinitebench'))", lm_eval) == "True"
 
 
 def test_models_are_entered_after_lm_evals_own(lm_eval: Path) -> None:

@@ -65,6 +65,7 @@ class FewAdjectives(wonderwords.RandomWord):
 def manager() -> Iterator[TaskManager]:
     """lm-eval's own, as its command makes it for the built-in checkpoint; data sets of the hub are made up."""
     plugin.include_tasks()
+    plugin.read_infinitebench()
     scrolls = sys.modules[load_yaml(SCROLLS)["class"].__module__]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wonderwords, "RandomWord", FewAdjectives)

@@ -203,7 +203,7 @@ def test_bytes_of_a_packed_stream_are_those_of_its_codes_and_scales(
     plan = StreamPlan(BUDGET, 7, quantization=BY_TOKEN["int4"])
     steps = list(stream(model, texts, 0, plan, streaming_llm))
     numbers = BUDGET * 2 * 3 * 4 * 16  # keys and values, layers, heads, dims
-    assert [step.cache_bytes for step in steps[3:-1]] == [numbers // 2 + numbers // 16 * 2] * (len(steps) - 4)
+    assert [step.cache_bytes for step in steps[3:-1]] == [numbers // 2 + numbers // 16 * 3] * (len(steps) - 4)
     assert max(step.num_entries for step in steps) == BUDGET
 
 

@@ -54,7 +54,7 @@ def _answered(job: Job, cell: Cell, places: Sequence[int]) -> Answered:
 
 
 def _record(batch_size: int) -> BatchRecord:
-    labels = dict.fromkeys(("run", "model", "press", "arguments", "protocol", "device", "dtype"), "sleeping")
+    labels = dict.fromkeys(("run", "model", "press", "arguments", "protocol", "device", "dtype", "machine"), "sleeping")
     seconds = dict.fromkeys(("seconds", "prefill_sec", "press_sec", "score_sec", "decode_sec"), 0.5)
     counts = {"num_prefill_tokens": 1000 * batch_size, "num_output_tokens": 4 * batch_size, "batch_size": batch_size}
     others = dict.fromkeys(BatchRecord.__dataclass_fields__.keys() - {*labels, *seconds, *counts})

@@ -36,7 +36,12 @@ def test_an_output_that_takes_nothing_is_one_line(checkpoint_dir: Path, output: 
 
 def test_ctrl_c_is_one_line(checkpoint_dir: Path) -> None:
     run = command(checkpoint_dir, tasks="kvpress_demo", limit=60)  # goes on for long after its first bar
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        run,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     assert process.stderr is not None
     read = b""
     while b"(press=knorm):" not in read:  # the bar of our requests

@@ -85,9 +85,7 @@ class Compressor:
     ) -> None:
         assert shared is None or press.shares_prefill, f"press={press.name} needs forwards of its own"
         self.press, self.quantization, self._clock, self._shared = press, quantization, clock, shared
-        self._prefill = GroupedPrefill(
-            model, press, short_context=short_context, clock=clock, shared=shared, quantization=quantization
-        )
+        self._prefill = GroupedPrefill(model, press, short_context, clock, shared, quantization)
         self._latest: _Latest | None = None
 
     def check_lengths(self, contexts: Sequence[Context]) -> None:

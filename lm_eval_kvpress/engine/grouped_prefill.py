@@ -59,21 +59,16 @@ class Group:
     pressed: bool
 
 
+@dataclass(frozen=True, eq=False)
 class GroupedPrefill:
-    """Prefills contexts under one press. Takes the arguments of `Compressor`."""
+    """Prefills contexts under one press; its attributes are the arguments of `Compressor`."""
 
-    def __init__(
-        self,
-        model: PressableModel,
-        press: PressSpec,
-        *,
-        short_context: str,
-        clock: Clock,
-        shared: SharedPrefills | None,
-        quantization: Quantization | None,
-    ) -> None:
-        self._model, self._press, self._short_context = model, press, short_context
-        self._clock, self._shared, self._quantization = clock, shared, quantization
+    model: PressableModel
+    press: PressSpec
+    short_context: str
+    clock: Clock
+    shared: SharedPrefills | None
+    quantization: Quantization | None
 
     def check_lengths(self, contexts: Sequence[Context]) -> None:
         """Under ``short_context=error``, refuse contexts that are too short.
@@ -81,11 +76,11 @@ class GroupedPrefill:
         Raises:
             ShortContextError: naming the first one.
         """
-        if self._short_context != "error" or self._press.is_none:
+        if self.short_context != "error" or self.press.is_none:
             return
         for context in contexts:
             length, press = len(context.compressed), self._press_for(context)
-            if self._press.reads_question and not context.num_question:
+            if self.press.reads_question and not context.num_question:
                 raise ShortContextError(
                     f"a context of {length} prefilled tokens does not end with a question, which press={press.name} "
                     "reads; short_context=keep leaves such contexts uncompressed and counts them"
@@ -105,7 +100,7 @@ class GroupedPrefill:
         length, press = len(context.compressed), self._press_for(context)
         if press.is_none or length == 0 or (press.reads_question and not context.num_question):
             return False
-        return length >= press.min_context(length if self._short_context == "shrink" else None)
+        return length >= press.min_context(length if self.short_context == "shrink" else None)
 
     def groups(self, contexts: Sequence[Context], *, for_cache_only: bool) -> Iterator[Group]:
         """Prefill the compressed part of each context, and pack what is stored as integers.
@@ -118,17 +113,17 @@ class GroupedPrefill:
         """
         for places, cache, pressed in self._prefilled(contexts, for_cache_only):
             press = self._press_for(contexts[places[0]])
-            if self._quantization is None:
+            if self.quantization is None:
                 yield Group(places, cache, press, pressed)
             elif pressed:
-                yield Group(places, pack(cache, self._quantization), press, pressed)
+                yield Group(places, pack(cache, self.quantization), press, pressed)
             else:  # of one length each, so that no padding is packed
                 for rows in _alike(range(len(places)), [contexts[place] for place in places]):
                     part = _without_padding(cache.select(rows))
-                    yield Group([places[row] for row in rows], pack(part, self._quantization), press, pressed)
+                    yield Group([places[row] for row in rows], pack(part, self.quantization), press, pressed)
 
     def _press_for(self, context: Context) -> PressSpec:
-        return self._press.for_question(context.num_question)
+        return self.press.for_question(context.num_question)
 
     def _prefilled(
         self, contexts: Sequence[Context], for_cache_only: bool
@@ -139,11 +134,11 @@ class GroupedPrefill:
         empty = [row for row, prefix in enumerate(prefixes) if not prefix]
         plain = [row for row in range(len(prefixes)) if row not in pressed and row not in empty]
         if empty:
-            yield empty, self._model.empty_cache(len(empty)), False
-        if self._shared is not None:
+            yield empty, self.model.empty_cache(len(empty)), False
+        if self.shared is not None:
             for rows in _alike(plain, contexts):
-                yield rows, self._shared.compress([prefixes[row] for row in rows], None), False
-        elif plain and self._quantization is None:
+                yield rows, self.shared.compress([prefixes[row] for row in rows], None), False
+        elif plain and self.quantization is None:
             yield plain, self._prefill_plain([prefixes[row] for row in plain], for_cache_only), False
         else:  # packed before the next ones are prefilled
             for rows in self._side_by_side(plain, prefixes):
@@ -155,14 +150,14 @@ class GroupedPrefill:
 
     def _side_by_side(self, rows: Sequence[int], prefixes: Sequence[Tokens]) -> Iterator[list[int]]:
         """The rows, in order, as many at a time as one forward takes; clones of shared prefills need no forward."""
-        limit = FORWARD_TOKENS.get(self._model.device.type) if self._shared is None else None
-        if self._quantization is not None:
+        limit = FORWARD_TOKENS.get(self.model.device.type) if self.shared is None else None
+        if self.quantization is not None:
             limit = min(limit or PACKED_FORWARD_TOKENS, PACKED_FORWARD_TOKENS)
         return in_batches(rows, len(rows), lambda row: len(prefixes[row]), limit)
 
     def _prefill_plain(self, prefixes: Sequence[Tokens], for_cache_only: bool) -> CompressedCache:
         groups = list(self._side_by_side(range(len(prefixes)), prefixes))
-        return prefill_padded(self._model, prefixes, side_by_side=groups, for_cache_only=for_cache_only)
+        return prefill_padded(self.model, prefixes, side_by_side=groups, for_cache_only=for_cache_only)
 
     def _prefill(self, prefixes: Sequence[Tokens], spec: PressSpec, for_cache_only: bool) -> CompressedCache:
         """Prefill prefixes of one length under the press."""
@@ -170,12 +165,12 @@ class GroupedPrefill:
         press = spec.build(length, shrink=length < spec.min_context())
         if press is not None:  # kvpress registers what the instance has; a replay runs its own hooks
             step: Any = "replay" if hasattr(press, "replay") else "forward_hook"
-            setattr(press, step, self._clock.timed(getattr(press, step)))
+            setattr(press, step, self.clock.timed(getattr(press, step)))
         with nullcontext() if spec.batches else _seeded_by(prefixes[0]):
-            if self._shared is not None:
-                return self._shared.compress(prefixes, press, rerotates=spec.rerotates)
+            if self.shared is not None:
+                return self.shared.compress(prefixes, press, rerotates=spec.rerotates)
             return prefill(
-                self._model,
+                self.model,
                 torch.tensor(prefixes),
                 press,
                 rerotates=spec.rerotates,

@@ -89,7 +89,7 @@ def present(model: PreTrainedModel, *, fast: bool = True, for_good: bool = True)
     """Present a loaded model.
 
     Args:
-        model: it may be changed in memory once, so do not save it afterwards (`gpt_neox.prepare`).
+        model: it may be changed in memory once, so do not save it afterwards (`full_width.WideHeads`).
         fast: whether its forwards may be made quicker by `models.fast`.
         for_good: False changes a model that belongs to somebody else only within `PressableModel.in_use`.
 

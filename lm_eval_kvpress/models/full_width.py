@@ -3,22 +3,120 @@
 **Partial RoPE is full RoPE with zero frequencies on the dims that do not rotate.** The rows of Q and K are put into the
 order ``[rot first half, pass first half, rot second half, pass second half]``, and the rotary frequencies are padded
 with zeros. A rotation by a zero angle is the identity, so attention logits are unchanged while every head rotates over
-its full width. Knows heads and a rotary embedding of transformers. Does not know architectures or presses.
+its full width. Knows heads and a rotary embedding of transformers. Does not know presses, nor where an architecture has
+its queries and keys: that is told to `WideHeads`.
 
 Letters in shape comments: D head_dim, R rotated dims (R <= D).
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lm_eval_kvpress.errors import UsageError
+from lm_eval_kvpress.models.pressable import PressableModel
 
 ROPE_TYPES = ("default", "linear")
 """Those whose frequencies are fixed and whose cosines are not rescaled: a zero frequency is the identity under them."""
+
+
+@dataclass(frozen=True, eq=False)
+class WideHeads:
+    """How the heads of a model come to rotate over their full width.
+
+    Attributes:
+        attentions: the attention modules in layer order.
+        rotary: the rotary embedding of all of them.
+        head_dim: D.
+        projections: names of an attention's modules that make queries and keys.
+        reorder: puts the dims of every head of an attention's queries and keys into an order of shape ``(D,)``.
+    """
+
+    attentions: tuple[Any, ...]
+    rotary: Any
+    head_dim: int
+    projections: tuple[str, ...]
+    reorder: Callable[[Any, torch.Tensor], None]
+
+    @property
+    def are_made(self) -> bool:
+        """Whether every dim of a head has a frequency."""
+        return rotated_dims(self.rotary) == self.head_dim
+
+    def check(self) -> None:
+        """Refuse weights, or a rotary embedding, for which the change would not be exact.
+
+        Raises:
+            UsageError: in one line.
+        """
+        for attention in self.attentions:
+            for name in self.projections:
+                weight = getattr(getattr(attention, name), "weight", None)
+                check_plain_weight(weight, f"{name} of layer {attention.layer_idx}")
+        if not self.are_made:
+            check_rotary(self.rotary, self.head_dim)
+
+    def make(self) -> None:
+        """Change the basis in memory, for good. Idempotent.
+
+        Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
+
+        Raises:
+            UsageError: as `check` does.
+        """
+        with ExitStack() as undo:
+            self._make(undo)
+            undo.pop_all()
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Change the basis for the length of a ``with`` block, to the bit; heads that are wide stay as they are.
+
+        Takes the memory of Q and K of one layer, and per call the time in which they are read and written twice.
+
+        Raises:
+            UsageError: as `check` does.
+        """
+        with ExitStack() as undo:
+            self._make(undo)
+            yield
+
+    def _make(self, undo: ExitStack) -> None:
+        self.check()
+        if self.are_made:
+            return
+        order = full_width_order(self.head_dim, rotated_dims(self.rotary))
+        for attention in self.attentions:
+            self.reorder(attention, order)
+            undo.callback(self.reorder, attention, order.argsort())
+            undo.callback(setattr, attention, "rotary_ndims", attention.rotary_ndims)
+            attention.rotary_ndims = self.head_dim
+        pad_frequencies(self.rotary, self.head_dim, undo)
+
+
+def present_wide(
+    model: PreTrainedModel,
+    heads: WideHeads,
+    presented: Callable[[], AbstractContextManager[Any]],
+    *,
+    for_good: bool,
+) -> PressableModel:
+    """Present a model whose heads are made wide for good, or while it is in use.
+
+    Raises:
+        UsageError: if its weights or its rotary embedding cannot follow exactly.
+    """
+    if for_good:
+        heads.make()
+        return PressableModel(model, heads.attentions, presented)
+    heads.check()
+    return PressableModel(model, heads.attentions, presented, basis=heads.made)
 
 
 def check_rope_type(kind: str) -> None:
@@ -67,11 +165,6 @@ def check_plain_weight(weight: Any, where: str) -> None:
 def rotated_dims(rotary: Any) -> int:
     """R: dims of a head that have a frequency; after the change of basis all of them."""
     return 2 * int(rotary.inv_freq.numel())
-
-
-def is_full_width(rotary: Any, head_dim: int) -> bool:
-    """Whether every dim of a head has a frequency."""
-    return rotated_dims(rotary) == head_dim
 
 
 def full_width_order(head_dim: int, rotary_dims: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ or lm-eval.
 
 Two things stand between GPTNeoX and kvpress, which was written for Llama-like models:
 
-1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. `prepare` changes the basis
-   of Q and K in memory (`models.full_width`), for good or for a while (`full_width`).
+1. **Partial RoPE.** Pythia rotates 25 % of each head; presses multiply full-width cos/sin. The basis of Q and K is
+   changed in memory, for good or for a while (`models.full_width`).
 2. **Names.** `presented` lends the model, for the duration of a ``with`` block, the attributes and hook arguments
    that kvpress expects (``model.model.layers[i].self_attn``, ``q_proj``, ``head_dim``, ``past_key_values`` ...).
 
@@ -29,16 +29,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXForCausalLM
 
-from lm_eval_kvpress.models.full_width import (
-    check_plain_weight,
-    check_rope_type,
-    check_rotary,
-    full_width_order,
-    head_order,
-    is_full_width,
-    pad_frequencies,
-    rotated_dims,
-)
+from lm_eval_kvpress.models.full_width import WideHeads, check_rope_type, head_order, present_wide
 from lm_eval_kvpress.models.kvpress_warning import without_untested_warning
 from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.models.positions import Positions, rope_type
@@ -90,94 +81,29 @@ def check_config(config: PretrainedConfig, positions: Positions) -> None:
 
 
 def present(model: GPTNeoXForCausalLM, *, for_good: bool = True) -> PressableModel:
-    """Present a model, prepared for good or while it is in use.
+    """Present a model, its basis changed for good or while it is in use.
 
     Raises:
-        UsageError: if `prepare` refuses its weights or its rotary embedding.
+        UsageError: for weights or a rotary embedding for which the change of basis would not be exact.
     """
-    parts = (model, attention_modules(model), functools.partial(presented, model))
-    if for_good:
-        prepare(model)
-        return PressableModel(*parts)
-    check_weights(model)
-    return PressableModel(*parts, basis=functools.partial(full_width, model))
+    return present_wide(model, wide_heads(model), functools.partial(presented, model), for_good=for_good)
 
 
-def attention_modules(model: GPTNeoXForCausalLM) -> tuple[GPTNeoXAttention, ...]:
-    """The attention modules, in layer order."""
-    return tuple(layer.attention for layer in model.gpt_neox.layers)
-
-
-def is_prepared(model: GPTNeoXForCausalLM) -> bool:
-    """Whether every head of the model rotates over its full width."""
-    return is_full_width(model.gpt_neox.rotary_emb, _head_dim(model))
-
-
-def prepare(model: GPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
-    """Change the basis of Q and K in memory so that RoPE covers whole heads, for good. Idempotent; returns the model.
-
-    Parameter names and shapes stay; a checkpoint saved afterwards would hold permuted rows, so do not save it.
-
-    Raises:
-        UsageError: if the rotary embedding or the weights are of a kind for which this is not exact.
-    """
-    with ExitStack() as undo:
-        _change_basis(model, undo)
-        undo.pop_all()
-    return model
-
-
-@contextmanager
-def full_width(model: GPTNeoXForCausalLM) -> Iterator[None]:
-    """Change the basis for the length of a ``with`` block, to the bit; a prepared model stays as it is.
-
-    Takes the memory of Q and K of one layer, and per call the time in which they are read and written twice.
-
-    Raises:
-        UsageError: as `prepare` does.
-    """
-    with ExitStack() as undo:
-        _change_basis(model, undo)
-        yield
-
-
-def _change_basis(model: GPTNeoXForCausalLM, undo: ExitStack) -> None:
-    check_weights(model)
-    if is_prepared(model):
-        return
-    head_dim, rotary = _head_dim(model), model.gpt_neox.rotary_emb
-    order = full_width_order(head_dim, rotated_dims(rotary))
-    for attention in attention_modules(model):
-        _reorder_rows(attention.query_key_value, order, head_dim)
-        undo.callback(_reorder_rows, attention.query_key_value, order.argsort(), head_dim)
-    pad_frequencies(rotary, head_dim, undo)
-
-
-def _head_dim(model: GPTNeoXForCausalLM) -> int:
-    return int(model.config.hidden_size // model.config.num_attention_heads)
-
-
-def check_weights(model: GPTNeoXForCausalLM) -> None:
-    """Refuse weights, or a rotary embedding, for which the change of basis would not be exact.
-
-    Raises:
-        UsageError: in one line.
-    """
-    for attention in attention_modules(model):
-        weight = getattr(attention.query_key_value, "weight", None)
-        check_plain_weight(weight, f"query_key_value of layer {attention.layer_idx}")
-    if not is_prepared(model):
-        check_rotary(model.gpt_neox.rotary_emb, _head_dim(model))
+def wide_heads(model: GPTNeoXForCausalLM) -> WideHeads:
+    """How the heads of a model come to rotate over their full width."""
+    attentions = tuple(layer.attention for layer in model.gpt_neox.layers)
+    head_dim = int(model.config.hidden_size // model.config.num_attention_heads)
+    return WideHeads(attentions, model.gpt_neox.rotary_emb, head_dim, ("query_key_value",), _reorder)
 
 
 @torch.no_grad()
-def _reorder_rows(projection: nn.Linear, order: torch.Tensor, head_dim: int) -> None:
-    order = order.to(projection.weight.device)
+def _reorder(attention: GPTNeoXAttention, order: torch.Tensor) -> None:
+    projection: nn.Linear = attention.query_key_value
     for fused in (projection.weight, projection.bias):
         if fused is None:
             continue
-        by_head = fused.data.view(-1, 3, head_dim, *fused.shape[1:])  # (H, 3, D, ...)
-        by_head[:, :2] = by_head[:, :2, order]  # Q and K; V stays as it is
+        by_head = fused.data.view(-1, 3, len(order), *fused.shape[1:])  # (H, 3, D, ...)
+        by_head[:, :2] = by_head[:, :2, order.to(fused.device)]  # Q and K; V stays as it is
 
 
 class _Base(SimpleNamespace):
@@ -189,10 +115,10 @@ class _Base(SimpleNamespace):
 
 @contextmanager
 def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
-    """Lend a prepared model the names and hook arguments that kvpress presses use; take them back on exit."""
-    assert is_prepared(model), "call gpt_neox.prepare(model) first"
-    config, attentions = model.config, attention_modules(model)
-    head_dim = _head_dim(model)
+    """Lend a model with wide heads the names and hook arguments that kvpress presses use; take them back on exit."""
+    heads = wide_heads(model)
+    assert heads.are_made, "make the heads wide first"
+    config, head_dim = model.config, heads.head_dim
     layers = [
         SimpleNamespace(self_attn=layer.attention, register_forward_hook=layer.register_forward_hook)
         for layer in model.gpt_neox.layers
@@ -200,15 +126,15 @@ def presented(model: GPTNeoXForCausalLM) -> Iterator[GPTNeoXForCausalLM]:
     base = _Base(
         forward=model.gpt_neox,
         layers=layers,
-        rotary_emb=model.gpt_neox.rotary_emb,
+        rotary_emb=heads.rotary,
         embed_tokens=model.gpt_neox.embed_in,
     )
     with ExitStack() as stack:
         stack.enter_context(without_untested_warning())
-        stack.enter_context(lend(model, model=base, head_order=head_order(model.gpt_neox.rotary_emb)))
+        stack.enter_context(lend(model, model=base, head_order=head_order(heads.rotary)))
         stack.enter_context(lend(config, num_key_value_heads=config.num_attention_heads, head_dim=head_dim))
-        for attention in attentions:
-            stack.enter_context(_lent_to_attention(attention, head_dim, model.gpt_neox.rotary_emb))
+        for attention in heads.attentions:
+            stack.enter_context(_lent_to_attention(attention, head_dim, heads.rotary))
         yield model
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lm_eval_kvpress.engine.scoring import Layout
 from lm_eval_kvpress.harness import loading, requests
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.harness.session import Session
-from lm_eval_kvpress.models import gpt_neox
+from lm_eval_kvpress.models import full_width, gpt_neox
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.records import totals
@@ -85,21 +85,17 @@ def _(patch: MonkeyPatch) -> None:
 
 @fault("whole heads rotated, rows not reordered", "pairs of dims that do not belong together are rotated", "basis")
 def _(patch: MonkeyPatch) -> None:
-    patch.setattr(gpt_neox, "full_width_order", lambda head_dim, rotary_dims: torch.arange(head_dim))
+    patch.setattr(full_width, "full_width_order", lambda head_dim, rotary_dims: torch.arange(head_dim))
 
 
 @fault("full-width frequencies on partial RoPE", "dims are rotated that the model does not rotate", "rotation")
 def _(patch: MonkeyPatch) -> None:
-    prepare = gpt_neox.prepare
-
-    def rotate_everything(model: Any) -> Any:
-        prepare(model)
-        rotary = model.gpt_neox.rotary_emb
-        head_dim = 2 * rotary.inv_freq.numel()
+    def rotate_everything(rotary: Any, head_dim: int, undo: ExitStack) -> None:
+        pad_frequencies(rotary, head_dim, undo)
         rotary.inv_freq = 1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
-        return model
 
-    patch.setattr(gpt_neox, "prepare", rotate_everything)
+    pad_frequencies = full_width.pad_frequencies
+    patch.setattr(full_width, "pad_frequencies", rotate_everything)
 
 
 # --------------------------------------------------------------------------------------------------- the press

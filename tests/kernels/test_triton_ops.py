@@ -49,7 +49,7 @@ def test_rotates_as_transformers_does_and_writes_one_entry(dtype: torch.dtype, f
     rows, heads, dim, capacity, place, num_pairs = 2, 3, 20, 16, 5, 3
     width = dim if full_width else 2 * num_pairs
     angles = random(rows, 1, width // 2, seed=0)
-    angles[..., num_pairs:] = 0  # as `gpt_neox.prepare` pads them
+    angles[..., num_pairs:] = 0  # as `pad_frequencies` does
     cos, sin = (torch.cat([turn(angles)] * 2, dim=-1).to(dtype) for turn in (torch.cos, torch.sin))
     qkv = random(rows, heads * 3 * dim, seed=1, dtype=dtype)
     query, key, value = qkv.view(rows, 1, heads, 3, dim).transpose(1, 2).unbind(dim=3)  # (B, H, 1, D) each

@@ -149,7 +149,7 @@ def test_a_change_of_basis_changes_no_logit_and_is_undone_to_the_bit(architectur
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert torch.equal(model(ids).logits, before)
     for _ in range(2):
-        partial_rope.prepare(model)
+        partial_rope.present(model)
         torch.testing.assert_close(model(ids).logits, before, atol=2e-5, rtol=0)
 
 

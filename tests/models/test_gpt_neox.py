@@ -16,7 +16,7 @@ from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
 from lm_eval_kvpress.engine.prefill import prefill
-from lm_eval_kvpress.models import gpt_neox
+from lm_eval_kvpress.models import full_width, gpt_neox
 from lm_eval_kvpress.models.pressable import PressableModel
 
 MakeNeox = Callable[..., GPTNeoXForCausalLM]
@@ -46,14 +46,16 @@ def logits(model: GPTNeoXForCausalLM, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_prepare_changes_no_logit_and_twice_is_once(make_neox: MakeNeox, attn: str, shape: dict[str, Any]) -> None:
+def test_a_change_of_basis_changes_no_logit_and_twice_is_once(
+    make_neox: MakeNeox, attn: str, shape: dict[str, Any]
+) -> None:
     model = make_neox(attn, **shape)
     names = {name: parameter.shape for name, parameter in model.named_parameters()}
     before = logits(model, tokens())
     weights = [model.gpt_neox.layers[0].attention.query_key_value.weight.clone()]
     for _ in range(2):
-        assert gpt_neox.prepare(model) is model
-        assert gpt_neox.is_prepared(model)
+        assert gpt_neox.present(model).model is model
+        assert gpt_neox.wide_heads(model).are_made
         weights.append(model.gpt_neox.layers[0].attention.query_key_value.weight.clone())
         torch.testing.assert_close(logits(model, tokens()), before, atol=2e-5, rtol=0)
     assert torch.equal(weights[1], weights[2])
@@ -74,7 +76,7 @@ def test_drift_in_half_precision_is_that_of_rounding(make_neox: MakeNeox, dtype:
     exact = NeoxReference(make_neox()).logits(tokens()[0], None, 0)
     model = make_neox(dtype=dtype)
     untouched = logits(model, tokens())[0].double()
-    prepared = logits(gpt_neox.prepare(model), tokens())[0].double()
+    prepared = logits(gpt_neox.present(model).model, tokens())[0].double()
     of_model, of_prepared = (untouched - exact).abs().mean(), (prepared - exact).abs().mean()
     drift = (prepared - untouched).abs().mean()
     assert of_prepared < 1.1 * of_model, (of_prepared, of_model)
@@ -84,7 +86,7 @@ def test_drift_in_half_precision_is_that_of_rounding(make_neox: MakeNeox, dtype:
 
 def test_a_key_dot_product_depends_on_distance_alone_over_the_full_head(make_neox: MakeNeox) -> None:
     """What presses rely on: full-width cos and sin rotate a prepared head as a whole."""
-    model = gpt_neox.prepare(make_neox())
+    model = gpt_neox.present(make_neox()).model
     cos, sin = model.gpt_neox.rotary_emb(torch.zeros(1), torch.arange(40)[None])
     assert cos.shape[-1] == model.config.hidden_size // model.config.num_attention_heads
     q, k = torch.randn(2, 1, 1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -99,7 +101,7 @@ def test_a_key_dot_product_depends_on_distance_alone_over_the_full_head(make_neo
 
 @pytest.mark.parametrize(("head_dim", "rotated"), [(16, 4), (80, 20), (64, 16), (8, 8), (12, 6), (6, 2)])
 def test_order_pairs_what_partial_rope_pairs(head_dim: int, rotated: int) -> None:
-    order = gpt_neox.full_width_order(head_dim, rotated).tolist()
+    order = full_width.full_width_order(head_dim, rotated).tolist()
     assert sorted(order) == list(range(head_dim))
     for pair in range(rotated // 2):
         assert order.index(pair + rotated // 2) - order.index(pair) == head_dim // 2
@@ -146,15 +148,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_prepare_refuses_what_would_not_be_exact_and_changes_nothing(make_neox: MakeNeox, case: str) -> None:
+def test_a_change_of_basis_refuses_what_would_not_be_exact_and_changes_nothing(make_neox: MakeNeox, case: str) -> None:
     model = make_neox()
     change, says = REFUSED[case]
     change(model)
     first = model.gpt_neox.layers[0].attention.query_key_value.weight.clone()
     with pytest.raises(ValueError, match=says) as caught:
-        gpt_neox.prepare(model)
+        gpt_neox.present(model)
     assert "\n" not in str(caught.value)
-    assert not gpt_neox.is_prepared(model)
+    assert not gpt_neox.wide_heads(model).are_made
     assert torch.equal(model.gpt_neox.layers[0].attention.query_key_value.weight, first)
 
 
@@ -164,12 +166,12 @@ def test_quantised_weights_are_refused_where_no_basis_change_is_needed_too(make_
     model = make_neox(rotary_pct=1.0)
     REFUSED[case][0](model)
     with pytest.raises(ValueError, match="quantised"):
-        gpt_neox.prepare(model)
+        gpt_neox.present(model)
 
 
-def test_an_unprepared_model_cannot_be_presented(make_neox: MakeNeox) -> None:
+def test_a_model_with_partial_heads_cannot_be_presented(make_neox: MakeNeox) -> None:
     model = make_neox()
-    with pytest.raises(AssertionError, match="prepare"), gpt_neox.presented(model):
+    with pytest.raises(AssertionError, match="wide first"), gpt_neox.presented(model):
         pass
     assert "model" not in model.__dict__
 
@@ -219,9 +221,9 @@ def largest_projection_error(
     with torch.no_grad():
         with captured(untouched, monkeypatch) as seen:
             untouched(ids)
-        model = gpt_neox.prepare(make_neox("eager", seed=seed, **shape))
+        model = gpt_neox.present(make_neox("eager", seed=seed, **shape)).model
         head_dim = model.config.hidden_size // model.config.num_attention_heads
-        order = gpt_neox.full_width_order(head_dim, int(shape["rotary_pct"] * head_dim))
+        order = full_width.full_width_order(head_dim, int(shape["rotary_pct"] * head_dim))
         cos, sin = (angle[:, None] for angle in model.gpt_neox.rotary_emb(torch.zeros(1), torch.arange(70)[None]))
         errors = []
         with gpt_neox.presented(model):
@@ -283,10 +285,12 @@ def test_an_arange_weight_shows_head_major_rows(make_neox: MakeNeox, part: int) 
 
 
 @pytest.mark.parametrize(("part", "reordered"), [(0, True), (1, True), (2, False)])
-def test_prepare_reorders_rows_within_q_and_k_of_each_head(make_neox: MakeNeox, part: int, reordered: bool) -> None:
+def test_a_change_of_basis_reorders_rows_within_q_and_k_of_each_head(
+    make_neox: MakeNeox, part: int, reordered: bool
+) -> None:
     model = make_neox()
     arange_rows(model, part)
-    gpt_neox.prepare(model)
+    gpt_neox.present(model)
     within = [0, 1, *range(4, 10), 2, 3, *range(10, 16)] if reordered else list(range(16))
     view = gpt_neox.ProjectionView(model.gpt_neox.layers[0].attention, part)
     assert view.bias.long().tolist() == [head * 48 + part * 16 + dim for head in range(4) for dim in within]
@@ -294,7 +298,7 @@ def test_prepare_reorders_rows_within_q_and_k_of_each_head(make_neox: MakeNeox, 
 
 
 def test_projection_views_hold_no_weights(make_neox: MakeNeox) -> None:
-    model = gpt_neox.prepare(make_neox())
+    model = gpt_neox.present(make_neox()).model
     attention = model.gpt_neox.layers[0].attention
     view = gpt_neox.ProjectionView(attention, 1)
     before = view.weight.clone()

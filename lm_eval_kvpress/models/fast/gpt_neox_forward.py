@@ -116,7 +116,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotat
     """Apply the rotary position embedding in place.
 
     Rotation pairs dim ``i`` with ``i + width / 2`` of the first ``width`` dims of a head. In the full-width order of
-    `gpt_neox.prepare` the width is D and the pairs beyond the first R / 2 have the angle zero; before it is R.
+    `WideHeads.make` the width is D and the pairs beyond the first R / 2 have the angle zero; before it is R.
 
     Args:
         heads: ``(B, T, H, parts, D)``.

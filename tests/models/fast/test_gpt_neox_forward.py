@@ -48,7 +48,7 @@ def test_numbers_are_those_of_transformers(
 ) -> None:
     model = make_neox(**shape)
     if prepared:
-        gpt_neox.prepare(model)
+        gpt_neox.present(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = everything(model)
         with in_place(model):
@@ -59,7 +59,7 @@ def test_numbers_are_those_of_transformers(
 
 def test_whole_heads_are_not_rotated_and_gelu_makes_no_tensor(make_neox: MakeNeox) -> None:
     """Fails when a new transformers no longer has the forward that is stood in for: then ours must follow."""
-    model = gpt_neox.prepare(make_neox())
+    model = gpt_neox.present(make_neox()).model
 
     class Operators(TorchDispatchMode):
         def __init__(self) -> None:
@@ -84,7 +84,7 @@ def test_whole_heads_are_not_rotated_and_gelu_makes_no_tensor(make_neox: MakeNeo
 
 
 def test_who_watches_a_linear_layer_sees_what_it_made(make_neox: MakeNeox) -> None:
-    model, seen = gpt_neox.prepare(make_neox()), dict[str, tuple[Tensor, Tensor]]()
+    model, seen = gpt_neox.present(make_neox()).model, dict[str, tuple[Tensor, Tensor]]()
     attention, mlp = model.gpt_neox.layers[1].attention, model.gpt_neox.layers[1].mlp
 
     def keep(name: str) -> Callable[..., None]:
@@ -103,7 +103,7 @@ def test_who_watches_a_linear_layer_sees_what_it_made(make_neox: MakeNeox) -> No
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_who_watches_every_module_sees_what_each_made(make_neox: MakeNeox, when: str) -> None:
-    model, seen = gpt_neox.prepare(make_neox()), list[tuple[str, Tensor, Tensor]]()
+    model, seen = gpt_neox.present(make_neox()).model, list[tuple[str, Tensor, Tensor]]()
 
     def keep(module: nn.Module, *tensors: Any) -> None:
         tensor = tensors[-1][0] if when == "before" else tensors[-1]
@@ -132,7 +132,7 @@ def test_hooks_on_the_activation_run(make_neox: MakeNeox) -> None:
 
 
 def test_hooks_run_and_replaced_forwards_stay(make_neox: MakeNeox) -> None:
-    model, calls = gpt_neox.prepare(make_neox()), list[str]()
+    model, calls = gpt_neox.present(make_neox()).model, list[str]()
     first, second, third = model.gpt_neox.layers
     own = second.attention.__dict__["forward"] = second.attention.forward
     with (
@@ -156,7 +156,7 @@ def test_other_layers_keep_their_forwards(make_neox: MakeNeox) -> None:
     class Watched(modeling_gpt_neox.GPTNeoXAttention):
         pass
 
-    model = gpt_neox.prepare(make_neox())
+    model = gpt_neox.present(make_neox()).model
     model.gpt_neox.layers[0].attention.__class__ = Watched
     model.gpt_neox.layers[1].mlp.act = nn.Tanh()
     model.gpt_neox.layers[2].mlp.act = type(model.gpt_neox.layers[2].mlp.act)(use_gelu_python=True)
@@ -196,7 +196,7 @@ def test_gradients_are_those_of_transformers(make_neox: MakeNeox) -> None:
         model(CONTEXT, labels=CONTEXT).loss.backward()
         return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
-    model = gpt_neox.prepare(randomized(make_neox(), 3))
+    model = gpt_neox.present(randomized(make_neox(), 3)).model
     expected = gradients(model)
     with in_place(model):
         found = gradients(model)

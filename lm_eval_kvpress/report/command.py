@@ -51,13 +51,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"{figures}: {len(files)} files")
     if not outputs and figures is None:
         sys.stdout.write(markdown(report))
-    for folder, cells in unfinished_cells(places).items():
+    unfinished = unfinished_cells(places)
+    for folder, cells in unfinished.items():
         shards = "; the sweep's command with --merge joins its shards" if holds_shards(folder) else ""
         print(f"{folder}: {len(cells)} cells are unfinished and left out: {', '.join(cells)}{shards}", file=sys.stderr)
     lines = failures(report, conditions)
     for line in lines:
         print(line, file=sys.stderr)
-    return FAILED if lines else 0
+    return FAILED if lines or (conditions and unfinished) else 0
 
 
 def _write(report: Report, file: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.formatting import Kind
 from lm_eval_kvpress.report.ranking import check_column
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -55,16 +57,20 @@ def parse_condition(text: str) -> Condition:
 
 
 def failures(report: Report, conditions: Sequence[Condition]) -> list[str]:
-    """Name in a line each row that meets a condition, or that has no number to hold against it.
+    """Name in a line each row that meets a condition, or that has no number of its press to hold against it.
 
     The baseline is what others are compared with: where nobody ran it, it does not fail.
 
     Raises:
-        UsageError: if no table has such a column.
+        UsageError: if no table has such a column, or if a bound of shares is none.
     """
-    known = sorted({column.key for table in report.tables for column in table.columns})
+    kinds = defaultdict[str, set[Kind]](set)
+    for column in (column for table in report.tables for column in table.columns):
+        kinds[column.key].add(column.kind)
     for condition in conditions:
-        check_column(f"--fail-if {condition.text}", condition.column, known)
+        check_column(f"--fail-if {condition.text}", condition.column, sorted(kinds))
+        if kinds[condition.column] == {Kind.SHARE} and not 0 <= condition.bound <= 1:
+            raise UsageError(f"--fail-if {condition.text}: shares are fractions here: write a bound from 0 to 1")
     return [
         line
         for table in report.tables
@@ -78,7 +84,10 @@ def failures(report: Report, conditions: Sequence[Condition]) -> list[str]:
 def _failure(table: ReportTable, row: ReportRow, condition: Condition) -> Iterator[str]:
     entry = row.entries.get(condition.column)
     name = f"table {table.number}: {' '.join(filter(None, (row.press, row.details, row.amount)))}"
-    if entry is None or not isinstance(entry.value, float | int) or math.isnan(entry.value):
+    if row.is_void:
+        labels = ", ".join(mark.label for mark in row.marks if mark.is_void)
+        yield f"{name}: has no figure of its press for {condition.text} ({labels})"
+    elif entry is None or not isinstance(entry.value, float | int) or math.isnan(entry.value):
         if not row.is_baseline:
             yield f"{name}: has no number for {condition.text}"
     elif OPERATORS[condition.sign](entry.value, condition.bound):

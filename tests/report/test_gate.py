@@ -71,3 +71,27 @@ def test_columns_stand_where_fidelity_was_measured_and_zero_is_marked(
     (table,) = build_report([folder]).tables
     assert [row.press for row in table.rows if "not_read" in {mark.code for mark in row.marks}] == ["tova"]
     assert "0.25" in text and "75.0 %" in text
+
+
+def test_a_row_whose_press_never_acted_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures are the full cache's, and say nothing of the press."""
+    with_fidelity(write_results(folder, "tova", 0.5, acc=0.9, kept=1.0), 0.0)
+    assert cli.main(["report", str(folder), "--fail-if", "recall.acc<0.5"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tova" in line and line.endswith("has no figure of its press for recall.acc<0.5 (kept everything)")
+
+
+def test_unfinished_cells_of_a_sweep_fail(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "sweep.json").write_text("{}")
+    (folder / "cells" / "tova").mkdir(parents=True)
+    command = ["report", str(folder)]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--fail-if", "kl_mean>0.5"]) == 3
+    assert "1 cells are unfinished and left out: tova" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["top1_agreement<90", "kept_share>50", "kept_share<-0.1", "top1_agreement>inf"])
+def test_a_bound_in_per_cent_is_refused(folder: Path, text: str) -> None:
+    """No fraction is beyond it: the condition would never hold, or always."""
+    with pytest.raises(UsageError, match="shares are fractions here: write a bound from 0 to 1"):
+        failures(build_report([folder]), [parse_condition(text)])

@@ -18,7 +18,7 @@ from lm_eval_kvpress.report.marks import Mark, row_marks
 from lm_eval_kvpress.report.notices import shared_arguments, table_notices
 from lm_eval_kvpress.report.ranking import column_key, rank_tables, with_columns
 from lm_eval_kvpress.report.result_files import read_results
-from lm_eval_kvpress.report.rows import Row
+from lm_eval_kvpress.report.rows import Row, joined
 from lm_eval_kvpress.report.tables import Table, build_tables
 
 TITLE = "KV-cache compression"
@@ -130,7 +130,7 @@ def _protocol(table: Table) -> str:
     """The protocol in one line; that of perplexities where there are any."""
     setting = table.setting
     if setting.is_stock:
-        return "Stock lm-eval: one forward per request"
+        return "; ".join(filter(None, ("Stock lm-eval: one forward per request", joined(setting.model_settings))))
     facts = dict(setting.protocol)
     rest = [f"{name}={facts[name]}" for name in ("query_tokens", "short_context", "max_length") if name in facts]
     if "query_aware" in facts:

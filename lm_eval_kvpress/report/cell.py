@@ -127,6 +127,9 @@ class Task:
             results do not say which.
         fingerprint: lm-eval's hash of the task's documents and prompts; None where no samples were logged.
         loaded: which texts the task says that it loaded (``metadata.loaded``); None where it says nothing.
+        few_shots: what the choice and the layout of the examples depend on; None without examples, or where the file
+            does not say.
+        generation: the arguments of generation, which the hash leaves out; None where the file does not say.
         kept: None where nothing was measured.
         fidelity: None where it was not measured.
         held_back: the least, the median and the most tokens of a prompt that were fed after compression; None where
@@ -150,6 +153,8 @@ class Task:
     kept: Kept | None
     notes: tuple[tuple[str, int], ...]
     samples: Path | None
+    few_shots: str | None = None
+    generation: str | None = None
     held_back: tuple[float, float, float] | None = None
     fidelity: Fidelity | None = None
     num_cut: int = 0

@@ -40,7 +40,9 @@ def _missing_baseline(table: Table, tables: Sequence[Table]) -> Mark:
         other is not table and other.setting.checkpoint == table.setting.checkpoint and other.baseline.cell
         for other in tables
     ):
-        text += " The baseline of another table was run under another protocol or on other documents."
+        text += (
+            " The baseline of another table was run under another protocol, on other documents or with other arguments."
+        )
     return Mark("baseline", "not run", text)
 
 

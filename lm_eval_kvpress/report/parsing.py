@@ -36,6 +36,7 @@ IDENTITY = ("pretrained", "press", "protocol", "attn_implementation", "dtype", "
 # In the order of lm-eval's --seed. Under another seed, random presses and sampled answers come out differently.
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 ROLLING = "loglikelihood_rolling"
+HF = ("hf", "hf-auto", "huggingface")  # names of one model of lm-eval
 
 
 def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
@@ -62,7 +63,7 @@ def parse_cell(file: Path, content: Mapping[str, Any]) -> Cell:
         device=_device(facts, config),
         attention=str(facts.get("attn_implementation") or "unknown"),
         batch_size=str(facts.get("batch_size") or config.get("batch_size")),
-        model_settings=_model_settings(content, arguments),
+        model_settings=_model_settings(content, arguments, is_stock=protocol is None),
         protocol=STOCK_PROTOCOL if protocol is None else _protocol(protocol),
         press=_press(facts.get("press"), protocol or {}, facts.get("quantization") or {}),
         seeds=tuple((name, str(config[name])) for name in SEEDS if name in config),
@@ -146,7 +147,22 @@ def _tasks(file: Path, content: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             num_without_question=fact.get("num_prompts_without_question", 0),
             num_without_context=fact.get("num_prompts_without_context", 0),
             samples=samples if samples.is_file() else None,
+            few_shots=_few_shots(content, name),
+            generation=_generation(config),
         )
+
+
+def _few_shots(content: Mapping[str, Any], task: str) -> str | None:
+    """The seed that draws a task's examples, and whether a chat template has them as turns; None without examples."""
+    seed = content["config"].get("fewshot_seed")
+    if not (content.get("n-shot") or {}).get(task) or seed is None:
+        return None
+    return json.dumps([seed, content.get("chat_template_sha") and bool(content.get("fewshot_as_multiturn"))])
+
+
+def _generation(config: Mapping[str, Any]) -> str | None:
+    arguments = config.get("generation_kwargs")
+    return None if arguments is None else json.dumps(arguments, sort_keys=True)
 
 
 def _loaded(metadata: Any, metrics: Sequence[Metric]) -> str | None:
@@ -227,8 +243,12 @@ def _model_arguments(arguments: Any) -> Mapping[str, Any]:
     return arguments or {}
 
 
-def _model_settings(content: Mapping[str, Any], arguments: Mapping[str, Any]) -> Pairs:
+def _model_settings(content: Mapping[str, Any], arguments: Mapping[str, Any], *, is_stock: bool) -> Pairs:
+    """What tells models of one checkpoint apart; our protocol names the longest input, lm-eval beside it."""
     settings = {key: arguments[key] for key in MODEL_ARGUMENTS if arguments.get(key) is not None}
+    if is_stock:
+        settings["max_length"] = content.get("max_length")
+        settings["model"] = None if content["config"].get("model") in HF else content["config"].get("model")
     settings["sha"] = content["config"].get("model_sha") or None
     settings["chat_template"] = content.get("chat_template_sha")
     settings["system_instruction"] = content.get("system_instruction_sha")

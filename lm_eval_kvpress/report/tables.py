@@ -129,15 +129,24 @@ def _agree(one: Task, other: Task) -> bool:
     """Whether two tasks may have had the same documents.
 
     If both runs logged samples, lm-eval's hashes decide. Otherwise documents that ``--samples`` chose are not known to
-    be the same, and what both say that they loaded may not differ.
+    be the same, and what both say that they loaded, or of their examples, may not differ. Nor may arguments of
+    generation, which no hash holds.
     """
     if any(getattr(one, name) != getattr(other, name) for name in ("num_documents", "version", "num_fewshot")):
+        return False
+    if _contradict(one, other, "generation"):
         return False
     if one.fingerprint is not None and other.fingerprint is not None:
         return one.fingerprint == other.fingerprint
     if one.is_chosen or other.is_chosen:
         return False
-    return None in (one.loaded, other.loaded) or one.loaded == other.loaded
+    return not _contradict(one, other, "loaded", "few_shots")
+
+
+def _contradict(one: Task, other: Task, *names: str) -> bool:
+    """Whether both tasks say one of these and say it differently."""
+    pairs = ((getattr(one, name), getattr(other, name)) for name in names)
+    return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
 
 def _merged(task: Task, known: Task | None) -> Task:
@@ -147,4 +156,5 @@ def _merged(task: Task, known: Task | None) -> Task:
     """
     if known is None:
         return task
-    return replace(task, fingerprint=known.fingerprint or task.fingerprint, loaded=known.loaded or task.loaded)
+    said = ("fingerprint", "loaded", "few_shots", "generation")
+    return replace(task, **{name: getattr(known, name) or getattr(task, name) for name in said})

@@ -111,6 +111,70 @@ def test_what_one_run_says_of_its_documents_is_held_against_all_others_of_the_ta
     assert sorted(len(table.rows) for table in tables(tmp_path)) == [2, 2]
 
 
+def asked(file: Path, num_fewshot: int, **config: Any) -> None:
+    """Say of a run how many examples it had, what drew them, and what its task gave to generation."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["n-shot"]["recall"] = num_fewshot
+        content["configs"] = {"recall": {"generation_kwargs": config.pop("generation_kwargs", None)}}
+        content["task_hashes"] = config.pop("task_hashes", {})
+        content["fewshot_as_multiturn"] = config.pop("in_turns", False)
+        content["chat_template_sha"] = "a template"
+        content["config"] |= config
+
+    amend(file, change)
+
+
+@pytest.mark.parametrize(
+    "num_fewshot, one, other, num_tables",
+    [
+        (5, {"fewshot_seed": 1}, {"fewshot_seed": 1}, 1),
+        (5, {"fewshot_seed": 1}, {"fewshot_seed": 2}, 2),
+        (0, {"fewshot_seed": 1}, {"fewshot_seed": 2}, 1),
+        (5, {"fewshot_seed": 1}, {}, 1),
+        (5, {"fewshot_seed": 1, "in_turns": True}, {"fewshot_seed": 1}, 2),
+        (
+            5,
+            {"fewshot_seed": 1, "task_hashes": {"recall": "a"}},
+            {"fewshot_seed": 2, "task_hashes": {"recall": "a"}},
+            1,
+        ),
+    ],
+)
+def test_examples_that_another_seed_drew_are_never_mixed(
+    tmp_path: Path, num_fewshot: int, one: dict[str, Any], other: dict[str, Any], num_tables: int
+) -> None:
+    """Unless lm-eval's hash, which holds the prompts, says that they are the same."""
+    asked(write_results(tmp_path, "none", 0.0, acc=0.9), num_fewshot, **one)
+    asked(write_results(tmp_path, "snapkv", 0.5, acc=0.4), num_fewshot, **other)
+    assert len(tables(tmp_path)) == num_tables
+
+
+@pytest.mark.parametrize("most, num_tables", [(32, 1), (128, 2), (None, 1)])
+def test_texts_of_other_arguments_of_generation_are_never_mixed(
+    tmp_path: Path, most: int | None, num_tables: int
+) -> None:
+    """The hash holds no such argument: a task that was edited has the same one."""
+    known = {"task_hashes": {"recall": "same"}}
+    asked(write_results(tmp_path, "none", 0.0), 0, generation_kwargs={"max_gen_toks": 32, "until": []}, **known)
+    given = None if most is None else {"until": [], "max_gen_toks": most}
+    asked(write_results(tmp_path, "snapkv", 0.5), 0, generation_kwargs=given, **known)
+    assert len(tables(tmp_path)) == num_tables
+
+
+@pytest.mark.parametrize("changed", [{"max_length": 512}, {"config": {"model": "vllm"}}])
+def test_stock_runs_of_other_lengths_or_engines_are_never_mixed(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """The older one was left out as if the setting had been run again."""
+    for name, said in (("a", {"max_length": 2048}), ("b", {"max_length": 2048} | changed)):
+        file = write_results(tmp_path, "none", 0.0, name=name, stock=True)
+        amend(file, lambda content, said=said: content["config"].update(said.get("config", {})))
+        amend(file, lambda content, said=said: content.update(max_length=said["max_length"]))
+    report = build_report([tmp_path])
+    assert [len(table.rows) for table in report.tables] == [1, 1]
+    (name, value), *_ = ({"model": "vllm"} if "config" in changed else changed).items()
+    assert any(f"{name}={value}" in table.protocol for table in report.tables)
+
+
 def test_a_baseline_that_nobody_ran_is_a_row_without_a_cell(tmp_path: Path) -> None:
     write_results(tmp_path, "snapkv", 0.5)
     (table,) = tables(tmp_path)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import bootstrap
+import pytest
+from scipy.stats import binomtest, bootstrap
 
-from lm_eval_kvpress.bootstrap import NUM_RESAMPLES, interval, paired_intervals
+from lm_eval_kvpress.bootstrap import NUM_RESAMPLES, interval, paired_intervals, share_interval
 
 
 def test_interval_equals_scipys_paired_bootstrap() -> None:
@@ -40,3 +41,10 @@ def test_the_interval_of_one_sample_equals_scipys() -> None:
     ).confidence_interval
     width = theirs.high - theirs.low
     assert abs(ours[0] - theirs.low) < 0.06 * width and abs(ours[1] - theirs.high) < 0.06 * width
+
+
+@pytest.mark.parametrize("num, total", [(0, 30), (30, 30), (4, 30), (1, 2), (700, 1000)])
+def test_the_interval_of_a_share_is_wilsons(num: int, total: int) -> None:
+    """Also of none and of all, where a bootstrap has no width."""
+    theirs = binomtest(num, total).proportion_ci(method="wilson")
+    assert share_interval(num, total) == pytest.approx((theirs.low, theirs.high), abs=1e-6)

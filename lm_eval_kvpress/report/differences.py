@@ -64,8 +64,8 @@ class Comparison:
             bounds = self._bounds(cells, key)
             for index, cell in enumerate(cells):
                 own = key.find(cell)
-                if own is not None and _is_number(own.value):
-                    differences[index][key] = Difference(own.value - base.value, *bounds.get(index, ()))
+                if own is not None and _is_number(own.value) and _is_number(change := own.value - base.value):
+                    differences[index][key] = Difference(change, *bounds.get(index, ()))
         return differences
 
     def has_same_answers(self, cell: Cell) -> bool | None:
@@ -94,8 +94,11 @@ class Comparison:
         total = answered(own.answers, other.answers)
         return total if None in scores else total + judged(*(found for _, found in filter(None, scores)))
 
-    def _bounds(self, cells: Sequence[Cell], key: MetricKey) -> dict[int, tuple[float, float, int]]:
-        """Lower bound, upper bound and number of documents by the index of the cell, where there is an interval."""
+    def _bounds(self, cells: Sequence[Cell], key: MetricKey) -> dict[int, tuple[float | None, float | None, int]]:
+        """Lower bound, upper bound and number of documents by the index of the cell, where documents are paired.
+
+        Documents of which none changed do not bound how many of the others would: they give no interval.
+        """
         base = self._scores(self.baseline, key)
         if base is None or len(base.documents) < 2:
             return {}
@@ -111,7 +114,10 @@ class Comparison:
         denominators = np.stack([score.denominators for score in scores], 1)
         low, high = paired_intervals(numerators, denominators, 0, base.aggregate)
         return {
-            index: (float(low[column]), float(high[column]), len(base.documents))
+            index: (
+                *((float(low[column]), float(high[column])) if low[column] < high[column] else (None, None)),
+                len(base.documents),
+            )
             for column, index in enumerate(compared, start=1)
             if not np.isnan(low[column])
         }

@@ -52,7 +52,7 @@ def pooled(num_tokens: Sequence[int], figures: Sequence[Figure]) -> Figure | Non
 
     The interval joins those of the tasks, whose documents are independent: distances to a bound are added as standard
     errors are (method of variance estimates recovery; Zou and Donner, Statistics in Medicine 27, 2008). It is the
-    task's own where there is one task, and none where a task has none.
+    task's own where there is one task, and none where a task has none, or where no document differs from the others.
     """
     total = sum(num_tokens)
     if not total:
@@ -66,7 +66,7 @@ def pooled(num_tokens: Sequence[int], figures: Sequence[Figure]) -> Figure | Non
         math.hypot(*(w * (f.bounds[end] - f.mean) for w, f in zip(weights, figures, strict=True) if f.bounds))
         for end in (0, 1)
     ]
-    return Figure(mean, (mean - reach[0], mean + reach[1]))
+    return Figure(mean, (mean - reach[0], mean + reach[1]) if any(reach) else None)
 
 
 def pooled_places(fidelities: Sequence[Fidelity]) -> tuple[Place, ...]:

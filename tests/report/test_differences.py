@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from report_files import NUM_DOCUMENTS, write_results
 
+from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.differences import Comparison, Difference
 from lm_eval_kvpress.report.metrics import metric_keys
 from lm_eval_kvpress.report.result_files import read_cell
@@ -56,4 +58,24 @@ def test_the_same_answers_are_recognized(tmp_path: Path) -> None:
     scores = [1, 0] * (NUM_DOCUMENTS // 2)
     baseline = write_results(tmp_path, "none", 0.0, scores=scores)
     found, is_same = difference(baseline, write_results(tmp_path, "snapkv", 0.5, scores=scores))
-    assert (found.value, found.low, found.high) == (0, 0, 0) and is_same
+    assert found == Difference(0, num_documents=NUM_DOCUMENTS) and is_same
+
+
+def test_documents_of_which_none_changed_give_no_interval(tmp_path: Path) -> None:
+    """[0, 0] would say that no other document can change."""
+    baseline = write_results(tmp_path, "none", 0.0, scores=[1] * NUM_DOCUMENTS)
+    other = write_results(tmp_path, "snapkv", 0.5, scores=[1] * NUM_DOCUMENTS)
+    found, _ = difference(baseline, other)
+    assert found.bounds is None and found.num_documents == NUM_DOCUMENTS
+    (row,) = [row for row in build_report([tmp_path]).tables[0].rows if row.press == "snapkv"]
+    assert row.entries["recall.acc"].difference_text == "0.000" and row.entries["recall.acc"].interval_text == ""
+    low, high = row.entries["right_to_wrong"].bounds or (0, 0)
+    assert low == 0 and high == pytest.approx(0.161, abs=5e-4)  # Wilson's of 0 of 20
+
+
+def test_two_endless_perplexities_have_no_difference(tmp_path: Path) -> None:
+    write_results(tmp_path, "none", 0.0, acc=math.inf)
+    write_results(tmp_path, "snapkv", 0.5, acc=math.inf)
+    write_results(tmp_path, "knorm", 0.5, acc=1.0)
+    texts = {row.press: row.entries["recall.acc"].difference_text for row in build_report([tmp_path]).tables[0].rows}
+    assert texts == {"none": "", "snapkv": "", "knorm": "−∞"}

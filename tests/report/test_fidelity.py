@@ -21,6 +21,13 @@ def test_one_task_keeps_its_interval() -> None:
     assert pooled([], []) is None and pooled([4, 4], [Figure(0.2), Figure(0.4, (0, 1))]) == Figure(pytest.approx(0.3))
 
 
+def test_documents_that_all_agree_give_no_interval() -> None:
+    """Those of a second task do."""
+    alike, other = Figure(1.0, (1.0, 1.0)), Figure(0.5, (0.4, 0.6))
+    assert pooled([10], [alike]) == Figure(1.0)
+    assert pooled([10, 10], [alike, other]) == Figure(0.75, pytest.approx((0.7, 0.8)))
+
+
 def test_two_tasks_have_the_interval_of_their_sum() -> None:
     """Against means that are drawn: normal, independent, of other widths."""
     draws = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lm_eval_kvpress.report.contents import Report, ReportRow, ReportTable
+from lm_eval_kvpress.report.fidelity import Place
 from lm_eval_kvpress.report.loss_curves import Curve
 
 # What a spreadsheet takes for a formula: https://owasp.org/www-community/attacks/CSV_Injection
@@ -47,7 +48,7 @@ def as_json(report: Report) -> str:
         {
             **{key: _json_value(value) for key, value in record(table, row).items()},
             "curves": [_curve(curve) for curve in row.curves],
-            "kl_places": [] if row.cell is None else [asdict(place) for place in row.cell.kl_places],
+            "kl_places": [] if row.cell is None else [_place(place) for place in row.cell.kl_places],
         }
         for table, row in _rows(report)
     ]
@@ -125,6 +126,10 @@ def _csv_value(value: Any) -> Any:
 
 def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _place(place: Place) -> dict[str, Any]:
+    return {**asdict(place), "kl_mean": _json_value(place.kl_mean)}
 
 
 def _curve(curve: Curve) -> dict[str, Any]:

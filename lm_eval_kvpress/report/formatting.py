@@ -1,4 +1,7 @@
-"""Values as a person reads them. Missing is ``-`` and NaN is ``NaN``, never an empty cell and never 0."""
+"""Values as a person reads them. Missing is ``-`` and NaN is ``NaN``, never an empty cell and never 0.
+
+What is not 0 or all does not look so: a KL of 0.0002 is no KL of 0.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from lm_eval_kvpress.report.differences import Difference
 
 MISSING = "-"
 MAX_NAMES = 5
+ROUNDING = 1e-6  # of shares: sums of floats are no nearer to 0 and 1
 Value = float | str | None
 
 
@@ -31,6 +35,15 @@ def format_value(value: Value, kind: Kind) -> str:
         return MISSING
     if isinstance(value, str):
         return value or MISSING
+    text = _rounded(value, kind)
+    if text in ("0.000", "-0.000") and value:
+        return f"{value:.1e}"
+    if kind is Kind.SHARE and text in ("0.0 %", "100.0 %") and (rest := min(value, 1 - value)) > ROUNDING:
+        return f"{100 * value:.{-math.floor(math.log10(100 * rest))}f} %"
+    return text
+
+
+def _rounded(value: float, kind: Kind) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
     match kind:
@@ -59,8 +72,8 @@ def format_metric(value: float) -> str:
 
 
 def format_signed(value: float, kind: Kind = Kind.METRIC) -> str:
-    """A difference of metrics, with its sign; minus is U+2212. Differences of shares are percentage points."""
-    text = format_value(abs(value), kind).replace("%", "pp")
+    """A difference of metrics, rounded, with its sign; minus is U+2212. Differences of shares are percentage points."""
+    text = _rounded(abs(value), kind).replace("%", "pp")
     return text if value == 0 or text.strip("0. p") == "" else ("+" if value > 0 else "−") + text
 
 

@@ -112,7 +112,7 @@ def _point(row: ReportRow, metrics: list[Column], baseline: ReportRow) -> dict[s
         "decode": row.number("decode_tokens_per_sec"),
         "values": [row.number(column.key) for column in metrics],
         "bounds": [_bounds(row, column.key, baseline) for column in metrics],
-        "places": [] if row.cell is None else [asdict(place) for place in row.cell.kl_places],
+        "places": [] if row.cell is None else [asdict(one) for one in row.cell.kl_places if math.isfinite(one.kl_mean)],
         "curves": {curve.task: _curve_points(curve) for curve in row.curves},
     }
 
@@ -123,7 +123,7 @@ def _bounds(row: ReportRow, key: str, baseline: ReportRow) -> tuple[float, float
     entry = row.entries[key]
     if entry.difference is not None:
         return entry.difference.bounds
-    if entry.bounds is None:
+    if entry.bounds is None or not math.isfinite(sum(entry.bounds)):
         return None
     base = baseline.number(key) or 0.0
     return entry.bounds[0] - base, entry.bounds[1] - base

@@ -37,12 +37,12 @@ class NumDocuments(Part):
 class ContextFacts(Part):
     num_contexts: Count
     num_tokens: Count
-    kept_share: Maybe[float]
-    kept_share_min_layer: Maybe[float]
-    kept_share_max_layer: Maybe[float]
+    kept_share: float | None
+    kept_share_min_layer: float | None
+    kept_share_max_layer: float | None
     kv_bytes_before: Count
     kv_bytes_allocated: Count
-    kv_bytes_effective: Maybe[Count]
+    kv_bytes_effective: Count | None
     kv_bytes_unpacked: Maybe[Count]
 
 
@@ -64,6 +64,12 @@ class FidelityFacts(Part):
     by_position: Maybe[list[PositionFacts]]
 
 
+class Spread(Part):
+    least: float
+    median: float
+    most: float
+
+
 class TaskFacts(Part):
     contexts_pressed: ContextFacts
     contexts_unpressed: ContextFacts
@@ -72,7 +78,10 @@ class TaskFacts(Part):
     num_prompts_without_question: Count = 0
     num_prompts_without_context: Count = 0
     tokens_scored_under_press: Count
+    tokens_held_back: Maybe[Spread]
+    tokens_generated: Maybe[Count]
     texts_generated: Count = 0
+    texts_at_limit: Maybe[Count]
     texts_compressed_while_decoding: Count = 0
     num_decode_compressions: Count = 0
     max_stream_bytes: Count = 0
@@ -132,7 +141,7 @@ class Results(Part):
     config: Config
     results: dict[str, dict[str, Any]]
     date: Maybe[float]
-    higher_is_better: Maybe[dict[str, Any]]
+    higher_is_better: Maybe[dict[str, dict[str, Any] | None]]
     num_documents: dict[str, NumDocuments] | None = Field(None, alias="n-samples")
     num_fewshot: dict[str, Any] | None = Field(None, alias="n-shot")
     versions: Maybe[dict[str, Any]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from lm_eval_kvpress.report.build import build_report
 from lm_eval_kvpress.report.data_files import as_json
 from lm_eval_kvpress.report.fidelity import Fidelity, Figure, Place, pooled, pooled_places
 from lm_eval_kvpress.report.figures import write_figures
+from lm_eval_kvpress.report.html import html
 
 
 def test_one_task_keeps_its_interval() -> None:
@@ -60,6 +63,19 @@ def test_intervals_and_places_are_in_the_data(folder: Path) -> None:
     assert (row["kl_mean"], row["kl_mean_low"], row["kl_mean_high"]) == (0.25, 0.125, 0.5)
     assert row["top1_agreement_low"] is None
     assert row["kl_places"] == [{"last": 1, "num_tokens": 10, "kl_mean": 0.25}]
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_kl_that_is_no_number_is_written_as_what_it_is(folder: Path, kl: float) -> None:
+    """And drawn nowhere: JSON and the page's script have no such numbers."""
+    pytest.importorskip("plotly")
+    with_fidelity(write_results(folder, "tova", 0.5, acc=0.4), kl)
+    report = build_report([folder])
+    (row,) = [row for row in json.loads(as_json(report))["rows"] if row["press"] == "tova"]
+    assert row["kl_mean"] == row["kl_places"][0]["kl_mean"] == str(kl)
+    (points,) = re.findall(r'id="points">(.*?)</script>', html(report))
+    (point,) = [point for point in json.loads(points)[0]["rows"] if point["press"] == "tova"]
+    assert point["places"] == [] and set(point["bounds"]) == {None}
 
 
 def test_kl_is_drawn_against_bytes_and_places(folder: Path) -> None:

@@ -29,6 +29,17 @@ from lm_eval_kvpress.report.formatting import Kind, Value, first_names, format_i
         (43.578, Kind.METRIC, "43.58"),
         (12345.678, Kind.METRIC, "12,346"),
         (1.5e9, Kind.METRIC, "1.50e+09"),
+        (0.0, Kind.METRIC, "0.000"),
+        (0.0005, Kind.METRIC, "0.001"),
+        (0.000234, Kind.METRIC, "2.3e-04"),
+        (-2e-8, Kind.METRIC, "-2.0e-08"),
+        (0.0, Kind.SHARE, "0.0 %"),
+        (1.0, Kind.SHARE, "100.0 %"),
+        (0.9996, Kind.SHARE, "99.96 %"),
+        (0.99998, Kind.SHARE, "99.998 %"),
+        (0.0004, Kind.SHARE, "0.04 %"),
+        (1 - 2**-50, Kind.SHARE, "100.0 %"),
+        (1.01, Kind.SHARE, "101.0 %"),
     ],
 )
 def test_a_value_has_its_unit(value: Value, kind: Kind, text: str) -> None:

@@ -49,6 +49,19 @@ BAD: dict[str, Callable[[dict[str, Any]], object]] = {
     "config.kvpress.tasks.recall.contexts_pressed.kept_share": lambda content: kvpress(content)["tasks"]["recall"][
         "contexts_pressed"
     ].update(kept_share="half"),
+    "config.kvpress.tasks.recall.contexts_unpressed.kv_bytes_effective": lambda content: kvpress(content)["tasks"][
+        "recall"
+    ]["contexts_unpressed"].pop("kv_bytes_effective"),
+    "config.kvpress.tasks.recall.tokens_held_back.most": lambda content: kvpress(content)["tasks"]["recall"].update(
+        tokens_held_back={"least": 1, "median": 1}
+    ),
+    "config.kvpress.tasks.recall.texts_at_limit": lambda content: kvpress(content)["tasks"]["recall"].update(
+        texts_at_limit="3"
+    ),
+    "config.kvpress.tasks.recall.tokens_generated": lambda content: kvpress(content)["tasks"]["recall"].update(
+        tokens_generated=[3]
+    ),
+    "higher_is_better.recall": lambda content: content.update(higher_is_better={"recall": True}),
 }
 
 

@@ -173,7 +173,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates in tokens per second and medians in seconds, measured after warm-up except for ``includes_warmup``.
+    """Rates in tokens per second and medians in seconds, measured after warm-up.
 
     Attributes:
         bounds: the 95 % interval of each that is known, by its name.
@@ -187,7 +187,6 @@ class Speed:
     ttft_sec: float | None = None
     tpot_sec: float | None = None
     peak_memory_bytes: float | None = None
-    includes_warmup: tuple[str, ...] = ()
     bounds: tuple[tuple[str, tuple[float, float]], ...] = ()
     withheld: tuple[str, ...] = ()
     machine: str | None = None

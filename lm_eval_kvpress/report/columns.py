@@ -162,7 +162,7 @@ _SPEED = (
         "Speed",
         Kind.RATE,
         of_cell(lambda cell: cell.speed.prefill_tokens_per_sec),
-        "Prompt tokens prefilled per second, per device.",
+        "Prompt tokens prefilled per second, per device, without the time that the press took.",
         True,
     ),
     Column(

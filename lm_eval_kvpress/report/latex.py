@@ -12,6 +12,10 @@ ESCAPES = str.maketrans(
         "^": r"\textasciicircum{}",
         "−": "$-$",
         "·": r"$\cdot$",
+        "→": r"$\rightarrow$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
         "∞": r"$\infty$",
         **{character: f"\\{character}" for character in "&%$#_{}"},
     }

@@ -12,8 +12,6 @@ from lm_eval_kvpress.report.speeds import MIN_BATCHES, MIN_TOKENS, MIN_VALUES
 from lm_eval_kvpress.report.tables import Table
 
 FEW_DOCUMENTS = 10
-# Parts of `Speed.includes_warmup`, as a reader knows them.
-SPEEDS = {"prefill": "prefill tok/s", "decode": "decode tok/s", "ttft_sec": "TTFT", "tpot_sec": "TPOT"}
 
 
 def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str, ...]:
@@ -28,7 +26,6 @@ def table_notices(table: Table, curves: Sequence[Sequence[Curve]]) -> tuple[str,
         *_without_samples(table),
         *_machines(table),
         *_withheld(table),
-        *_warmup(table),
         *_without_curves(table, curves),
         *_left_out_files(table),
     )
@@ -52,7 +49,7 @@ def shared_arguments(table: Table) -> str:
 
 
 def _limited(table: Table) -> Iterator[str]:
-    tasks = table.cells[0].tasks if table.cells else ()
+    tasks = {task.name: task for cell in table.cells for task in cell.tasks}.values()
     for is_chosen, option in ((False, "--limit"), (True, "--samples")):
         limited = [
             f"{task.num_documents} of {task.num_documents_available} documents of {task.name}"
@@ -109,16 +106,6 @@ def _withheld(table: Table) -> Iterator[str]:
             f"Speeds of {num_runs} of {len(table.cells)} runs are not shown. A rate needs {MIN_BATCHES} batches and "
             f"{MIN_TOKENS} tokens after warm-up, a median {MIN_BATCHES} batches and {MIN_VALUES} requests, and both an "
             "interval and the name of the machine in the results."
-        )
-
-
-def _warmup(table: Table) -> Iterator[str]:
-    names = [name for name in SPEEDS if any(name in cell.speed.includes_warmup for cell in table.cells)]
-    if names:
-        num_runs = sum(any(name in cell.speed.includes_warmup for name in SPEEDS) for cell in table.cells)
-        yield (
-            f"Too little was run to leave warm-up out of {', '.join(SPEEDS[name] for name in names)} in {num_runs} of "
-            f"{len(table.cells)} runs: do not compare these speeds."
         )
 
 

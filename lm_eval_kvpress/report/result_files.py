@@ -26,8 +26,9 @@ def read_results(places: Sequence[Path]) -> list[Cell]:
     Raises:
         UsageError: if a place has no results, or one of them cannot be read.
     """
-    files = {file for place in places for file in _results_files(place)}
-    return [read_cell(file) for file in sorted(files)]
+    found = sorted({file for place in places for file in _results_files(place)})
+    files = {file.resolve(): file for file in reversed(found)}  # one file may be reached by several paths
+    return [read_cell(file) for file in sorted(files.values())]
 
 
 def read_cell(file: Path) -> Cell:

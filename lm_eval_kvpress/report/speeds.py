@@ -2,8 +2,8 @@
 
 A rate over one batch of 29 tokens is the noise of a machine, not the speed of a press, and all requests of a batch wait
 together. A rate is shown if it has `MIN_BATCHES` batches and `MIN_TOKENS` tokens after warm-up, a median if it has
-`MIN_VALUES` requests of as many batches, and either only with its interval and the name of the machine. Knows the
-record's parts alone.
+`MIN_VALUES` requests of as many batches, and either only with its interval and the name of the machine. Batches of a
+run that had nothing but warm-up are none. Knows the record's parts alone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def parse_speed(throughput: Mapping[str, Any], machine: Mapping[str, Any] | None
     }
     found = {name: _with_bounds(part, "tokens_per_sec") for name, part in rates.items()}
     found |= {name: _with_bounds(part, "p50") for name, part in medians.items()}
+    warm = set(throughput.get("includes_warmup") or ())
+    enough = {name: one and not warm & {name, PHASES.get(name)} for name, one in enough.items()}
     shown = {name: one for name, one in found.items() if one is not None and enough[name] and machine}
     return Speed(
         **{name: value for name, (value, _) in shown.items()},
         peak_memory_bytes=number(throughput.get("peak_memory_bytes")),
-        includes_warmup=tuple(throughput.get("includes_warmup") or ()),
         bounds=tuple((name, bounds) for name, (_, bounds) in shown.items()),
         withheld=tuple(name for name in found if name not in shown and (rates | medians)[name]),
         machine=_described(machine) if machine else None,

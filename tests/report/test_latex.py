@@ -20,7 +20,15 @@ def test_the_latex_of_a_known_report(leaderboard: Path) -> None:
 
 @pytest.mark.parametrize(
     "text, escaped",
-    [("a_$b", r"a\_\$b"), ("\\x{y}", r"\textbackslash{}x\{y\}"), ("−0.5 ~ ∞", r"$-$0.5 \textasciitilde{} $\infty$")],
+    [
+        ("a_$b", r"a\_\$b"),
+        ("\\x{y}", r"\textbackslash{}x\{y\}"),
+        ("−0.5 ~ ∞", r"$-$0.5 \textasciitilde{} $\infty$"),
+        (
+            "Right → wrong <b|c>",
+            r"Right $\rightarrow$ wrong \textless{}b\textbar{}c\textgreater{}",
+        ),  # else ¡b—c¿ in LaTeX's own fonts
+    ],
 )
 def test_text_has_no_commands(text: str, escaped: str) -> None:
     assert escape_latex(text) == escaped

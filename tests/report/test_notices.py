@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_files import STREAMED, amend, predict_only, unmeasured, write_results, write_stream
@@ -16,15 +17,15 @@ def notices(folder: Path) -> Sequence[str]:
     return table.notices
 
 
-def test_figures_of_which_warm_up_is_a_part_are_named(tmp_path: Path) -> None:
-    warm_up = {"includes_warmup": ["decode", "tpot_sec", "score"]}
-    write_results(tmp_path, "none", 0.0)
-    amend(
-        write_results(tmp_path, "snapkv", 0.5),
-        lambda content: content["config"]["kvpress"]["throughput"].update(warm_up),
-    )
+def test_limits_of_tasks_that_the_first_row_did_not_run_are_named(tmp_path: Path) -> None:
+    def add_a_task(content: dict[str, Any]) -> None:
+        for part in ("results", "n-samples", "versions", "n-shot", "higher_is_better"):
+            content[part]["story"] = content[part]["recall"]
+
+    write_results(tmp_path, "none", 0.0, num_documents=3)
+    amend(write_results(tmp_path, "snapkv", 0.5, acc=0.4, num_documents=3), add_a_task)
     said = " ".join(notices(tmp_path))
-    assert "Too little was run to leave warm-up out of decode tok/s, TPOT in 1 of 2 runs" in said
+    assert "Run with --limit: 3 of 20 documents of recall, 3 of 20 documents of story." in said
 
 
 def test_tasks_without_figures_are_named(tmp_path: Path) -> None:

@@ -19,6 +19,15 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
     assert [cell.press.name for cell in read_results([file, tmp_path])] == ["none", "snapkv"]
 
 
+def test_a_file_that_two_paths_lead_to_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would count as an older result of a setting that was run again."""
+    file = write_results(tmp_path / "runs", "none", 0.0)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    (cell,) = read_results([Path("runs"), tmp_path / "link", tmp_path / "runs", file])
+    assert cell.file.resolve() == file.resolve()
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -43,6 +43,15 @@ def test_a_median_needs_several_values_of_several_batches(
         assert getattr(speed, name) == shown, name
 
 
+@pytest.mark.parametrize("warm", ["decode", "tpot_sec"])
+def test_a_speed_that_is_nothing_but_warm_up_is_not_shown(warm: str) -> None:
+    """As of eight batches of eight shapes: each was the first of its shape."""
+    median = {"num_values": 20, "p50": 0.25, "p50_low": 0.2, "p50_high": 0.3}
+    speed = parse_speed({"decode": timed(500.0), "tpot_sec": median, "includes_warmup": [warm]}, MACHINE)
+    assert (speed.decode_tokens_per_sec, speed.tpot_sec) == {"decode": (None, 0.25), "tpot_sec": (500.0, None)}[warm]
+    assert speed.withheld == ({"decode": "decode_tokens_per_sec"}.get(warm, warm),)
+
+
 @pytest.mark.parametrize("machine", [None, {}])
 def test_a_speed_of_an_unknown_machine_is_not_shown(machine: dict[str, Any] | None) -> None:
     speed = parse_speed({"decode": timed(500.0)}, machine)

@@ -111,6 +111,8 @@ def parse_sample(line: bytes) -> tuple[DocumentKey, Sample]:
     types = (int, str, list, list)
     if any(not isinstance(*one) for one in zip((*key, sample["resps"], sample.get("metrics", [])), types, strict=True)):
         raise TypeError("a part of the sample is of another type")
+    if not all(isinstance(name, str) for name in sample.get("metrics", [])):
+        raise TypeError("a metric has no name")
     return key, sample
 
 

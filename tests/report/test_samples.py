@@ -46,6 +46,7 @@ def test_a_metric_about_some_documents_is_a_share_of_these(tmp_path: Path) -> No
         sample_line(1, 1.0).replace('"doc_id": 1', '"doc_id": null'),
         sample_line(1, 1.0).replace('"hash1"', "1"),
         sample_line(1, 1.0).replace('["acc", "acc_at_100"]', '"acc"'),
+        sample_line(1, 1.0).replace('["acc", "acc_at_100"]', "[1]"),
     ],
 )
 def test_a_line_that_is_not_a_whole_sample_is_named(tmp_path: Path, line: str) -> None:

@@ -2,12 +2,14 @@
 
 Their modules have the names that presses look for, so weights stay as they are; only the rotary embedding is lent to
 every attention, and the width of a head to the config. kvpress calls the projections of OLMo-2 and Qwen3-MoE without
-their norms, so these get projections with the norms behind them (`normed_projection`).
+their norms, so these get projections with the norms behind them (`normed_projection`). A rotary embedding that would
+choose its frequencies anew keeps those of a short forward (`fixed_frequencies`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +22,13 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models.kvpress_warning import without_untested_warning
 from lm_eval_kvpress.models.lend import lend
 from lm_eval_kvpress.models.normed_projection import norms_lent
-from lm_eval_kvpress.models.positions import Positions, check_rope, check_windows, rope_parameters
+from lm_eval_kvpress.models.positions import (
+    Positions,
+    check_rope,
+    check_windows,
+    frequencies_change_after,
+    rope_parameters,
+)
 from lm_eval_kvpress.models.pressable import PressableModel
 
 NORMS = ("q_norm", "k_norm")
@@ -44,8 +52,37 @@ def check_config(config: PretrainedConfig, positions: Positions) -> None:
 
 
 def present(model: PreTrainedModel, *, for_good: bool = True) -> PressableModel:
-    """Present a model as it is, whether ``for_good`` or not."""
-    return PressableModel(model, attention_modules(model), functools.partial(presented, model))
+    """Present a model, its frequencies fixed for good or while it is in use."""
+    parts = (model, attention_modules(model), functools.partial(presented, model))
+    if not for_good:
+        return PressableModel(*parts, basis=functools.partial(fixed_frequencies, model))
+    with ExitStack() as undo:
+        _fix_frequencies(model, undo)
+        undo.pop_all()
+    return PressableModel(*parts)
+
+
+@contextmanager
+def fixed_frequencies(model: PreTrainedModel) -> Iterator[None]:
+    """Rotate by the frequencies of a short forward, whatever the positions, for the length of a ``with`` block.
+
+    `check_rope` lets no token of a run cross the length where "longrope" and "dynamic" change theirs. But a press that
+    expects queries asks for positions to come, and a stream for the places of its buffer: transformers would change
+    frequencies in the middle of a run, and those of "dynamic" stay changed in all forwards after it.
+    """
+    with ExitStack() as undo:
+        _fix_frequencies(model, undo)
+        yield
+
+
+def _fix_frequencies(model: PreTrainedModel, undo: ExitStack) -> None:
+    if math.isinf(frequencies_change_after(model.config)):
+        return
+    rotary = model.model.rotary_emb
+    own = rotary.original_inv_freq.to(rotary.inv_freq.device)
+    for name, value in {"rope_type": "default", "inv_freq": own}.items():
+        undo.callback(setattr, rotary, name, getattr(rotary, name))
+        setattr(rotary, name, value)
 
 
 def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -57,12 +94,14 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Lend the rotary embedding to every attention, and to the config the width of a head, which Qwen2 and Phi-3 lack.
 
-    CriticalKV reads the latter.
+    CriticalKV reads the latter. A press that replays a context reads how many positions there are frequencies for.
     """
-    attentions = attention_modules(model)
+    attentions, config = attention_modules(model), model.config
     with ExitStack() as loans:
         loans.enter_context(without_untested_warning())
-        loans.enter_context(lend(model.config, head_dim=attentions[0].head_dim))
+        num_positions = int(min(config.max_position_embeddings, frequencies_change_after(config)))
+        loans.enter_context(lend(model, num_positions=num_positions))
+        loans.enter_context(lend(config, head_dim=attentions[0].head_dim))
         for attention in attentions:
             loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))
             if not isinstance(attention, Qwen3Attention):  # whose norms kvpress applies

@@ -72,7 +72,7 @@ def check_positions(press: str, model: Any, num_context: int, num_replayed: int,
     Raises:
         UsageError: in one line.
     """
-    needed, trained = num_context + num_replayed, model.config.max_position_embeddings
+    needed, trained = num_context + num_replayed, getattr(model, "num_positions", model.config.max_position_embeddings)
     if needed > trained:
         raise UsageError(
             f"press={press} replays a context of {num_context} tokens behind itself, which takes {needed} positions, "

@@ -8,13 +8,17 @@ from typing import Any
 import kvpress
 import pytest
 import torch
+from press_cases import tokens
+from small_models import HEAD_DIM, pressable, tiny
 from transformers import LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from lm_eval_kvpress.engine.prefill import prefill
+from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.models import llama_like
-from lm_eval_kvpress.models.architectures import ARCHITECTURES, check_config
+from lm_eval_kvpress.models.architectures import ARCHITECTURES, check_config, present
 from lm_eval_kvpress.models.positions import Positions
 from lm_eval_kvpress.models.pressable import PressableModel
+from lm_eval_kvpress.presses.parse import parse_press
 
 NUM_POSITIONS = 8192
 LONGROPE = {
@@ -84,3 +88,53 @@ def test_a_prefill_leaves_nothing_on_the_attention_modules(
     except RuntimeError:
         assert fails
     assert left() == before
+
+
+SWITCHING: dict[str, dict[str, Any]] = {
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": 128,
+    },
+    "longrope": {
+        "rope_parameters": {
+            **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128},
+            **{"short_factor": [1.0] * (HEAD_DIM // 2), "long_factor": [4.0] * (HEAD_DIM // 2)},
+            "attention_factor": 1.0,
+        },
+        "max_position_embeddings": 512,
+    },
+}
+"""Frequencies that change beyond 128 positions, and are those of plain RoPE below."""
+
+
+@pytest.mark.parametrize("name", ["expected_attention", "cap", "key_rerotation:expected_attention"])
+@pytest.mark.parametrize("kind", SWITCHING)
+def test_queries_that_a_press_expects_change_no_frequency(kind: str, name: str) -> None:
+    """They are expected up to position 612: below the switch, every kept entry is that of plain RoPE."""
+    model, plain, context = pressable(tiny("llama", **SWITCHING[kind])), pressable(tiny("llama")), tokens(1, 100)
+    spec = parse_press(name)
+    before = model.model(context).logits
+    found, expected = (prefill(one, context, spec.build(100), rerotates=spec.rerotates) for one in (model, plain))
+    for layer, wanted in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, wanted.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(layer.values, wanted.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.model(context).logits, before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SWITCHING)
+def test_a_model_of_somebody_else_switches_again_after_its_use(kind: str) -> None:
+    """Also one that was used beyond its switch before: "dynamic" then keeps the frequencies of that forward."""
+    owners, plain, context = tiny("llama", **SWITCHING[kind]), tiny("llama"), tokens(1, 100)
+    owners(tokens(1, 200))
+    rotary = owners.model.rotary_emb
+    kind_before, frequencies = rotary.rope_type, rotary.inv_freq.clone()
+    with present(owners, for_good=False, fast=False).in_use():
+        torch.testing.assert_close(owners(context).logits, plain(context).logits, atol=1e-5, rtol=0)
+    assert rotary.rope_type == kind_before == kind and torch.equal(rotary.inv_freq, frequencies)
+
+
+def test_a_replay_beyond_the_switch_of_the_frequencies_is_refused() -> None:
+    model, spec = pressable(tiny("llama", **SWITCHING["longrope"])), parse_press("kvcompose")
+    prefill(model, tokens(1, 60), spec.build(60))
+    with pytest.raises(UsageError, match="takes 160 positions, and the model was trained on 128: lower max_length"):
+        prefill(model, tokens(1, 80), spec.build(80))

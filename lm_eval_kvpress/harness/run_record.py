@@ -80,4 +80,5 @@ def measured(facts: RankFacts, machine_name: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "kvpress", "lm_eval")}
+    """Of this package and of those on which answers depend."""
+    return {name: version(name) for name in ("lm-eval-kvpress", "torch", "transformers", "kvpress", "lm_eval")}

@@ -9,7 +9,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_eval_kvpress import __version__
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness.launch import forget_processes_of_a_shell, num_processes
 from lm_eval_kvpress.harness.run_record import versions
@@ -50,7 +49,7 @@ def run_sweep(settings: SweepSettings, part: Shard | Literal["all", "merge"] = "
 
 def _run(settings: SweepSettings, cells: Sequence[Cell], part: Shard | Literal["all", "merge"]) -> None:
     output_path = Path(settings.output_path)
-    shared = {**settings.shared, "versions": {"lm-eval-kvpress": __version__, **versions()}}
+    shared = {**settings.shared, "versions": versions()}
     # With another batch size blocks of requests are others, and so are the shares.
     of_shards = {**shared, "batch_size": settings.batch_size, "max_batch_size": settings.max_batch_size}
     if isinstance(part, Shard):

@@ -30,7 +30,7 @@ def test_the_record_states_what_was_kept_and_is_json(checkpoint_dir: Path) -> No
     assert pressed["kv_bytes_allocated"] == 2 * kept * config.hidden_size * 4
     assert pressed["kv_bytes_before"] == 2 * config.num_hidden_layers * pressed["num_tokens"] * config.hidden_size * 4
     assert record["press"]["arguments"]["window_size"] == 8
-    assert set(record["versions"]) == {"torch", "transformers", "kvpress", "lm_eval"}
+    assert set(record["versions"]) == {"lm-eval-kvpress", "torch", "transformers", "kvpress", "lm_eval"}
 
 
 @pytest.mark.parametrize("rolling", [{}, {"rolling": "stream", "stream_budget": 80}])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lm_eval_kvpress.harness.run_record import versions
 from lm_eval_kvpress.sweep.launchers.processes import ProcessPool
 from lm_eval_kvpress.sweep.model import SweepModel
 from lm_eval_kvpress.sweep.settings import SweepSettings
 from lm_eval_kvpress.sweep.workers.crew import Crew, Pool, checker
 from lm_eval_kvpress.sweep.workers.jobs import Workers
-from lm_eval_kvpress.sweep.workers.worker import Here, Worker, all_versions
+from lm_eval_kvpress.sweep.workers.worker import Here, Worker
 
 
 def of_driver(settings: SweepSettings) -> SweepSettings:
@@ -36,7 +37,7 @@ def launch(settings: SweepSettings, model: SweepModel, checkpoint: Mapping[str, 
     """
     if not settings.has_workers:
         return Here(Worker(model))
-    return Crew(_pool(settings), checker(all_versions(), checkpoint))
+    return Crew(_pool(settings), checker(versions(), checkpoint))
 
 
 def _pool(settings: SweepSettings) -> Pool:

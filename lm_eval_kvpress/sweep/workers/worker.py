@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from lm_eval_kvpress import __version__
 from lm_eval_kvpress.engine.batch_size import free_bytes
 from lm_eval_kvpress.engine.batching import Halving
 from lm_eval_kvpress.harness.identity import checkpoint_hashes
@@ -52,7 +51,7 @@ class Worker:
         record = lm.describe()
         return WorkerFacts(
             host=socket.gethostname(),
-            versions=all_versions(),
+            versions=versions(),
             checkpoint={**checkpoint_hashes(lm), **hashes_of_statistics(presses)},
             free_bytes=free_bytes(lm.press_model.device),
             record={key: record[key] for key in OF_THE_PLACE},
@@ -126,11 +125,6 @@ def timed(answers: Iterator[Item]) -> Generator[Item, None, float]:
         if answer is None:
             return seconds
         yield answer
-
-
-def all_versions() -> dict[str, str]:
-    """Of this package and of those on which answers depend."""
-    return {"lm-eval-kvpress": __version__, **versions()}
 
 
 def _no_bar(num_items: int) -> None:

@@ -21,7 +21,7 @@ from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.files import refuse_special, write_whole
 from lm_eval_kvpress.harness import run_record
 from lm_eval_kvpress.harness.model import KVPress
-from lm_eval_kvpress.harness.statistics import ARGUMENTS, identity_of_weights
+from lm_eval_kvpress.harness.statistics import ARGUMENTS, identity_of_model
 from lm_eval_kvpress.harness.tokenization import encode_all
 
 ENDING = ".safetensors"
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         "press": calibration.press,
         **({ARGUMENTS: json.dumps(calibration.arguments)} if calibration.arguments else {}),
         "model": lm.pretrained_name,
-        **identity_of_weights(lm.press_model),
+        **identity_of_model(lm.press_model),
         "data": options.data,
         "data_sha256": sha256_of(texts),
         "num_tokens": str(num_tokens),

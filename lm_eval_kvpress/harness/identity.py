@@ -97,18 +97,23 @@ def _offloaded(module: torch.nn.Module, name: str) -> torch.Tensor:
     raise UsageError(f"a {name} of a {type(module).__name__} is on no device and was not offloaded: nothing was loaded")
 
 
+def config_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of what a config says beside the weights: RoPE and its scaling, norms, positions."""
+    return _hash({key: value for key, value in model.config.to_dict().items() if key not in NO_PART_OF_CONFIG})
+
+
 def checkpoint_hashes(lm: HFLM) -> dict[str, str]:
     """A hash of every part of the checkpoint that answers depend on, as it was loaded.
 
     A tokenizer, a chat template, a RoPE scaling or an end of text can be corrected beside the same weights.
     """
-    tokenizer, config, generation = lm.tokenizer, lm.model.config.to_dict(), lm.model.generation_config
+    tokenizer, generation = lm.tokenizer, lm.model.generation_config
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
     flags = {name: getattr(tokenizer, name, None) for name in TOKENIZER_FLAGS}
     return {
         "weights": weights_fingerprint(lm.model),
-        "config": _hash({key: value for key, value in config.items() if key not in NO_PART_OF_CONFIG}),
+        "config": config_fingerprint(lm.model),
         "generation": _hash({} if generation is None else generation.to_diff_dict()),
         "tokenizer": _hash({**rules, **flags, "padding": None, "truncation": None}),  # these two change with each call
         "chat_template": _hash(getattr(tokenizer, "chat_template", None)),

@@ -1,6 +1,6 @@
-"""Statistics of a model belong to its weights: whose they are, and the refusal of those of others.
+"""Statistics of a model belong to its weights and its config: whose they are, and the refusal of those of others.
 
-Knows a press that reads statistics, and the weights' checksum. Does not know how statistics are taken.
+Knows a press that reads statistics, and the checksums of weights and config. Does not know how statistics are taken.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lm_eval_kvpress.errors import UsageError
-from lm_eval_kvpress.harness.identity import weights_fingerprint
+from lm_eval_kvpress.harness.identity import config_fingerprint, weights_fingerprint
 from lm_eval_kvpress.models.pressable import PressableModel
 from lm_eval_kvpress.presses.spec import PressSpec
 from lm_eval_kvpress.presses.statistics import Statistics, tensors_for
@@ -19,14 +19,20 @@ ARGUMENTS = "arguments"
 """Of a file's metadata: those of the press that its statistics depend on, as JSON. Files may lack it."""
 
 
-def identity_of_weights(model: PressableModel) -> dict[str, str]:
-    """What tells weights from others: dtype and checksum, in the basis in which the model is used."""
+def identity_of_model(model: PressableModel) -> dict[str, str]:
+    """What tells a model from others: dtype and checksums, in the basis in which it is used."""
     with model.in_use():
-        return {"dtype": str(model.model.dtype).removeprefix("torch."), "weights": weights_fingerprint(model.model)}
+        return {
+            "dtype": str(model.model.dtype).removeprefix("torch."),
+            "weights": weights_fingerprint(model.model),
+            "config": config_fingerprint(model.model),
+        }
 
 
 def check_statistics(press: PressSpec, model: PressableModel) -> None:
-    """Refuse a press with the statistics of other weights. Published ones do not say whose they are: shapes must do.
+    """Refuse a press with the statistics of another model. Published ones do not say whose they are: shapes must do.
+
+    The same weights under another RoPE have other queries. A file without its config is not refused for it.
 
     Raises:
         UsageError: in one line.
@@ -44,7 +50,7 @@ def check_statistics(press: PressSpec, model: PressableModel) -> None:
             f"statistics={statistics.file} are those of press={made_for}, not {press.name}: calibrate {press.name}"
         )
     _check_arguments(press, statistics)
-    own = identity_of_weights(model)
+    own = identity_of_model(model)
     if statistics.metadata.get("dtype") != own["dtype"]:
         raise UsageError(
             f"statistics={statistics.file} were taken in {statistics.metadata.get('dtype')}, and this model is in "
@@ -54,6 +60,12 @@ def check_statistics(press: PressSpec, model: PressableModel) -> None:
         raise UsageError(
             f"statistics={statistics.file} are of other weights ({statistics.metadata.get('model')}, checksum "
             f"{statistics.metadata.get('weights')}) than these (checksum {own['weights']}): calibrate this model"
+        )
+    if statistics.metadata.get("config", own["config"]) != own["config"]:
+        raise UsageError(
+            f"statistics={statistics.file} are of these weights under another config.json (checksum "
+            f"{statistics.metadata.get('config')}, this one {own['config']}), another RoPE for instance: calibrate "
+            "this model"
         )
 
 

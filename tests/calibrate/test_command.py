@@ -84,6 +84,20 @@ def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, chec
         KVPress(str(checkpoint_dir), press="expected_attention_stats", statistics=str(filters))
 
 
+def test_statistics_of_the_same_weights_under_another_rope_are_refused_in_one_line(
+    filters: Path, checkpoint_dir: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir)
+    model.config.rope_parameters["rope_theta"] /= 10  # queries of all later positions are turned otherwise
+    with pytest.raises(
+        UsageError, match="of these weights under another config.json .* calibrate this model"
+    ) as caught:
+        KVPress(
+            model, tokenizer=AutoTokenizer.from_pretrained(checkpoint_dir), press="qfilter", statistics=str(filters)
+        )
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

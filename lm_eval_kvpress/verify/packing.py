@@ -1,19 +1,22 @@
 """Check what ``kv_quant`` stores: every entry within half a step, as few bytes as promised, and read as it was stored.
 
-Steps are reckoned here from the full-precision entries. What is scored is compared with transformers' own forwards of
-one token at a time over the same unpacked entries.
+Steps are reckoned here from the full-precision entries. What is scored and generated is compared with transformers' own
+forwards of one token at a time over the same unpacked entries.
 
 Letters in shape comments: G key-value heads, T kept entries, D head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from lm_eval_kvpress.cache.compressed import CachedLayer
+from lm_eval_kvpress.cache.compressed import CachedLayer, CompressedCache
+from lm_eval_kvpress.harness.model import KVPress
 from lm_eval_kvpress.harness.parity import worst
 from lm_eval_kvpress.verify.check import Check, Part
-from lm_eval_kvpress.verify.scores import LEAST_EFFECT, NUM_CONTINUED, branch_logprobs, step_logprobs
+from lm_eval_kvpress.verify.scores import LEAST_EFFECT, NUM_CONTINUED, branch_logprobs, generated, step_logprobs
 from lm_eval_kvpress.verify.subject import Subject, compress
 
 GROUP = 64
@@ -41,13 +44,22 @@ def check_packing(subject: Subject) -> Check:
             bits = worst([_bits_per_number(layer, name) for layer in cache.layers])
             parts.append(Part(f"{press}, {name}: bits per number", bits, MOST_BITS[name]))
             found = branch_logprobs(packing, cache, query, continuation)
-            steps = step_logprobs(lm.model, cache, [*query, *continuation])[len(query) - 1 :]
-            expected = steps.gather(1, torch.tensor(continuation)[:, None])[:, 0]
-            difference = (found - expected).abs().max().item()
-            parts.append(Part(f"{press}, {name}: nats from its own entries", difference, subject.tolerance))
+            new, of_new = generated(packing, cache, context, query)
+            differences = [
+                (logprobs - _stepwise(lm, cache, query, tokens)).abs().max().item()
+                for tokens, logprobs in ((continuation, found), (new, of_new))
+            ]
+            what = "nats from its own entries, scored and generated"
+            parts.append(Part(f"{press}, {name}: {what}", worst(differences), subject.tolerance))
             moved.append((found - branch_logprobs(lm, full, query, continuation)).abs().max().item())
     parts.append(Part("nats by which packing moves a score, at most", max(moved), LEAST_EFFECT, at_least=True))
     return Check("packing", "kv_quant stores entries within half a step, in few bits, and these are read", tuple(parts))
+
+
+def _stepwise(lm: KVPress, cache: CompressedCache, query: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of tokens behind the query, ``(n,)``, fed one at a time over the unpacked entries."""
+    steps = step_logprobs(lm.model, cache, [*query, *tokens])[len(query) - 1 :]
+    return steps[: len(tokens)].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def _bits_per_number(layer: CachedLayer, name: str) -> float:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from lm_eval.api.instance import Instance
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
 from lm_eval_kvpress.engine.cuda_graph import GraphRecorder
+from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
 from lm_eval_kvpress.engine.decoding import decode
 from lm_eval_kvpress.engine.sampling import Sampler
 from lm_eval_kvpress.engine.scoring import Pack
@@ -68,10 +69,14 @@ def evicted_by(lm: KVPress, context: Sequence[int]) -> list[torch.Tensor]:
 
 
 def check_causality(subject: Subject) -> Check:
-    """Compare many tokens at once, and decoded ones, with one token at a time; change a future token."""
+    """Compare many tokens at once, and decoded ones, with one token at a time; change a future token.
+
+    A press that masks keeps no entries of its own that could be fed one by one: what predicts its decoded tokens is
+    compared with the dense reference, as for all presses.
+    """
     context = subject.tokens(subject.max_length // 2)
     continuation = subject.tokens(NUM_CONTINUED, seed=5)
-    differences: dict[str, list[float]] = {"at once": [], "future": [], "decoded": []}
+    differences: dict[str, list[float]] = {"at once": [], "future": [], "decoded": [], "dense": []}
     for press in subject.presses(none=True, masking=False):
         lm = subject.under(press)
         cache, query = compress(lm, context)
@@ -82,10 +87,17 @@ def check_causality(subject: Subject) -> Check:
         changed = branch_logprobs(lm, cache, query, [*continuation[:-4], *reversed(continuation[-4:])])
         differences["future"].append((at_once - changed)[:-4].abs().max().item())
         differences["decoded"].append(_decoding_gap(lm, cache, context, query))
+    for press in subject.presses(none=True):
+        lm = subject.under(press)
+        cache, query = compress(lm, context)
+        new, logprobs = generated(lm, cache, context, query)
+        masked = subject.log_probabilities(context, new, evicted_by(lm, context))
+        differences["dense"].append((logprobs - masked).abs().max().item())
     what = {
         "at once": "many tokens at once against one by one",
         "future": "earlier tokens when a later one changes",
         "decoded": "likelihood below the best token's, of decoded tokens",
+        "dense": "log-probabilities of decoded tokens against dense forwards with evicted entries masked",
     }
     parts = tuple(Part(f"{what[key]}, nats", worst(found), subject.tolerance) for key, found in differences.items())
     return Check("causality", "many tokens at once equal one by one, and see no future", parts)
@@ -125,6 +137,45 @@ def step_logprobs(model: PreTrainedModel, cache: CompressedCache, tokens: Sequen
         )
         found.append(output.logits[0, -1].float().log_softmax(dim=-1).cpu())
     return torch.stack(found)
+
+
+class _Predicted(LogitsProcessor):  # type: ignore[misc]
+    """Leaves logits as they are, and keeps what they predict for the one row, ``(V,)`` per step."""
+
+    def __init__(self) -> None:
+        self.logprobs = list[torch.Tensor]()
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        self.logprobs.append(logits[0].float().log_softmax(dim=-1).cpu())
+        return logits
+
+
+def generated(
+    lm: KVPress,
+    cache: CompressedCache,
+    context: Sequence[int],
+    query: Sequence[int],
+    num_tokens: int = NUM_CONTINUED,
+    keeper: BudgetKeeper | None = None,
+) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens by our decoding over a cache of one row, and their log-probabilities, ``(n,)``.
+
+    Args:
+        keeper: compresses the cache meanwhile.
+    """
+    predicted = _Predicted()
+    (tokens,) = decode(
+        lm.press_model,
+        cache,
+        [list(context)],
+        num_held_back=[len(query)],
+        max_new_tokens=num_tokens,
+        sampler=Sampler(LogitsProcessorList([predicted])),
+        stop_ids=frozenset(),
+        stopped=lambda tokens: [False] * len(tokens),
+        keeper=keeper,
+    )
+    return tokens, torch.stack(predicted.logprobs).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], query: Sequence[int]) -> float:

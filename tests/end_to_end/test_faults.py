@@ -23,14 +23,15 @@ from repository import ROOT
 
 from lm_eval_kvpress.cache import compressed, group_scales
 from lm_eval_kvpress.cache.compressed import CompressedCache, LayerKV
-from lm_eval_kvpress.engine import decoding, fidelity, grouped_prefill, rolling_batches, scoring, windows
+from lm_eval_kvpress.cache.layers import GrowingPackedLayer
+from lm_eval_kvpress.engine import decode_state, decoding, fidelity, grouped_prefill, rolling_batches, scoring, windows
 from lm_eval_kvpress.engine import prefill as engine_prefill
 from lm_eval_kvpress.engine.compression import Compressor
 from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.engine.decode_budget import BudgetKeeper
 from lm_eval_kvpress.engine.decode_state import DecodeState
 from lm_eval_kvpress.engine.scoring import Layout
-from lm_eval_kvpress.harness import loading, requests
+from lm_eval_kvpress.harness import loading, requests, whole_weights
 from lm_eval_kvpress.harness.plugin import tasks_path
 from lm_eval_kvpress.harness.session import Session
 from lm_eval_kvpress.models import full_width, gpt_neox
@@ -269,6 +270,25 @@ def _(patch: MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------- packed entries
 
 
+@fault("a decoding press never acts on texts", "texts of the full cache under the press's name", "decoding")
+def _(patch: MonkeyPatch) -> None:
+    def unpressed(self: Any, model: Any, cache: CompressedCache, *others: Any) -> None:
+        begin(self, model, cache, *others[:-1], None)
+
+    begin = decoding._Steps.__init__
+    patch.setattr(decoding._Steps, "__init__", unpressed)
+
+
+@fault("entries masked by head are seen by texts", "adakv and its like generate as from the full cache", "causality")
+def _(patch: MonkeyPatch) -> None:
+    def by_row_alone(layer: Any, *others: Any) -> torch.Tensor | None:
+        by_head = layer.hidden is not None and layer.hidden.shape[1] > 1
+        return bias(dataclasses.replace(layer, hidden=None) if by_head else layer, *others)
+
+    bias = decode_state.decoding_bias
+    patch.setattr(decode_state, "decoding_bias", by_row_alone)
+
+
 @fault("kv_quant that packs nothing", "full precision under the name of int4", "packing")
 def _(patch: MonkeyPatch) -> None:
     patch.setattr(grouped_prefill, "pack", lambda cache, rule: cache)
@@ -297,6 +317,17 @@ def _(patch: MonkeyPatch) -> None:
 def _(patch: MonkeyPatch) -> None:
     compare = fidelity.compare
     patch.setattr(fidelity, "compare", lambda model, full, compressed: compare(model, compressed, compressed))
+
+
+@fault("packed entries read as zeros by texts", "kv_quant generates as without a context, and scores well", "packing")
+def _(patch: MonkeyPatch) -> None:
+    def forgetting(
+        self: GrowingPackedLayer, keys: torch.Tensor, values: torch.Tensor, kwargs: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._new.update(keys, values)
+        return torch.cat([0 * self._kept.keys, keys], dim=2), torch.cat([0 * self._kept.values, values], dim=2)
+
+    patch.setattr(GrowingPackedLayer, "update", forgetting)
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -436,6 +467,11 @@ def _(patch: MonkeyPatch) -> None:
 @fault("silent fall-back checkpoint", "figures of a small model under the name of a large one", "refusals")
 def _(patch: MonkeyPatch) -> None:
     patch.setattr("lm_eval_kvpress.verify.answers.resolve_pretrained", lambda pretrained: "builtin")
+
+
+@fault("weights that are missing drawn at random", "figures of a model that nobody trained", "refusals")
+def _(patch: MonkeyPatch) -> None:
+    patch.setattr(whole_weights, "check_found", lambda pretrained, num_layers, found: None)
 
 
 @fault("more context than the model has positions", "perplexity explodes, and the press is blamed", "refusals")

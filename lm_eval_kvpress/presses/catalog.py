@@ -76,7 +76,8 @@ class Row:
             would compress nothing, or kvpress itself advises against them.
         hidden: arguments of the class that are not offered.
         wraps: for a wrapper, the most that the wrapped press's scores may read; None for others.
-        refuses: presses that a wrapper cannot wrap although kvpress would let it, and why.
+        refuses: presses that a wrapper cannot wrap, itself or in another wrapper, although kvpress would let it, and
+            why.
         check: says what is wrong with the arguments as a whole, where kvpress asserts nothing; empty if nothing is.
         changes: what it does to entries that it does not remove, from its arguments; empty if nothing. Only for a
             press that removes none: what it keeps says nothing about whether it acted.
@@ -114,6 +115,11 @@ class Row:
         return issubclass(factory, kvpress.ScorerPress) and factory.compress is kvpress.ScorerPress.compress
 
     @property
+    def is_hook(self) -> bool:
+        """Whether it acts by nothing but a hook after each layer's attention; others replay the context."""
+        return self.factory.__call__ is kvpress.BasePress.__call__
+
+    @property
     def takes_ratio(self) -> bool:
         """Whether its class takes the ratio; wrappers pass it on to the press that they wrap."""
         return "compression_ratio" in inspect.signature(self.factory).parameters
@@ -137,9 +143,11 @@ _NO_CRITICAL: Mapping[str, str] = {
 _SHARED = "its heads and layers share what is kept: use compression_ratio"
 # StreamingLLM scores a token 1 or 0, by whether it stays at one ratio; a wrapper that keeps another number chooses
 # among equal scores.
-_NO_CHUNKS_OF_SINKS: Mapping[str, str] = {
+_NO_CHUNK_MEANS: Mapping[str, str] = {
     "streaming_llm": "chunks stay by their mean score, that of the sinks' chunk is the least above zero, and the sinks "
     "would go: use streaming_llm itself",
+    "criticalkv": "its first stage sets scores to the largest number, so that the sums of nearly all chunks are "
+    "infinite and none stays by its score: wrap the press itself",
 }
 _NO_VNORM = {"use_vnorm": False}  # kvpress: "use_vnorm should be disabled for CriticalKVPress"
 
@@ -333,7 +341,7 @@ _ROWS = (
         batches=False,
         no_budget="it keeps whole chunks: use compression_ratio, or entropy_gated_chunkkv, which keeps an exact number",
         wraps=Reads.QUERIES,
-        refuses=_NO_CHUNKS_OF_SINKS,
+        refuses=_NO_CHUNK_MEANS,
     ),
     Row(
         "entropy_gated_chunkkv",
@@ -342,7 +350,7 @@ _ROWS = (
         attention="sdpa",
         batches=False,
         wraps=Reads.QUERIES,
-        refuses=_NO_CHUNKS_OF_SINKS,
+        refuses=_NO_CHUNK_MEANS,
     ),
     Row(
         "chunk",

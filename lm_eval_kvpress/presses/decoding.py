@@ -214,6 +214,11 @@ def _merge_budget(kind: str, spec: PressSpec, sizes: DecodingSizes) -> int | Non
             f"press={CAM}:{spec.name}: kvpress merges into what all heads keep, and gives the press no attention "
             f"weights; use {CAM}:knorm, or another press that scores tokens"
         )
+    if spec.rows[0].name == "criticalkv":
+        raise UsageError(
+            f"press={CAM}:{spec.name}: cam averages scores over heads, and criticalkv's first stage sets them to the "
+            f"largest number, so that their sums are infinite; use {CAM}:{spec.rows[-1].name}, or decoding:{spec.name}"
+        )
     return sizes.merge_budget or DEFAULT_MERGE_BUDGET
 
 

@@ -98,7 +98,7 @@ def parse_name(name: str) -> ParsedName:
     inner = parse_name(resolve_alias(rest)[0])
     problem = why_not_wrapped(row, inner)
     if problem:
-        raise UsageError(f"press={name}: {first} cannot wrap {inner.row.name}: {problem}")
+        raise UsageError(f"press={name}: {first} cannot wrap {inner.full}: {problem}")
     return ParsedName(row, (inner,))
 
 
@@ -122,8 +122,9 @@ def listed_names() -> list[str]:
 def why_not_wrapped(row: Row, inner: ParsedName) -> str:
     """Say why a wrapper cannot wrap a press; empty if it can."""
     assert row.wraps is not None
-    if inner.row.name in row.refuses:
-        return row.refuses[inner.row.name]
+    for below in inner.rows:
+        if below.name in row.refuses:
+            return row.refuses[below.name]
     if inner.row.name == "pyramidkv":
         return "it takes the scores alone and would lose the layer budgets: wrap snapkv, whose scores are the same"
     if not inner.row.scores:
@@ -151,6 +152,6 @@ def _composed(row: Row, rest: str) -> ParsedName:
             "ratio, and think"
         )
     for inner_row in rows:
-        if inner_row.masks or inner_row.rerotates:
+        if inner_row.masks or inner_row.rerotates or not inner_row.is_hook:
             raise UsageError(f"press=composed:{rest}: {inner_row.name} cannot be composed with other presses")
     return ParsedName(row, inner)

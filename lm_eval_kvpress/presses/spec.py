@@ -92,8 +92,7 @@ class PressSpec:
     @property
     def shares_prefill(self) -> bool:
         """Whether the press is nothing but a hook after each layer's attention, so that one forward serves many."""
-        is_hook = all(row.factory.__call__ is BasePress.__call__ for row in self.rows)
-        return is_hook and self.attn_implementation != "eager"
+        return all(row.is_hook for row in self.rows) and self.attn_implementation != "eager"
 
     @property
     def reads_outputs(self) -> bool:

@@ -103,6 +103,7 @@ def test_other_sizes_are_recorded(name: str, sizes: dict[str, Any], described: d
         ("none", "compression_ratio_decoding:lagkv", {"target_size": None}, "needs target_size=N"),
         ("none", "cam:adakv:knorm", {}, "merges into what all heads keep"),
         ("none", "cam:observed_attention", {}, "gives the press no attention"),
+        ("none", "cam:criticalkv:snapkv", {}, "cam:criticalkv:snapkv: cam averages scores over heads"),
         ("none", "adakv:tova", {}, "scores a token alike in all heads"),
         ("none", "adakv:lagkv", {}, "falls back to the newest entries"),
         ("none", "none", {}, "evicts nothing"),

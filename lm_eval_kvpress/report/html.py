@@ -89,6 +89,7 @@ def _plot_data(table: ReportTable, opens_with: str) -> dict[str, Any]:
                 "name": column.key,
                 "task": column.group,
                 "better": column.higher_is_better,
+                "own": column.metric is None,  # an interval of its own, and not of the difference
                 "distance": column.metric and column.metric.distance,
             }
             for column in metrics

@@ -133,6 +133,7 @@ def test_a_page_ranked_by_fidelity_opens_with_it(chromium: Any, tmp_path: Path) 
     with opened(chromium, file):
         knorm = next(one for one in _traces(chromium, "bytes") if one["name"] == "knorm")
         assert knorm["y"] == [0.25] and knorm["bars"] == [[pytest.approx(0.125)], [pytest.approx(0.25)]]
+        assert "95 %: 0.125 to 0.500" in knorm["hover"][0] and "to baseline" not in knorm["hover"][0]
         (place,) = [one for one in _traces(chromium, "place") if one["name"] == "knorm"]
         assert (place["x"], place["y"]) == ([1], [0.25])
 

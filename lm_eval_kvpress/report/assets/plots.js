@@ -11,8 +11,8 @@ const plain = text => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt
 const percent = share => (share === null ? "-" : `${(100 * share).toFixed(1)} %`);
 const stem = name => name.replace(/_at_\d+/, "");
 
-function hover(row, value, bounds) {
-  const range = bounds ? `<br>to baseline: ${bounds.map(one => one.toPrecision(3)).join(" to ")}` : "";
+function hover(row, value, bounds, ofWhat = "to baseline") {
+  const range = bounds ? `<br>${ofWhat}: ${bounds.map(one => one.toPrecision(3)).join(" to ")}` : "";
   const doubt = row.void ? `<br>not to be trusted: ${plain(row.void)}` : "";
   return `<b>${plain(row.press)}</b> ${plain(row.arguments)}<br>${value.toPrecision(4)}${range}<br>removed ${percent(row.removed)}, kept ${percent(row.kept)}${doubt}<extra></extra>`;
 }
@@ -83,8 +83,10 @@ function traces(kind, data, metric, amount, shown, isOn) {
     return lines(chosen, row => ({ distance: distances, position: positions, place: places })[kind](row, data, metric));
   }
   const base = data.rows.find(row => row.is_baseline)?.values[metric] ?? 0;
-  const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null).map(row => ({ row, x: kind === "bytes" ? row.bytes / 2 ** 20 : row[kind], y: row.values[metric],
-    range: row.bounds[metric]?.map(one => base + one), hover: hover(row, row.values[metric], row.bounds[metric]) }));
+  const points = rows.filter(row => row[kind] !== null && row.values[metric] !== null).map(row => {
+    const range = row.bounds[metric]?.map(one => base + one), said = data.metrics[metric].own ? [range, "95 %"] : [row.bounds[metric]];
+    return { row, x: kind === "bytes" ? row.bytes / 2 ** 20 : row[kind], y: row.values[metric], range, hover: hover(row, row.values[metric], ...said) };
+  });
   const group = kind === "kept" ? "series" : "press";
   const made = [...new Set(points.map(one => one.row[group]))].map(name => {
     const own = points.filter(one => one.row[group] === name).sort((a, b) => a.x - b.x);

@@ -38,6 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     texts = read_texts(options.data)
     lm = KVPress(**{"pretrained": "builtin", **options.model_args})
     length = min(options.window, _longest_window(options.press, lm.max_length))
+    if min(length, options.num_tokens) < LEAST_WINDOW:
+        raise UsageError(
+            f"windows would have {max(0, min(length, options.num_tokens))} tokens, and the shortest that counts has "
+            f"{LEAST_WINDOW}: raise --window, --num_tokens or max_length"
+        )
     windows = windows_of(encode_all(lm, texts), length=length, num_tokens=options.num_tokens, least=LEAST_WINDOW)
     num_tokens = sum(map(len, windows))
     if num_tokens <= lm.press_model.head_dim:

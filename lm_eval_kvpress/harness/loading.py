@@ -49,6 +49,8 @@ class CheckedHFLM(HFLM):
     def __init__(self, pretrained: str | PreTrainedModel | None, settings: Settings, **arguments: Any) -> None:
         if pretrained is None or pretrained == "":
             raise UsageError("pretrained is required: a folder, a hub name, or pretrained=builtin")
+        if isinstance(pretrained, int | float):  # lm-eval reads a folder named 2024 as a number
+            pretrained = str(pretrained)
         self._settings_at_load, self._asked_max_length = settings, arguments.get("max_length")
         self._asked_prefix = arguments.get("prefix_token_id")
         self._asked_device: str | None = None
@@ -109,8 +111,11 @@ class CheckedHFLM(HFLM):
     def _check_device(self) -> None:
         """Refuse another device than the one asked for, which ``HFLM`` would take in silence where that is missing.
 
-        ``cuda`` and ``cuda:0`` pass: lm-eval's command asks for the first GPU where nobody did, also without any.
+        ``cuda`` and ``cuda:0`` pass: lm-eval's command asks for the first GPU where nobody did, also without any. But
+        ``HFLM`` takes a plain ``cuda`` for a device that is there.
         """
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device={self.device} is not on this machine: name another, or leave it out")
         if self._asked_device in (None, "cuda", "cuda:0") or num_processes() > 1:
             return
         asked = torch.device(self._asked_device)

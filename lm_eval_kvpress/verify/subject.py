@@ -19,15 +19,23 @@ from lm_eval_kvpress.engine.contexts import Context
 from lm_eval_kvpress.errors import UsageError
 from lm_eval_kvpress.harness import parity
 from lm_eval_kvpress.harness.argument_names import LOADING_ARGUMENTS
+from lm_eval_kvpress.harness.arguments import ARGUMENTS
 from lm_eval_kvpress.harness.checkpoint import resolve_pretrained
 from lm_eval_kvpress.harness.model import KVPress
+from lm_eval_kvpress.presses.arguments import BUDGET, RATIO
 from lm_eval_kvpress.presses.parse import parse_press
 from lm_eval_kvpress.verify import dense_reference
 
 LOADING = LOADING_ARGUMENTS | {"gguf_file", "revision", "subfolder", "trust_remote_code"}
 """Arguments of the loader that the untouched copy gets as well."""
 
-REFUSED = {"press", "peft", "delta", "parallelize", "tp_plan", "autogptq", "gptqmodel"}
+FOLLOWED = {"fast", "allow_extrapolation"}
+"""Settings with which every check runs; the checks choose all others themselves."""
+
+REFUSED = {
+    *("press", "peft", "delta", "parallelize", "tp_plan", "autogptq", "gptqmodel", RATIO, BUDGET),
+    *(name for name in ARGUMENTS if name not in FOLLOWED),
+}
 
 MAX_LENGTH = 512
 LEAST_LENGTH = 128
@@ -78,9 +86,12 @@ class Subject:
             UsageError: for an argument that the untouched copy could not follow, or too short a model.
         """
         arguments = {"pretrained": "builtin", "dtype": "float32", **arguments}
+        arguments["pretrained"] = str(arguments["pretrained"])  # lm-eval reads a folder named 2024 as a number
         refused = sorted(REFUSED & arguments.keys())
         if refused:
-            raise UsageError(f"verify compares a checkpoint with itself under its own presses: leave {refused[0]} out")
+            raise UsageError(
+                f"verify compares a checkpoint with itself under its own presses and settings: leave {refused[0]} out"
+            )
         lm = KVPress(**arguments)
         length = min(MAX_LENGTH, lm.max_length)
         if length < LEAST_LENGTH:
@@ -94,7 +105,8 @@ class Subject:
 
     def under(self, press: str, **settings: Any) -> KVPress:
         """Our model with a press of the panel, on the same loaded weights."""
-        arguments = {**parity.shared_arguments(self.lm, self.max_length), **PANEL.get(press, {}), **settings}
+        shared = parity.shared_arguments(self.lm, self.max_length)
+        arguments = {"fast": self.lm.session.settings.fast, **shared, **PANEL.get(press, {}), **settings}
         with parity.quiet_loader():
             return KVPress(pretrained=self.lm.model, press=press, **arguments)
 

@@ -84,6 +84,19 @@ def test_statistics_of_other_weights_are_refused_in_one_line(filters: Path, chec
         KVPress(str(checkpoint_dir), press="expected_attention_stats", statistics=str(filters))
 
 
+@pytest.mark.parametrize(
+    ("press", "options"), [("kvzap", ["max_length=64"]), ("qfilter", ["max_length=128", "--window", "2"])]
+)
+def test_windows_that_no_text_could_fill_are_refused_in_one_line(
+    press: str, options: list[str], checkpoint_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, *others = options
+    given = ["--model_args", f"pretrained={checkpoint_dir},{model}", *others, "--data", str(data)]
+    assert cli.main(["calibrate", press, *given, "-o", "x.safetensors"]) == cli.BAD_INPUT
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "windows would have" in told and "the shortest that counts has 8" in told
+
+
 def test_statistics_of_the_same_weights_under_another_rope_are_refused_in_one_line(
     filters: Path, checkpoint_dir: Path
 ) -> None:

@@ -57,6 +57,8 @@ def test_the_folder_that_was_named_is_told_and_a_small_alphabet_is_a_tokenizer(c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_other_device_takes_the_place_of_the_one_asked_for(checkpoint_dir: Path) -> None:
+    with pytest.raises(UsageError, match="device=cuda is not on this machine: name another"):
+        KVPress(pretrained=str(checkpoint_dir), device="cuda")
     with pytest.raises(UsageError, match="device=cuda:1 is not on this machine, and cpu would take its place"):
         KVPress(pretrained=str(checkpoint_dir), device="cuda:1")
     assert KVPress(pretrained=str(checkpoint_dir), device="cuda:0").device.type == "cpu", "lm-eval's default"

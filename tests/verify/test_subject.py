@@ -16,6 +16,10 @@ from lm_eval_kvpress.verify.subject import Subject
     [
         ({"press": "snapkv"}, "leave press out"),
         ({"peft": "some/adapter"}, "leave peft out"),
+        ({"kv_quant": "int4"}, "under its own presses and settings: leave kv_quant out"),
+        ({"query_aware": False}, "leave query_aware out"),
+        ({"compression_ratio": 0.5}, "leave compression_ratio out"),
+        ({"pretrained": 3}, "cannot load pretrained=3"),
         ({"max_length": 64}, "128"),
         ({"dtype": "float32", "presss": 1}, "unknown argument"),
     ],
@@ -25,6 +29,11 @@ def test_arguments_that_verify_cannot_follow_are_errors(
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         Subject.load({"pretrained": str(checkpoint_dir), "device": "cpu", **arguments})
+
+
+def test_checks_run_without_quick_kernels_where_these_are_refused(checkpoint_dir: Path) -> None:
+    subject = Subject.load({"pretrained": str(checkpoint_dir), "device": "cpu", "fast": False})
+    assert not subject.under("snapkv").session.settings.fast
 
 
 def test_both_copies_hold_the_same_weights_and_configurations_of_their_own(checkpoint_dir: Path) -> None:

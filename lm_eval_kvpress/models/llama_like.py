@@ -27,6 +27,7 @@ from lm_eval_kvpress.models.positions import (
     check_rope,
     check_windows,
     frequencies_change_after,
+    hidden_after,
     rope_parameters,
 )
 from lm_eval_kvpress.models.pressable import PressableModel
@@ -94,13 +95,13 @@ def attention_modules(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 def presented(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Lend the rotary embedding to every attention, and to the config the width of a head, which Qwen2 and Phi-3 lack.
 
-    CriticalKV reads the latter. A press that replays a context reads how many positions there are frequencies for.
+    CriticalKV reads the latter. A press that replays a context reads how many positions a forward may have.
     """
     attentions, config = attention_modules(model), model.config
     with ExitStack() as loans:
         loans.enter_context(without_untested_warning())
-        num_positions = int(min(config.max_position_embeddings, frequencies_change_after(config)))
-        loans.enter_context(lend(model, num_positions=num_positions))
+        limits = (config.max_position_embeddings, frequencies_change_after(config), hidden_after(config))
+        loans.enter_context(lend(model, num_positions=int(min(limits))))
         loans.enter_context(lend(config, head_dim=attentions[0].head_dim))
         for attention in attentions:
             loans.enter_context(lend(attention, rotary_emb=model.model.rotary_emb))

@@ -80,17 +80,23 @@ def attention_scaling(config: PretrainedConfig) -> float:
     return 1.0 if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, "cpu")[1]
 
 
+def hidden_after(config: PretrainedConfig) -> float:
+    """The most positions of a forward of which a sliding window hides none; infinite where no layer has a window."""
+    layer_types = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    slides = any("sliding" in kind for kind in layer_types) or (window and not layer_types)
+    return float(window or 0) if slides else math.inf
+
+
 def check_windows(config: PretrainedConfig, positions: Positions) -> None:
     """Refuse sliding windows that could hide a position of the run.
 
     Raises:
         UsageError: in one line.
     """
-    layer_types = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    slides = any("sliding" in kind for kind in layer_types) or (window and not layer_types)
-    if not slides or (window and positions.num <= window):
+    if positions.num <= hidden_after(config):
         return
+    window = getattr(config, "sliding_window", None)
     raise UsageError(
         f"{config.model_type} with sliding-window attention (window {window}) is not supported, since kvpress "
         f"compresses full-attention layers only: pass max_length={window}, which leaves the window nothing to hide, or "

@@ -64,7 +64,7 @@ class Replay:
 
 
 def check_positions(press: str, model: Any, num_context: int, num_replayed: int, advice: str) -> None:
-    """Refuse a replay that would need more positions than the model was trained on.
+    """Refuse a replay that would need more positions than the model was trained on, or sees at once.
 
     Args:
         advice: what to do beside lowering ``max_length``; ends the message.
@@ -72,11 +72,11 @@ def check_positions(press: str, model: Any, num_context: int, num_replayed: int,
     Raises:
         UsageError: in one line.
     """
-    needed, trained = num_context + num_replayed, getattr(model, "num_positions", model.config.max_position_embeddings)
-    if needed > trained:
+    needed, most = num_context + num_replayed, getattr(model, "num_positions", model.config.max_position_embeddings)
+    if needed > most:
         raise UsageError(
             f"press={press} replays a context of {num_context} tokens behind itself, which takes {needed} positions, "
-            f"and the model was trained on {trained}: lower max_length{advice}"
+            f"and the model has {most} for it: lower max_length{advice}"
         )
 
 

@@ -133,8 +133,12 @@ def test_a_model_of_somebody_else_switches_again_after_its_use(kind: str) -> Non
     assert rotary.rope_type == kind_before == kind and torch.equal(rotary.inv_freq, frequencies)
 
 
-def test_a_replay_beyond_the_switch_of_the_frequencies_is_refused() -> None:
-    model, spec = pressable(tiny("llama", **SWITCHING["longrope"])), parse_press("kvcompose")
+@pytest.mark.parametrize(
+    ("architecture", "shape"), [("llama", SWITCHING["longrope"]), ("mistral", {"sliding_window": 128})]
+)
+def test_a_replay_beyond_what_a_forward_may_have_is_refused(architecture: str, shape: dict[str, Any]) -> None:
+    """Beyond RoPE's switch frequencies would be others; beyond a window the replay would not see the first entries."""
+    model, spec = pressable(tiny(architecture, **shape)), parse_press("kvcompose")
     prefill(model, tokens(1, 60), spec.build(60))
-    with pytest.raises(UsageError, match="takes 160 positions, and the model was trained on 128: lower max_length"):
+    with pytest.raises(UsageError, match="takes 160 positions, and the model has 128 for it: lower max_length"):
         prefill(model, tokens(1, 80), spec.build(80))

@@ -78,7 +78,7 @@ def test_a_replay_beyond_the_trained_positions_is_refused_in_one_line(
 ) -> None:
     model = make_pressable(max_positions=128)
     prefill(model, tokens(1, 40), parse_press(press).build(40))
-    says = f"press={press.partition('_')[0]} replays .* positions, and the model was trained on 128: lower max_length"
+    says = f"press={press.partition('_')[0]} replays .* positions, and the model has 128 for it: lower max_length"
     with pytest.raises(UsageError, match=says) as caught:
         prefill(model, tokens(1, 80), parse_press(press).build(80))
     assert "\n" not in str(caught.value)

@@ -45,8 +45,12 @@ def main(arguments: Sequence[str]) -> int:
         )
     windows = windows_of(encode_all(lm, texts), length=length, num_tokens=options.num_tokens, least=LEAST_WINDOW)
     num_tokens = sum(map(len, windows))
-    if num_tokens <= lm.press_model.head_dim:
-        raise UsageError(f"--data {options.data} has {num_tokens} tokens, too few to calibrate on: name more text")
+    needed = _unknowns(options.press, lm)
+    if num_tokens <= needed:
+        raise UsageError(
+            f"--data {options.data} has {num_tokens} tokens, too few to calibrate {options.press} on, which takes more "
+            f"than {needed}: name more text, or raise --num_tokens"
+        )
     started, on_processors = time.perf_counter(), time.process_time()
     calibration = calibration_of(options.press)
     tensors = calibration.take(lm.press_model, windows)
@@ -70,6 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{options.output}: {options.press} of {lm.pretrained_name}, from {num_tokens:,} tokens in {seconds:.0f} s")
     print(f"next: --model_args press={options.press},statistics={options.output}")
     return 0
+
+
+def _unknowns(press: str, lm: KVPress) -> int:
+    """Numbers that are fitted per head: as many tokens, or fewer, fit whatever they hold."""
+    return int(lm.model.config.hidden_size) if press in REPLAYS else lm.press_model.head_dim
 
 
 def _longest_window(press: str, max_length: int) -> int:

@@ -97,6 +97,15 @@ def test_windows_that_no_text_could_fill_are_refused_in_one_line(
     assert "windows would have" in told and "the shortest that counts has 8" in told
 
 
+def test_a_surrogate_is_not_fitted_to_fewer_tokens_than_it_has_weights(
+    checkpoint_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its 64 weights and a bias would reproduce the scores of 60 tokens whatever these are."""
+    given = ["--model_args", f"pretrained={checkpoint_dir}", "--data", str(data), "-o", str(tmp_path / "x.safetensors")]
+    assert cli.main(["calibrate", "kvzap", *given, "--num_tokens", "60"]) == cli.BAD_INPUT
+    assert "has 60 tokens, too few to calibrate kvzap on, which takes more than 64" in capsys.readouterr().err
+
+
 def test_statistics_of_the_same_weights_under_another_rope_are_refused_in_one_line(
     filters: Path, checkpoint_dir: Path
 ) -> None:
@@ -204,7 +213,7 @@ def test_too_little_text_is_refused_and_nothing_is_written(
     data.write_text("Few words.", encoding="utf-8")
     arguments = ["--model_args", f"pretrained={checkpoint_dir}", "--data", str(data), "-o", str(file)]
     assert cli.main(["calibrate", "qfilter", *arguments]) == 2
-    assert "too few to calibrate on" in capsys.readouterr().err
+    assert "too few to calibrate qfilter on" in capsys.readouterr().err
     assert not file.exists()
 
 

@@ -42,6 +42,8 @@ TASKS: Mapping[str, int | None] = {
 """Tasks that make their own texts -> the most tokens of an answer. None is RULER's own number, which for needles is
 128: a small model's right answer comes first, of 7 digits or 36 characters, and repeats itself."""
 NONE, RANDOM = "none", "random"
+WHOLE = "niah_single_1"
+"""The one task that the full cache answers whole, which decides the ranks over all tasks."""
 AWARE, HELD_BACK = "aware", "held back"
 
 
@@ -100,7 +102,8 @@ def write(page: Path, scores: pd.DataFrame) -> None:
     for (task, length), own in scores.groupby(["task", "length"]):
         if f"<!-- {task} at {length}: begin -->" in text:
             text = replaced(text, f"{task} at {length}", presses(own))
-    page.write_text(replaced(text, "ranks", ranks(scores)), encoding="utf-8")
+    text = replaced(text, "ranks", ranks(scores))
+    page.write_text(replaced(text, f"ranks without {WHOLE}", ranks(scores[scores.task != WHOLE])), encoding="utf-8")
 
 
 def without_press(scores: pd.DataFrame) -> str:

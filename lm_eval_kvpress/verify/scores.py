@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -164,33 +165,38 @@ def generated(
         keeper: compresses the cache meanwhile.
     """
     predicted = _Predicted()
+    tokens = _decoded(lm, cache, context, query, num_tokens, LogitsProcessorList([predicted]), keeper=keeper)
+    return tokens, torch.stack(predicted.logprobs).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def _decoded(
+    lm: KVPress,
+    cache: CompressedCache,
+    context: Sequence[int],
+    query: Sequence[int],
+    num_tokens: int,
+    processors: LogitsProcessorList,
+    **options: Any,
+) -> list[int]:
+    """So many greedy tokens by our decoding over a cache of one row, which nothing stops; ``options`` as `decode`'s."""
     (tokens,) = decode(
         lm.press_model,
         cache,
         [list(context)],
         num_held_back=[len(query)],
         max_new_tokens=num_tokens,
-        sampler=Sampler(LogitsProcessorList([predicted])),
+        sampler=Sampler(processors),
         stop_ids=frozenset(),
         stopped=lambda tokens: [False] * len(tokens),
-        keeper=keeper,
+        **options,
     )
-    return tokens, torch.stack(predicted.logprobs).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return tokens
 
 
 def _decoding_gap(lm: KVPress, cache: CompressedCache, context: Sequence[int], query: Sequence[int]) -> float:
     """How far our greedy tokens fall short of the most likely ones when they are fed one by one, in nats."""
-    (decoded,) = decode(
-        lm.press_model,
-        cache,
-        [list(context)],
-        num_held_back=[len(query)],
-        max_new_tokens=NUM_CONTINUED,
-        sampler=Sampler(LogitsProcessorList()),
-        stop_ids=frozenset(),
-        stopped=lambda tokens: [False] * len(tokens),
-        record=GraphRecorder(lm.press_model).for_steps(NUM_CONTINUED - 1),
-    )
+    record = GraphRecorder(lm.press_model).for_steps(NUM_CONTINUED - 1)
+    decoded = _decoded(lm, cache, context, query, NUM_CONTINUED, LogitsProcessorList(), record=record)
     after = step_logprobs(lm.model, cache, [*query, *decoded[:-1]])[len(query) - 1 :]
     chosen = after.gather(1, torch.tensor(decoded)[:, None])[:, 0]
     return (after.amax(dim=-1) - chosen).max().item()
